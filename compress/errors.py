@@ -1,0 +1,33 @@
+"""What can go wrong, as exceptions that carry the command's exit code.
+
+Every message names the file, layer or option, says what was got and what is allowed, and what to do next: the
+command line prints it as it stands.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CompressError", "GateError", "InfeasibleBudget", "InputError"]
+
+
+class CompressError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(CompressError):
+    """The user's model, data or options cannot be used as given."""
+
+    exit_code = 2
+
+
+class InfeasibleBudget(CompressError):
+    """No plan fits the budget; the message holds the smallest reachable one."""
+
+    exit_code = 3
+
+
+class GateError(CompressError):
+    """The exported file does not compute, or does not run, what was calibrated."""
+
+    exit_code = 4
