@@ -1,0 +1,54 @@
+# One place for every command: the desk and CI both call these targets, so CI is never laxer.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types tests check clean
+
+# The first interpreter that really runs: version-manager shims can be on PATH without a Python behind them.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+# Where the default package index offers only CUDA builds of torch: make setup TORCH_INDEX=<index of CPU builds>.
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
+CODE := compress kernels calib tests benchmarks examples
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: $(READY)  ## make .venv and install the project into it; does nothing when it is up to date
+
+# torch goes first and alone, so that its pin decides the build; the pinned setuptools then builds the project itself.
+# The editable install stays in setuptools' default mode: the other modes break type checkers or uninstalled runs.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it or run: make setup PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## train a small network on digits, quantize it to 4 bits, time both
+	$(BIN)/python examples/digits.py demo
+	$(BIN)/compress quantize demo/model.pt --bits 4 --calib demo/calib.npz --eval demo/test.npz --out demo/model-w4a8 --overwrite
+	$(BIN)/compress export demo/model.pt --out demo/model-fp32.onnx --overwrite
+	$(BIN)/compress bench demo/model-fp32.onnx demo/model-w4a8/model.onnx
+
+test: setup lint types tests  ## setup, lint, types and every test
+
+lint: $(READY)  ## ruff: rules and formatting
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(READY)  ## mypy
+	$(BIN)/mypy
+
+tests: $(READY)  ## every test, slow ones included
+	$(BIN)/python -m pytest
+
+check: lint types  ## before each commit: lint, types and the fast tests
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+clean:  ## remove what was built; keeps .venv
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+"""Corrections of biases: of one layer by the mean of its error, of all together by distillation.
+
+Bias correction (Nagel et al., arXiv 1906.04721, section 4.2, the empirical form): the quantized layer's output is
+shifted a channel at a time so that its mean over the samples is the float layer's.
+Bias tuning (AdaQuant's last step, METHODS 1(b) 9): all biases learn from ``KL(softmax(float) || softmax(quantized))`` of
+the whole network; the best state on a fixed subset is kept, with the untuned one as the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.graph.quantizers import fake_quantize_op
+from compress.problem import LayerProblem, Solution
+
+__all__ = ["corrected_bias"]
+
+_BATCH = 64
+
+
+def corrected_bias(problem: LayerProblem, solution: Solution) -> Tensor:
+    """The bias [O] that gives ``solution`` the float layer's mean output a channel, over all samples."""
+    assert problem.inputs is not None
+    assert problem.targets is not None
+    grid = solution.grid if solution.grid is not None else problem.grid
+    weight = solution.weight.dequantize()
+    bias = solution.bias if solution.bias is not None else problem.bias
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    difference = torch.zeros(len(weight), dtype=torch.float64)
+    channel = -1 if weight.dim() == 2 else 1
+    positions = 0
+    with torch.no_grad():
+        for index in torch.arange(len(problem.inputs)).split(_BATCH):
+            x, y = problem.inputs.take(index), problem.targets.take(index)
+            if grid is not None:
+                x = fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)  # type: ignore[operator]
+            error = (y - problem.forward(x, weight, bias)).movedim(channel, 0).flatten(1)
+            difference += error.sum(1, dtype=torch.float64)
+            positions += error.shape[1]
+    return bias + (difference / positions).float()

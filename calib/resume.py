@@ -1,0 +1,64 @@
+"""Finished layers on disk, so that a killed run continues where it was, to the same bytes.
+
+One safetensors file a layer in the run's work folder, written to a temporary name and renamed; beside them the
+fingerprint of the plan (model, data and options included). Another fingerprint means another run: the folder is cleared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["ResumeStore"]
+
+
+class ResumeStore:
+    """Named bundles of tensors under ``folder``, valid for one ``fingerprint`` only."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        marker = folder / "fingerprint"
+        if marker.exists() and marker.read_text() != fingerprint:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(fingerprint)
+        self.found = len(list(folder.glob("*.safetensors")))
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for files that do not outlive the run; emptied at its start."""
+        path = self.folder / "scratch"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and strings saved under ``name``, or None."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+    def save(self, name: str, tensors: dict[str, Tensor], strings: dict[str, str]) -> None:
+        """Save under ``name``, whole or not at all."""
+        path = self._path(name)
+        temporary = path.with_suffix(".partial")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, strings)
+        os.replace(temporary, path)
+
+    def clear(self) -> None:
+        """Delete everything: the run is finished."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, name: str) -> Path:
+        # Layer names may hold anything; the digest keeps two that differ only in a slash apart.
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        readable = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:80]
+        return self.folder / f"{readable}-{digest}.safetensors"

@@ -1,0 +1,102 @@
+"""List the layers of a traced model: what can be compressed, and why not the rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from compress.graph.traced import TracedModel
+from compress.records import LayerSpec
+
+__all__ = ["ACTIVATIONS", "LAYER_KINDS", "activation_of", "layer_calls", "layer_name", "list_layers"]
+
+aten = torch.ops.aten
+
+LAYER_KINDS = {aten.conv1d.default: "conv1d", aten.conv2d.default: "conv2d", aten.linear.default: "linear"}
+
+_REFUSED = {
+    aten.embedding.default: ("embedding", "embeddings are not compressed yet"),
+    aten.conv_transpose2d.input: ("conv_transpose2d", "transposed convolutions are not compressed yet"),
+    aten.conv_transpose1d.default: ("conv_transpose1d", "transposed convolutions are not compressed yet"),
+    aten.conv3d.default: ("conv3d", "3-d convolutions are not compressed yet"),
+    aten.conv1d.padding: ("conv1d", "padding 'same' is uneven here; give the padding in numbers"),
+    aten.conv2d.padding: ("conv2d", "padding 'same' is uneven here; give the padding in numbers"),
+}
+
+ACTIVATIONS = {aten.relu.default: "relu", aten.hardtanh.default: "relu6"}
+
+
+def layer_name(call: fx.Node) -> str:
+    """The layer's name: the path of its weight, without the last ``.weight``."""
+    weight = call.args[1] if call.target is not aten.embedding.default else call.args[0]
+    return str(weight.target).removesuffix(".weight") if weight.op == "get_attr" else call.name
+
+
+def layer_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
+    """Compressible layers by name, each with the nodes that call it in execution order."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target in LAYER_KINDS and node.args[1].op == "get_attr":
+            calls.setdefault(layer_name(node), []).append(node)
+    return calls
+
+
+def activation_of(node: fx.Node) -> tuple[str | None, fx.Node]:
+    """The ReLU or ReLU6 that alone reads ``node``, as its name and node; ``(None, node)`` without one."""
+    if len(node.users) == 1:
+        (user,) = node.users
+        if user.target in ACTIVATIONS and (user.target is aten.relu.default or tuple(user.args[1:]) == (0.0, 6.0)):
+            return ACTIVATIONS[user.target], user
+    return None, node
+
+
+def list_layers(traced: TracedModel) -> list[LayerSpec]:
+    """One :class:`LayerSpec` per layer in execution order, refused ones included."""
+    specs = []
+    for name, calls in layer_calls(traced).items():
+        call = calls[0]
+        shape = tuple(call.args[1].meta["val"].shape)
+        rows = sum(_rows(node) for node in calls)
+        groups = call.args[6] if len(call.args) > 6 else 1
+        specs.append(
+            LayerSpec(
+                name=name,
+                kind=LAYER_KINDS[call.target],
+                weight_shape=shape,
+                groups=groups,
+                macs=math.prod(shape) * rows,
+                rows=rows,
+                calls=len(calls),
+                activation=activation_of(call)[0] if len(calls) == 1 else None,
+                block=name.rpartition(".")[0],
+            )
+        )
+    specs.extend(_refused(traced))
+    return specs
+
+
+def _rows(call: fx.Node) -> int:
+    """Output positions per sample: spatial ones of a convolution, sequence ones of a linear."""
+    shape = call.meta["val"].shape
+    positions = shape[2:] if call.target is not aten.linear.default else shape[1:-1]
+    return math.prod(int(size) for size in positions)
+
+
+def _refused(traced: TracedModel) -> list[LayerSpec]:
+    found = []
+    for node in traced.graph.nodes:
+        if node.op != "call_function":
+            continue
+        kind, reason = _REFUSED.get(node.target, (None, None))
+        if node.target in LAYER_KINDS and node.args[1].op != "get_attr":
+            kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
+        if kind is None:
+            continue
+        weight = node.args[0] if node.target is aten.embedding.default else node.args[1]
+        shape = tuple(int(size) for size in weight.meta["val"].shape)
+        found.append(
+            LayerSpec(name=layer_name(node), kind=kind, weight_shape=shape, macs=0, rows=0, refusal=reason)
+        )
+    return found

@@ -1,0 +1,254 @@
+"""Place activation quantizers where an integer runtime needs them to fuse (DESIGN section 5).
+
+- On the input of every integer layer, at that layer's width; on both inputs of a residual add, on the inputs of average
+  pools, products and concatenations, at 8 bits. An operator is integer when an integer operator feeds it.
+- On the result of every integer operator but a linear: its kernel writes integers.
+- The result of an operator is its ReLU's output when the ReLU alone reads it: the quantizer absorbs the ReLU.
+- Values that only move (reshape, slice, pad with zeros, max pool) keep one shared scale before and after.
+- A value read at several widths is quantized once at the widest, and again, narrower, for each layer that asks for less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, activation_of, layer_name
+from compress.graph.traced import TracedModel
+
+__all__ = ["INTEGER_BITS", "Quantizer", "fake_quantize_op", "is_zero_pad", "place_quantizers"]
+
+aten = torch.ops.aten
+
+INTEGER_BITS = 8
+_ELEMENTWISE = (aten.add.Tensor, aten.mul.Tensor)
+_POOLS = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
+_MOVES = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.permute.default,
+    aten.transpose.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.select.int,
+    aten.max_pool2d.default, aten.max_pool1d.default, aten.pad.default, aten.constant_pad_nd.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One activation grid; its scale and zero point are the buffers ``<name>.scale`` and ``<name>.zero_point``.
+
+    Attributes:
+        name: prefix of its buffers.
+        node: name of the graph node that quantizes first; the range is observed at that node's input.
+        bits: width of a code.
+        layers: layers that read it directly.
+        exclusive: only layers read it, so that a layer's method may learn its range.
+    """
+
+    name: str
+    node: str
+    bits: int
+    layers: tuple[str, ...]
+    exclusive: bool
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """``operator`` reads ``value`` at ``bits``; ``source`` is where the value was made, before any moves."""
+
+    operator: fx.Node
+    value: fx.Node
+    source: fx.Node
+    bits: int
+
+
+def fake_quantize_op() -> object:
+    """The operator's overload; a function because it exists only once compress.kernels is imported."""
+    return torch.ops.compress.fake_quantize.default
+
+
+def place_quantizers(traced: TracedModel, act_bits: Mapping[str, int], dtype: torch.dtype) -> list[Quantizer]:
+    """Insert the quantizers in place and return them in execution order, their scales unset (NaN).
+
+    Args:
+        traced: a folded graph without quantizers.
+        act_bits: width of the input of every layer that runs on integers.
+        dtype: uint8 or int8, the type activations are stored in on the target.
+    """
+    integer = _integer_operators(traced, act_bits)
+    edges = list(_edges(integer, act_bits))
+    widths: dict[fx.Node, set[int]] = defaultdict(set)
+    for edge in edges:
+        widths[edge.source].add(edge.bits)
+    results = {activation_of(node)[1] for node in integer if node.target is not aten.linear.default}
+    for result in results:
+        if not any(result is source for source in widths):
+            widths[result].add(INTEGER_BITS)
+    placer = _Placer(traced, dtype, {activation_of(node)[1] for node in integer})
+    order = {node: position for position, node in enumerate(traced.graph.nodes)}
+    for source in sorted(widths, key=order.__getitem__):
+        placer.quantize_source(source, max(widths[source]), set(integer))
+    for edge in edges:
+        placer.connect(edge, max(widths[edge.source]))
+    traced.finish()
+    return placer.quantizers()
+
+
+def is_zero_pad(node: fx.Node) -> bool:
+    """Whether ``node`` pads with constant zeros."""
+    if node.target is aten.pad.default:
+        mode, value = (*node.args[2:], *("constant", 0)[len(node.args) - 2 :])[:2]
+        return mode == "constant" and not value
+    return node.target is aten.constant_pad_nd.default and (len(node.args) < 3 or not node.args[2])
+
+
+def _moves(node: fx.Node) -> bool:
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        return is_zero_pad(node)
+    return node.op == "call_function" and node.target in _MOVES
+
+
+def _source(value: fx.Node) -> fx.Node:
+    while _moves(value):
+        value = value.args[0]
+    return value
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    if node.target in LAYER_KINDS or node.target in _POOLS:
+        return [node.args[0]]
+    if node.target is aten.cat.default:
+        return list(node.args[0])
+    return [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
+
+
+def _may_be_integer(node: fx.Node) -> bool:
+    if node.target in _ELEMENTWISE:
+        operands = _operands(node)
+        return (
+            len(operands) == 2
+            and not node.kwargs.get("alpha", 1) != 1
+            and all(operand.op != "get_attr" and _is_float(operand) for operand in operands)
+        )
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]
+    return node.target in _POOLS or (node.target is aten.cat.default and all(map(_is_float, _operands(node))))
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _integer_operators(traced: TracedModel, act_bits: Mapping[str, int]) -> list[fx.Node]:
+    """Layers named in ``act_bits`` and the operators they feed, directly or through ReLUs and moves."""
+    integer: list[fx.Node] = []
+    known: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in LAYER_KINDS:
+            chosen = node.args[1].op == "get_attr" and layer_name(node) in act_bits
+        else:
+            chosen = _may_be_integer(node) and any(_origin(operand) in known for operand in _operands(node))
+        if chosen:
+            integer.append(node)
+            known.add(node)
+    return integer
+
+
+def _origin(value: fx.Node) -> fx.Node:
+    while _moves(value) or value.target in ACTIVATIONS:
+        value = value.args[0]
+    return value
+
+
+def _edges(integer: list[fx.Node], act_bits: Mapping[str, int]) -> Iterator[_Edge]:
+    for node in integer:
+        bits = act_bits[layer_name(node)] if node.target in LAYER_KINDS else INTEGER_BITS
+        for operand in dict.fromkeys(_operands(node)):
+            yield _Edge(node, operand, _source(operand), bits)
+
+
+class _Placer:
+    """Inserts nodes and remembers them; one life, one graph."""
+
+    def __init__(self, traced: TracedModel, dtype: torch.dtype, results: set[fx.Node]) -> None:
+        self.traced = traced
+        self.dtype = dtype
+        self.results = results
+        self.placed: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.grids: set[str] = set()
+
+    def quantize_source(self, source: fx.Node, bits: int, integer: set[fx.Node]) -> None:
+        """Quantize ``source`` and let its readers read that: all of them if an integer kernel writes it."""
+        quantized = self._insert(source, bits, _grid_name(source))
+        if source in self.results:
+            source.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+        else:
+            readers = [user for user in source.users if user is not quantized and (user in integer or _moves(user))]
+            for user in readers:
+                user.replace_input_with(source, quantized)
+
+    def connect(self, edge: _Edge, base_bits: int) -> None:
+        """Make ``edge.operator`` read ``edge.value`` at ``edge.bits``."""
+        value = edge.value
+        if value is edge.source:
+            value = self.placed[(value, base_bits)]
+        elif not _pads_for_convolution(edge):
+            value = self._insert(edge.value, base_bits, _grid_name(edge.source))
+            edge.operator.replace_input_with(edge.value, value)
+        if edge.bits < base_bits:
+            narrow = self._insert(value, edge.bits, f"{_grid_name(edge.value)}_a{edge.bits}")
+            edge.operator.replace_input_with(value, narrow)
+
+    def quantizers(self) -> list[Quantizer]:
+        """All grids in execution order."""
+        nodes: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.traced.graph.find_nodes(op="call_function", target=fake_quantize_op()):
+            nodes[node.args[1].target.removesuffix(".scale")].append(node)
+        order = {node: position for position, node in enumerate(self.traced.graph.nodes)}
+        found = []
+        for name, same_grid in nodes.items():
+            first = min(same_grid, key=order.__getitem__)
+            readers = [user for node in same_grid for user in node.users]
+            layers = tuple(dict.fromkeys(layer_name(user) for user in readers if user.target in LAYER_KINDS))
+            exclusive = len(same_grid) == 1 and all(user.target in LAYER_KINDS for user in readers)
+            found.append(Quantizer(name, first.name, first.args[3], layers, exclusive))
+        return sorted(found, key=lambda quantizer: order[self._node(quantizer.node)])
+
+    def _node(self, name: str) -> fx.Node:
+        return next(node for node in self.traced.graph.nodes if node.name == name)
+
+    def _insert(self, value: fx.Node, bits: int, name: str) -> fx.Node:
+        if (value, bits) in self.placed:
+            return self.placed[(value, bits)]
+        if name not in self.grids:
+            self.grids.add(name)
+            self.traced.set_tensor(f"{name}.scale", torch.tensor(math.nan))
+            self.traced.set_tensor(f"{name}.zero_point", torch.zeros((), dtype=self.dtype))
+        with self.traced.graph.inserting_after(value):
+            scale = self.traced.graph.get_attr(f"{name}.scale")
+        with self.traced.graph.inserting_after(scale):
+            zero_point = self.traced.graph.get_attr(f"{name}.zero_point")
+        with self.traced.graph.inserting_after(zero_point):
+            node = self.traced.graph.call_function(fake_quantize_op(), (value, scale, zero_point, bits))
+        node.meta["val"] = value.meta.get("val")
+        self.placed[(value, bits)] = node
+        return node
+
+
+def _grid_name(value: fx.Node) -> str:
+    return f"quantizers.{value.name}"
+
+
+def _pads_for_convolution(edge: _Edge) -> bool:
+    """Zero padding of a quantized value is still on its grid, and ONNX Runtime merges the Pad into the Conv."""
+    value = edge.value
+    return (
+        is_zero_pad(value)
+        and value.args[0].target is fake_quantize_op()
+        and all(user.target in LAYER_KINDS for user in value.users)
+    )

@@ -1,0 +1,112 @@
+"""Edits that turn a float graph into the compressed one: stored weights, biases on the accumulator's grid, absorbed ReLUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, layer_calls
+from compress.graph.quantizers import fake_quantize_op
+from compress.graph.traced import TracedModel
+from compress.weights import QuantizedWeight
+
+__all__ = ["absorb_activations", "input_quantizer", "layer_bias", "set_bias", "set_grid", "set_weight", "store_biases"]
+
+_INT32 = torch.iinfo(torch.int32)
+
+
+def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute: str) -> None:
+    """Replace the weight of ``layer`` by its packed codes and ``compress::dequantize_weight``.
+
+    ``compute`` is "integer" or "float": how a runtime is to use it. Storing a layer again replaces the tensors.
+    """
+    for part, tensor in weight.tensors().items():
+        traced.set_tensor(f"{layer}.weight_{part}", tensor)
+    calls = _calls_reading(traced, layer)
+    if calls:
+        reader = calls[0]
+        parts = [traced.attribute(f"{layer}.weight_{part}", before=reader) for part in ("packed", "scale", "zero_point")]
+        with traced.graph.inserting_before(reader):
+            node = traced.graph.call_function(
+                torch.ops.compress.dequantize_weight.default, (*parts, weight.bits, list(weight.codes.shape), compute)
+            )
+        node.meta["val"] = weight.dequantize()
+        for call in calls:
+            call.update_arg(1, node)
+        traced.finish()
+
+
+def _calls_reading(traced: TracedModel, layer: str) -> list[fx.Node]:
+    return layer_calls(traced).get(layer, [])
+
+
+def layer_bias(traced: TracedModel, call: fx.Node) -> Tensor | None:
+    """The bias that ``call`` adds, float32 [O], or None."""
+    node = call.args[2] if len(call.args) > 2 else None
+    return traced.tensor(str(node.target)) if node is not None else None
+
+
+def set_bias(traced: TracedModel, layer: str, calls: list[fx.Node], bias: Tensor) -> None:
+    """Make every call of ``layer`` add ``bias`` [O]; a layer without a bias gains one."""
+    name = f"{layer}.bias"
+    traced.set_tensor(name, bias)
+    for call in calls:
+        node = call.args[2] if len(call.args) > 2 else None
+        if node is None:
+            call.args = (*call.args[:2], traced.attribute(name, before=call), *call.args[3:])
+    traced.finish()
+
+
+def set_grid(traced: TracedModel, quantizer: str, scale: Tensor, zero_point: Tensor) -> None:
+    """Set the activation grid called ``quantizer``."""
+    traced.set_tensor(f"{quantizer}.scale", scale)
+    traced.set_tensor(f"{quantizer}.zero_point", zero_point)
+
+
+def input_quantizer(call: fx.Node) -> fx.Node | None:
+    """The quantizer whose grid the input of ``call`` lies on (padding with zeros keeps it there), or None."""
+    value = call.args[0]
+    while value.target is not fake_quantize_op():
+        if value.op != "call_function" or value.target not in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default):
+            return None
+        value = value.args[0]
+    return value
+
+
+def store_biases(traced: TracedModel) -> None:
+    """Round the bias of every integer call to the int32 grid its accumulator adds on: input scale times weight scale."""
+    for node in list(traced.graph.nodes):
+        if node.target not in LAYER_KINDS or node.args[1].target is not torch.ops.compress.dequantize_weight.default:
+            continue
+        quantizer = input_quantizer(node)
+        bias = layer_bias(traced, node)
+        if node.args[1].args[5] != "integer" or quantizer is None or bias is None:
+            continue
+        scale_nodes = (quantizer.args[1], node.args[1].args[1])
+        input_scale, weight_scale = (traced.tensor(scale.target) for scale in scale_nodes)
+        # A dead channel's scale can be so small that its bias overflows; float64 keeps the division exact enough.
+        codes = torch.round(bias.double() / (input_scale.double() * weight_scale.double())).clamp(_INT32.min, _INT32.max)
+        name = f"{node.args[2].target}_codes" + ("" if len(node.args[2].users) == 1 else f"_{node.name}")
+        traced.set_tensor(name, codes.to(torch.int32))
+        parts = [traced.attribute(each, before=node) for each in (name, *(scale.target for scale in scale_nodes))]
+        with traced.graph.inserting_before(node):
+            stored = traced.graph.call_function(torch.ops.compress.dequantize_bias.default, tuple(parts))
+        stored.meta["val"] = bias
+        node.update_arg(2, stored)
+    traced.finish()
+
+
+def absorb_activations(traced: TracedModel) -> None:
+    """Drop every ReLU and ReLU6 whose only reader clips to the same range, so that the kernel before it fuses."""
+    for node in list(traced.graph.find_nodes(op="call_function", target=fake_quantize_op())):
+        activation = node.args[0]
+        if activation.target not in ACTIVATIONS or len(activation.users) != 1:
+            continue
+        scale = traced.tensor(node.args[1].target)
+        zero_point = traced.tensor(node.args[2].target)
+        starts_at_zero = int(zero_point) == torch.iinfo(zero_point.dtype).min
+        top = float(scale) * ((1 << node.args[3]) - 1)
+        limit = float("inf") if ACTIVATIONS[activation.target] == "relu" else 6.0 * (1 + 1e-6)
+        if starts_at_zero and top <= limit:
+            node.update_arg(0, activation.args[0])
+    traced.finish()

@@ -1,0 +1,78 @@
+"""Rewrites that leave the function as it is and the graph in fewer shapes.
+
+1. Nodes that return their input in eval mode go: dropout's clone, contiguous, alias, slices over everything.
+2. ``conv.padding`` with "same" or "valid" becomes a convolution with numbers, where the padding is even on both sides.
+3. A mean over all spatial positions becomes an adaptive average pool to 1, the form integer runtimes know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from compress.graph.traced import TracedModel
+
+__all__ = ["simplify"]
+
+aten = torch.ops.aten
+_IDENTITIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_END = 1 << 62
+
+
+def simplify(traced: TracedModel) -> None:
+    """Apply the three rewrites in place."""
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+        elif node.target in (aten.conv1d.padding, aten.conv2d.padding):
+            _number_padding(traced, node)
+        elif node.target is aten.mean.dim:
+            _pool_mean(traced, node)
+    traced.finish()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.target in _IDENTITIES:
+        return True
+    if node.target is aten.slice.Tensor:
+        start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+        return start in (None, 0) and (end is None or (isinstance(end, int) and end >= _END)) and step == 1
+    return False
+
+
+def _number_padding(traced: TracedModel, node: fx.Node) -> None:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = (None, None, None, [1], "valid", [1], 1)
+    given = {**dict(zip(names, defaults, strict=True)), **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    kernel = given["weight"].meta["val"].shape[2:]
+    dilation = list(given["dilation"]) * (len(kernel) // len(given["dilation"]))
+    if given["padding"] == "valid":
+        padding = [0] * len(kernel)
+    else:
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if any(t % 2 for t in total):
+            return  # uneven padding has no conv form in PyTorch; the operator stays and is not compressible
+        padding = [t // 2 for t in total]
+    stride = list(given["stride"]) * (len(kernel) // len(given["stride"]))
+    node.target = aten.conv1d.default if len(kernel) == 1 else aten.conv2d.default
+    node.args = (given["input"], given["weight"], given["bias"], stride, padding, dilation, given["groups"])
+    node.kwargs = {}
+
+
+def _pool_mean(traced: TracedModel, node: fx.Node) -> None:
+    source, dims, keep = (*node.args, False)[:3]
+    value = source.meta.get("val")
+    if value is None or value.dim() != 4 or sorted(d % 4 for d in dims) != [2, 3]:
+        return
+    with traced.graph.inserting_before(node):
+        pooled = traced.graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))
+        pooled.meta = {**node.meta, "val": value.new_empty((*value.shape[:2], 1, 1))}
+        result = pooled
+        if not keep:
+            result = traced.graph.call_function(aten.flatten.using_ints, (pooled, 1))
+            result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    traced.graph.erase_node(node)

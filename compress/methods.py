@@ -1,0 +1,12 @@
+"""Every method that quantizes a layer, by name."""
+
+from __future__ import annotations
+
+__all__ = ["METHODS"]
+
+METHODS = {
+    "minmax": "compress.quant.rtn:MIN_MAX",
+    "mse": "compress.quant.rtn:MSE",
+    "adaquant": "compress.calib.adaquant:SEQUENTIAL",
+    "adaquant-parallel": "compress.calib.adaquant:PARALLEL",
+}

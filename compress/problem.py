@@ -1,0 +1,105 @@
+"""One layer as its method sees it: tensors in, tensors out; the graph stays outside.
+
+A method is a pure function (DESIGN rule 3): ``solve(problem, option, effort)`` returns a :class:`Solution` and never
+scores itself; the error in the report is computed once, the same way for all, by whoever called it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compress.records import QuantOption
+from compress.weights import QuantizedWeight
+
+__all__ = ["ActivationGrid", "Effort", "LayerProblem", "Method", "RowSource", "Solution"]
+
+
+class RowSource(Protocol):
+    """Samples of one value, [N, ...], read a few at a time."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: Tensor) -> Tensor:
+        """The samples at ``index`` ([n] int64), as [n, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """Grid of a layer's input: ``scale`` float32 [], ``zero_point`` in ``dtype``'s range, ``bits``.
+
+    ``learnable`` says whether a method may change it; otherwise the samples are already on it.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    learnable: bool
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """What a method may know of a layer.
+
+    Attributes:
+        name: for messages.
+        weight: float32 ``[O, I/groups, *kernel]``.
+        bias: float32 ``[O]`` or None.
+        forward: ``(x, weight, bias) -> y``, the layer with its stride, padding and groups.
+        relu: "relu", "relu6" or None: what alone reads the output.
+        inputs: samples of the layer's input, before its own grid if that is learnable; None without data.
+        targets: the float layer's output for the same samples; None without data.
+        grid: grid of the input; None when the input stays float.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    relu: str | None = None
+    inputs: RowSource | None = None
+    targets: RowSource | None = None
+    grid: ActivationGrid | None = None
+
+    def activate(self, y: Tensor) -> Tensor:
+        """Apply the activation that alone reads the output, if there is one."""
+        if self.relu == "relu":
+            return torch.relu(y)
+        return y.clamp(0.0, 6.0) if self.relu == "relu6" else y
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a method may work, and its seed."""
+
+    iterations: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A layer's numbers: weight codes, bias [O] (None: as it was) and input grid (None: as it was)."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None = None
+    grid: ActivationGrid | None = None
+    note: str | None = None
+
+
+class Method(Protocol):
+    """A row of the table of methods."""
+
+    needs_data: bool
+    """Whether ``inputs`` and ``targets`` must be there."""
+
+    sequential: bool
+    """Whether the inputs come from the already quantized prefix (True) or from the float model."""
+
+    def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
+        """Quantize one layer."""
+        ...

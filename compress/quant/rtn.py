@@ -1,0 +1,32 @@
+"""Round-to-nearest: the naive way every other method starts from and is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compress.problem import Effort, LayerProblem, Solution
+from compress.quant.grid import min_max_grid, mse_grid, quantize
+from compress.records import QuantOption
+
+__all__ = ["MIN_MAX", "MSE", "RoundToNearest"]
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Round every weight to the grid that ``grid`` finds; needs no data."""
+
+    grid: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
+    needs_data: bool = False
+    sequential: bool = True
+
+    def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
+        """Quantize the weight; bias and input grid stay."""
+        scale, zero_point = self.grid(problem.weight, option.bits, option.symmetric)
+        return Solution(quantize(problem.weight, scale, zero_point, option.bits))
+
+
+MIN_MAX = RoundToNearest(min_max_grid)
+MSE = RoundToNearest(mse_grid)

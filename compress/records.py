@@ -1,0 +1,97 @@
+"""The small frozen records that pass between stages; each is a JSON file on request.
+
+``Plan`` says what is to be done and is enough to do it again; ``Report`` (compress/report/schema.py) says what came out.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["SCHEMA_VERSION", "Choice", "LayerSpec", "Plan", "QuantOption", "Record", "Skip", "Steps"]
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of every record: immutable, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerSpec(Record):
+    """One compressible layer of the traced graph, or one that is not and why."""
+
+    name: str
+    kind: str = Field(description="conv1d, conv2d, linear, or the operator's name for what cannot be compressed")
+    weight_shape: tuple[int, ...]
+    groups: int = 1
+    macs: int = Field(description="multiply-accumulates per sample, all calls together")
+    rows: int = Field(description="output positions per sample (1 for a linear on a vector), all calls together")
+    calls: int = Field(1, description="how often the graph calls it; more than one for a shared module")
+    activation: str | None = Field(None, description="relu or relu6 when the output feeds nothing else")
+    block: str = Field("", description="path of the module that holds it")
+    refusal: str | None = Field(None, description="why it cannot be compressed; None when it can")
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, the bias not counted."""
+        count = 1
+        for size in self.weight_shape:
+            count *= size
+        return count
+
+
+class QuantOption(Record):
+    """How one layer is to be quantized. ``act_bits`` None keeps its input in floating point."""
+
+    bits: int = Field(ge=2, le=8)
+    act_bits: int | None = Field(None, ge=2, le=8)
+    symmetric: bool = True
+
+    def __str__(self) -> str:
+        return f"W{self.bits}" + (f"A{self.act_bits}" if self.act_bits else "")
+
+
+class Choice(Record):
+    """What the plan does to one layer: ``method`` produces the numbers, ``format`` says how they are stored and run."""
+
+    layer: str
+    method: str
+    option: QuantOption
+    format: str
+
+
+class Skip(Record):
+    """A layer left in floating point, and why."""
+
+    layer: str
+    reason: str
+
+
+class Steps(Record):
+    """What happens besides the layers' own methods, in this order; None where data decide it is not possible."""
+
+    equalize: bool = False
+    bias_correction: bool = False
+    statistics_tuning: bool = False
+    bias_tuning: bool = False
+
+
+class Plan(Record):
+    """Everything that determines the artifact, given the model file and the data."""
+
+    schema_version: int = SCHEMA_VERSION
+    choices: tuple[Choice, ...]
+    skipped: tuple[Skip, ...] = ()
+    target: str
+    observer: str = Field(description="how activation ranges are chosen")
+    steps: Steps = Steps()
+    iterations: int = Field(description="optimisation steps a layer, for methods that take any")
+    seed: int = 0
+    samples: int = Field(0, description="calibration samples used; 0 without data")
+    model_fingerprint: str
+    data_fingerprint: str | None = None
+
+    def choice(self, layer: str) -> Choice | None:
+        """The choice for ``layer``, None when it stays float."""
+        return next((choice for choice in self.choices if choice.layer == layer), None)

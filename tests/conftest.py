@@ -1,0 +1,38 @@
+"""What every test gets: a fixed seed, two threads, and the shared data where the machine has it."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+# Before anything imports triton, which reads it once: kernels then run in the interpreter, without a GPU.
+# TRITON_INTERPRET=0 in the environment tests them on a real one.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Same random numbers in each test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    # Tests that never import torch should not pay seconds for it.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+        # More threads than that change the order of sums from machine to machine.
+        torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real models and data beside the checkout; its README says what it holds."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the folder ../shared/data beside the checkout (real models and data)")
+    return SHARED_DATA

@@ -1,0 +1,302 @@
+"""The rules that hold the house up, checked: layers, file sizes, names, links, exports, and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Which part of the package may import which. A part is a module or folder directly under compress/. Parts of one level
+# may import each other only where their row says so; test_imports_form_no_cycle keeps that honest.
+LEVEL_0 = {"errors", "registry", "records", "packing", "weights", "problem", "formats", "targets", "machine"}
+LEVEL_1 = {"checkpoint", "factory", "shapes", "methods", "graph"}
+LEVEL_2 = {"quant", "calib", "kernels"}
+LEVEL_4 = {"transform", "apply", "artifact"}
+LEVEL_5 = {"export", "verify", "bench", "report"}
+BELOW_4 = LEVEL_0 | LEVEL_1 | LEVEL_2
+BELOW_5 = BELOW_4 | LEVEL_4
+BELOW_6 = BELOW_5 | LEVEL_5
+
+MAY_IMPORT: dict[str, set[str]] = {
+    **dict.fromkeys(LEVEL_0, LEVEL_0),
+    **dict.fromkeys(LEVEL_1, LEVEL_0 | LEVEL_1),
+    "methods": set(),  # a table of names: importing it must load nothing
+    "quant": LEVEL_0 | {"quant"},
+    "calib": LEVEL_0 | LEVEL_1 | {"quant", "calib"},
+    "kernels": LEVEL_0 | {"kernels"},
+    **dict.fromkeys(LEVEL_4, BELOW_5),
+    **dict.fromkeys(LEVEL_5, BELOW_6),
+    "api": BELOW_6,
+    # Commands call the API; the rest are the light tables and records that parsing and printing need.
+    "cli": {"cli", "api", "errors", "records", "registry", "methods", "formats", "targets"},
+    "__main__": {"cli"},
+    "__init__": {"api", "errors"},
+}
+
+# Parts that may name a method's module; everyone else goes through compress.methods.
+MAY_IMPORT_METHODS = {"quant", "calib"}
+# The parts where Triton may be imported, and the modules in them that must stay importable without it.
+TRITON_PARTS = {"kernels"}
+TRITON_FREE = {"compress.kernels.table", "compress.kernels.dispatch"}
+
+MAX_LINES = 400
+NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "core"}
+LINKS = {"compress/kernels": "../kernels", "compress/calib": "../calib"}
+HEAVY = {"torch", "onnxruntime", "onnx", "onnxscript", "triton"}
+PACKAGE_FOLDERS = ("compress", "kernels", "calib")
+ALL_FOLDERS = (*PACKAGE_FOLDERS, "tests", "benchmarks", "examples")
+
+
+def python_files(*folders: str) -> list[Path]:
+    """Every .py file under ``folders``, relative to the checkout, each once: those behind a link are left out."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return sorted(path.relative_to(ROOT) for path in found if path.resolve() == path)
+
+
+def module_name(path: Path) -> str:
+    """``kernels/table.py`` -> ``compress.kernels.table``; ``compress/graph/__init__.py`` -> ``compress.graph``."""
+    parts = path.with_suffix("").parts
+    parts = parts if parts[0] == "compress" else ("compress", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def part_of(module: str) -> str:
+    """``compress.graph.traced`` -> ``graph``; the package itself is ``__init__``."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything ``path`` imports, also inside functions; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+MODULES = {module_name(path): path for path in python_files(*PACKAGE_FOLDERS)}
+
+
+def our_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Like :func:`imports_of`, only modules of this package: ``compress.graph.traced.trace`` is cut to the module."""
+    for line, name in imports_of(path):
+        if name.split(".")[0] == "compress":
+            while name not in MODULES and "." in name:
+                name = name.rpartition(".")[0]
+            yield line, name
+
+
+def report(problems: list[str]) -> None:
+    """Fail with every problem at once, one a line."""
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+
+
+def test_every_part_has_a_row_in_the_table() -> None:
+    unknown = {part_of(module): path for module, path in MODULES.items() if part_of(module) not in MAY_IMPORT}
+    report(
+        [
+            f"{path}: compress.{part} is new: decide its level and add it to the table in tests/test_architecture.py"
+            for part, path in unknown.items()
+        ]
+    )
+
+
+def test_imports_point_down() -> None:
+    report(
+        [
+            f"{path}:{line}: compress.{part_of(module)} may not import {name}; it may import: "
+            + (", ".join(sorted(MAY_IMPORT[part_of(module)])) or "nothing")
+            for module, path in MODULES.items()
+            for line, name in our_imports(path)
+            if part_of(name) not in MAY_IMPORT.get(part_of(module), {part_of(name)})
+        ]
+    )
+
+
+def test_imports_form_no_cycle() -> None:
+    graph = {module: {name for _, name in our_imports(path)} - {module} for module, path in MODULES.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("modules import each other in a circle: " + " <- ".join(error.args[1]), pytrace=False)
+
+
+def test_methods_are_reached_through_their_table() -> None:
+    table = parse(MODULES["compress.methods"])
+    rows = {node.value for node in ast.walk(table) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    methods = {row.partition(":")[0] for row in rows if re.fullmatch(r"compress[\w.]+:\w+", row)}
+    assert methods, "compress/methods.py holds no row of the form 'compress.module:object'"
+    report(
+        [
+            f"{path}:{line}: {name} is a method: take it from compress.methods with compress.registry.resolve"
+            for module, path in MODULES.items()
+            for line, name in our_imports(path)
+            if name in methods and part_of(module) not in MAY_IMPORT_METHODS
+        ]
+    )
+
+
+def test_triton_only_in_kernel_files() -> None:
+    report(
+        [
+            f"{path}:{line}: triton may be imported only inside a kernel file: elsewhere there may be no GPU"
+            for module, path in MODULES.items()
+            for line, name in imports_of(path)
+            if name.split(".")[0] == "triton" and (part_of(module) not in TRITON_PARTS or module in TRITON_FREE)
+        ]
+    )
+
+
+def test_imports_are_absolute_and_full() -> None:
+    report(
+        [
+            f"{path}:{line}: write compress.{name}: another project owns the bare name"
+            if not name.startswith(".")
+            else f"{path}:{line}: relative import; write the full name, so that a search finds it"
+            for path in python_files(*ALL_FOLDERS)
+            for line, name in imports_of(path)
+            if name.startswith(".") or name.split(".")[0] in {"kernels", "calib"}
+        ]
+    )
+
+
+def test_files_are_short_and_named() -> None:
+    problems = []
+    for path in python_files(*ALL_FOLDERS):
+        lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        if lines > MAX_LINES:
+            problems.append(f"{path} has {lines} lines, more than {MAX_LINES}: which two things is it?")
+        if nameless := NAMELESS & {path.stem, *path.parent.parts}:
+            problems.append(f"{path}: {nameless.pop()!r} says nothing; name it after what it holds")
+    report(problems)
+
+
+def all_order(name: str) -> tuple[int, list[int | str]]:
+    """Sort key of ``__all__`` as ruff's RUF022 has it: CONSTANTS, Classes, functions, numbers by value."""
+    kind = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
+    return kind, [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def defined_names(tree: ast.Module) -> set[str]:
+    """Names bound at the top level, also inside ``if`` and ``try``."""
+    names = set()
+    for node in tree.body:
+        for inner in ast.walk(node) if isinstance(node, ast.If | ast.Try) else [node]:
+            match inner:
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                    names.add(name)
+                case ast.Assign(targets=targets):
+                    names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    names.add(name)
+                case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                    names |= {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+    return names
+
+
+def test_all_is_present_sorted_and_defined() -> None:
+    problems = []
+    for module, path in MODULES.items():
+        tree = parse(path)
+        # Commands and `python -m` are run, not imported; a folder's __init__ may be nothing but its docstring.
+        if part_of(module) in {"cli", "__main__"} or len(tree.body) <= 1:
+            continue
+        values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        if not values:
+            problems.append(f"{path}: no __all__: say which names are public")
+            continue
+        public = ast.literal_eval(values[0])
+        if public != sorted(public, key=all_order):
+            problems.append(f"{path}: sort __all__: {sorted(public, key=all_order)}")
+        # The package resolves its names on first use; test_package_resolves_its_names covers it.
+        if module != "compress.__init__":
+            problems += [f"{path}: __all__ names {name}, not defined" for name in set(public) - defined_names(tree)]
+    report(problems)
+
+
+def test_package_resolves_its_names() -> None:
+    import compress
+
+    assert [name for name in compress.__all__ if not hasattr(compress, name)] == []
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_link_resolves(link: str) -> None:
+    path = ROOT / link
+    assert path.is_symlink(), f"{link} must be a symbolic link; was the project unpacked without link support?"
+    assert path.readlink() == Path(LINKS[link])
+    assert path.is_dir(), f"{link} points nowhere"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "calib", "tests"])
+def test_folder_is_no_package(folder: str) -> None:
+    # With one, `import kernels` from the checkout would find ours and break another project's package of that name.
+    assert not list((ROOT / folder).rglob("__init__.py"))
+
+
+def test_changelog_starts_with_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    heading = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert heading, "CHANGELOG.md has no heading of the form '## [1.2.3] - date'"
+    assert heading[1] == version
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "compress", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    # Each import logs one line, "import time: self | cumulative | module"; the rest is the program's own.
+    log = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    errors = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
+    assert run.returncode == 0, "\n".join(errors)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in log}
+    assert "compress" in imported, "the import log is empty: the test would pass whatever was imported"
+    assert imported & HEAVY == set(), "imported before any work was asked for; import it inside the function"
+
+
+@pytest.mark.slow
+def test_wheel_is_complete_and_alone(tmp_path: Path) -> None:
+    # A build from a checkout without links succeeds and silently leaves out both folders: only the wheel tells.
+    listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    # safe.directory: CI may own the checkout under another user; nothing from its configuration is run here.
+    git = subprocess.run(["git", "-c", "safe.directory=*", *listing], cwd=ROOT, capture_output=True, check=True)
+    source = tmp_path / "source"
+    for name in git.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and (path.is_symlink() or path.is_file()):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, source / name, follow_symlinks=False)
+
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    build = subprocess.run([*pip, "-w", str(tmp_path), str(source)], capture_output=True, text=True, timeout=300)
+    assert build.returncode == 0, build.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"compress"}
+    expected = {f"compress/{path}" for path in python_files("kernels", "calib")}
+    assert all(any(name.startswith(f"{link}/") for name in expected) for link in LINKS)
+    assert (expected | {str(path) for path in python_files("compress")}) - names == set()
