@@ -1,0 +1,157 @@
+"""The folder a run leaves: tensors in safetensors, everything else in JSON; written whole or not at all.
+
+======================  =============================================================================================
+``model.onnx``          for ONNX Runtime
+``model.safetensors``   every tensor of the compressed graph; packed weight codes in compress.packing's layout
+``graph.json``          the graph itself (compress/graph/serial.py)
+``plan.json``           what was decided (compress.records.Plan)
+``report.json``         what came of it (compress.report.schema.Report)
+======================  =============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress.errors import InputError
+from compress.graph.serial import graph_to_json, json_to_graph
+from compress.graph.traced import TracedModel
+from compress.kernels.table import register_operators
+from compress.records import Plan
+
+__all__ = ["ONNX_FILE", "REPORT_FILE", "load_artifact", "load_plan", "new_folder", "save_artifact", "sum_tensor_bytes"]
+
+ONNX_FILE = "model.onnx"
+REPORT_FILE = "report.json"
+_TENSORS = "model.safetensors"
+_GRAPH = "graph.json"
+_PLAN = "plan.json"
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its name when the block ends well, and goes when it does not.
+
+    Raises:
+        InputError: ``path`` exists and ``overwrite`` is not set, or the disk is full or not writable.
+    """
+    check_free(path, overwrite)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            _to_disk(file)
+        if path.exists():
+            _remove(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse an output that exists already, before any work is done."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+
+
+def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
+    """Write tensors, graph and plan into ``folder``."""
+    register_operators()
+    tensors = {node.target: traced.tensor(str(node.target)).contiguous() for node in traced.graph.find_nodes(op="get_attr")}
+    save_file({str(name): tensor for name, tensor in tensors.items()}, folder / _TENSORS, {"format": "pt"})
+    (folder / _GRAPH).write_text(json.dumps(graph_to_json(traced)))
+    (folder / _PLAN).write_text(plan.model_dump_json(indent=2))
+
+
+def load_artifact(folder: Path) -> TracedModel:
+    """The compressed graph stored in ``folder``, ready to run.
+
+    Raises:
+        InputError: a file is missing or damaged, or refers to what is not there.
+    """
+    register_operators()
+    stored = _read_json(folder, _GRAPH)
+    try:
+        tensors: dict[str, Tensor] = load_file(_existing(folder, _TENSORS))
+    except SafetensorError as error:
+        raise InputError(f"{folder / _TENSORS} is damaged ({error}); compress the model again") from error
+    try:
+        traced = json_to_graph(stored, tensors)
+        with torch.no_grad():
+            _remember_shapes(traced)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"{folder / _GRAPH} and {_TENSORS} do not fit together ({error}); compress the model again") from error
+    return traced
+
+
+def load_plan(folder: Path) -> Plan:
+    """The plan stored in ``folder``.
+
+    Raises:
+        InputError: it is missing or not a plan of this version.
+    """
+    try:
+        return Plan.model_validate(_read_json(folder, _PLAN))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{folder / _PLAN}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def sum_tensor_bytes(traced: TracedModel) -> int:
+    """Bytes of all tensors the graph reads."""
+    names = {str(node.target) for node in traced.graph.find_nodes(op="get_attr")}
+    return sum(traced.tensor(name).nbytes for name in names)
+
+
+def _remember_shapes(traced: TracedModel) -> None:
+    """Run the example once and note every node's value, as tracing does: passes over the graph read the shapes."""
+
+    class _Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            n.meta["val"] = super().run_node(n)
+            return n.meta["val"]
+
+    _Recorder(traced.module).run(*traced.example)
+
+
+def _existing(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise InputError(f"{folder} holds no {name}; give a folder that `compress quantize` has written")
+    return folder / name
+
+
+def _read_json(folder: Path, name: str) -> dict[str, object]:
+    try:
+        content = json.loads(_existing(folder, name).read_text())
+    except ValueError as error:
+        raise InputError(f"{folder / name} is not JSON ({error}); compress the model again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{folder / name} is not a JSON object; compress the model again")
+    return content
+
+
+def _to_disk(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

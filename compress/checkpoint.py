@@ -1,0 +1,350 @@
+"""Model files in: .pt, .pth, .th, .bin (torch.save), .safetensors and .pt2 (torch.export), to a module.
+
+Loading runs no code from the file. torch.save files go through torch's weights_only unpickler, which knows torch.nn's
+own layers and the names the user allowed; archives of torch.export are checked first (compress.pt2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickletools
+import re
+import sys
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import safetensors
+import safetensors.torch
+import torch
+
+from compress.errors import InputError
+from compress.factory import build_module, fit_state, import_dotted, one_line
+from compress.pt2 import load_exported
+
+__all__ = ["LoadedModel", "fingerprint", "load_model", "read_safely"]
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
+_NESTED_KEYS = ("state_dict", "model_state", "model", "model_state_dict")
+# Functions and classes outside torch.nn.modules that torch.nn's own layers keep as attributes.
+_LAYER_PARTS = ("torch.nn.functional.relu", "torch._C._nn.gelu", "torch.nn.parallel.data_parallel.DataParallel")
+# Of the standard library only these describe data; the rest (os, subprocess, builtins.eval ...) can run commands,
+# so that neither a message suggests to allow them nor --allow does.
+_DATA_MODULES = ("argparse", "collections", "datetime", "enum", "functools", "pathlib", "types", "typing", "uuid")
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_HASH_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode on CPU, its floating-point parameters and buffers in float32."""
+
+    module: torch.nn.Module
+    example: tuple[torch.Tensor, ...] | None  # the inputs a .pt2 file was exported with, batch dimension included
+    source: str
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+
+def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow: Sequence[str] = ()) -> LoadedModel:
+    """Read a model file; `model` ("package.module:factory") builds the module when the file holds only weights.
+
+    `allow` names classes ("package.Class") beyond torch.nn's that a torch.save file may use, or operators
+    ("torch.ops.namespace.name") beyond aten's that a .pt2 file may call.
+
+    Raises:
+        InputError: the file is missing, damaged, of another kind, needs names that are not allowed, does not fit the
+            factory's module, or holds weights that are not finite.
+    """
+    file = Path(path)
+    kind = _kind(file)
+    notes: list[str] = []
+    example: tuple[torch.Tensor, ...] | None = None
+    if kind == "pt2":
+        module, example, notes = load_exported(file, allow)
+    else:
+        found = _read_safetensors(file) if kind == "safetensors" else _model_part(read_safely(file, allow), file)
+        if isinstance(found, torch.nn.Module):
+            module = found
+            if model is not None:
+                notes.append(f"{file.name} holds a whole module, so --model {model} was not used.")
+        elif model is None:
+            names = ", ".join(list(found)[:3])
+            raise InputError(
+                f"{file} holds {len(found)} weights ({names}, ...) but not the model they belong to; give the function "
+                f"that builds it: compress quantize {file} --model package.module:factory."
+            )
+        else:
+            module = build_module(model)
+            fit_state(module, found, source=str(file), spec=model)
+            notes += _conversion_note(found.values())
+    while isinstance(module, torch.nn.DataParallel):
+        module = module.module
+    example = _to_float_eval(module, file, notes, example)
+    _check_weights(module, file)
+    return LoadedModel(module, example, str(file), fingerprint(module), tuple(notes))
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all tensors of a module, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_tensors(module), key=lambda pair: pair[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        data = flat.view(torch.uint8).numpy()
+        for start in range(0, len(data), _HASH_BYTES):
+            digest.update(data[start : start + _HASH_BYTES].data)
+    return digest.hexdigest()
+
+
+def _kind(file: Path) -> str:
+    """ "torch", "safetensors" or "pt2", by suffix and by the first bytes."""
+    if file.is_dir():
+        raise InputError(
+            f"{file} is a folder, and Hugging Face model folders are not supported yet; give a .pt, .pth, .pt2 or "
+            ".safetensors file."
+        )
+    if not file.exists():
+        raise InputError(f"There is no file {file}; check the path.")
+    if file.stat().st_size == 0:
+        raise InputError(f"{file} is empty; save or download it again.")
+    suffix = file.suffix.lower()
+    if suffix == ".safetensors":
+        return "safetensors"
+    if suffix not in (*_TORCH_SUFFIXES, ".pt2"):
+        raise InputError(f"{file} ends in {suffix!r}; a model file ends in .pt, .pth, .th, .bin, .pt2 or .safetensors.")
+    with file.open("rb") as stream:
+        start = stream.read(len(_LEGACY_MAGIC))
+    if start == _LEGACY_MAGIC and suffix != ".pt2":
+        return "torch"
+    if start[:2] != b"PK":
+        plain_pickle = start[:1] == b"\x80" and suffix != ".pt2"
+        what = "is a plain pickle, not written by torch.save" if plain_pickle else "is not a PyTorch file"
+        raise InputError(f"{file} {what} (it begins with {start[:8]!r}); save the model with torch.save.")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is truncated or damaged ({one_line(error)}); save or download it again.") from error
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        raise InputError(
+            f"{file} is a TorchScript archive, which is not supported; save the module with torch.save or export it "
+            "with torch.export.save to a .pt2 file."
+        )
+    if "archive_format" in names or "serialized_exported_program.json" in names:
+        if suffix != ".pt2":
+            raise InputError(f"{file} was written by torch.export.save; rename it to {file.stem}.pt2.")
+        return "pt2"
+    if "data.pkl" not in names:
+        raise InputError(f"{file} is a zip archive but not a PyTorch file; save the model with torch.save.")
+    if suffix == ".pt2":
+        raise InputError(f"{file} was written by torch.save, not torch.export.save; rename it to {file.stem}.pt.")
+    return "torch"
+
+
+def read_safely(file: Path, allow: Sequence[str] = ()) -> object:
+    """What torch.save wrote, without running code from the file.
+
+    Raises:
+        InputError: the file is damaged, or needs names that are neither torch.nn's layers nor allowed.
+    """
+    allowed = [_layer(name) for name in _LAYER_PARTS]
+    needed = _globals(file, allowed)
+    for name in needed:
+        if name.startswith("torch.nn.modules.") and (entry := _layer(name)) is not None:
+            allowed.append(entry)
+        elif (spec := _allowed_as(name, allow)) is not None and not _runs_commands(name):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # numpy.core, numpy's name before 2.0
+                allowed.append((import_dotted(spec, "--allow"), name))
+    entries = [entry for entry in allowed if entry is not None]
+    known = {name for _, name in entries}
+    foreign = [name for name in needed if name not in known]
+    if foreign and _is_zip(file):
+        raise InputError(_refusal(file, foreign))
+    try:
+        with torch.serialization.safe_globals(entries):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Files from before torch 1.6 name torch's own types too, so only a failure tells that a name is foreign.
+        foreign = [name for name in foreign if name in str(error)]
+        if foreign:
+            raise InputError(_refusal(file, foreign)) from error
+        raise InputError(
+            f"{file} could not be read ({one_line(error)}); it is truncated, damaged or of another kind: save the "
+            "model again with torch.save, or save its state_dict()."
+        ) from error
+
+
+def _globals(file: Path, allowed: Sequence[tuple[object, str] | None]) -> list[str]:
+    """The names the file's pickle asks for, sorted; for zip files only those that torch does not know already."""
+    try:
+        if _is_zip(file):
+            with torch.serialization.safe_globals([entry for entry in allowed if entry is not None]):
+                return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        with file.open("rb") as stream:
+            return sorted(_legacy_globals(stream))
+    except Exception as error:
+        raise InputError(
+            f"{file} is truncated, damaged or saved with a pickle protocol other than torch's default "
+            f"({one_line(error)}); save it again with torch.save(model, path)."
+        ) from error
+
+
+def _legacy_globals(stream: IO[bytes]) -> set[str]:
+    names = set()
+    for _ in range(4):  # magic number, protocol, system, and the object itself; raw tensors follow
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "GLOBAL" and isinstance(argument, str):
+                names.add(argument.replace(" ", "."))
+    return names
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _layer(name: str) -> tuple[object, str] | None:
+    """The class of torch.nn.modules (or one of _LAYER_PARTS) of that exact name, with its name in the file."""
+    module_name, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module_name), attribute, None)  # nothing is imported because a file says so
+    if name in _LAYER_PARTS:
+        return (found, name)
+    is_layer = isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__ == module_name
+    return (found, name) if is_layer else None
+
+
+def _allowed_as(name: str, allow: Sequence[str]) -> str | None:
+    """The entry of `allow` that stands for a name: itself, or for a script's own __main__.Net any module's Net."""
+    if name in allow:
+        return name
+    if name.startswith("__main__."):
+        return next((spec for spec in allow if spec.rpartition(".")[2] == name.removeprefix("__main__.")), None)
+    return None
+
+
+def _runs_commands(name: str) -> bool:
+    top = name.partition(".")[0]
+    return top in ("nt", "posix") or (top in sys.stdlib_module_names and top not in _DATA_MODULES)
+
+
+def _refusal(file: Path, foreign: Sequence[str]) -> str:
+    commands = [name for name in foreign if _runs_commands(name)]
+    if commands:
+        return (
+            f"{file} was not loaded: it asks for {', '.join(commands)}, which is no part of a model and can run "
+            "commands when loaded; get the weights as .safetensors from someone you trust."
+        )
+    flags = " ".join(f"--allow {name.replace('__main__.', 'your_module.')}" for name in foreign)
+    hint = (
+        " (__main__ was the script that saved it: name the module that defines the class)"
+        if any(name.startswith("__main__.") for name in foreign)
+        else ""
+    )
+    return (
+        f"{file} was not loaded: it needs {', '.join(foreign)}, beyond torch.nn's own layers{hint}. If you trust "
+        f"them, add {flags}; or save the state_dict() and give --model package.module:factory."
+    )
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{file} is truncated or no safetensors file ({one_line(error)}); get it again.") from error
+
+
+def _model_part(content: object, file: Path) -> torch.nn.Module | dict[str, torch.Tensor]:
+    """The module or the flat state dict inside what a file holds."""
+    if isinstance(content, torch.nn.Module):
+        return content
+    if not isinstance(content, Mapping):
+        what = f"one tensor of shape {list(content.shape)}" if isinstance(content, torch.Tensor) else ""
+        raise InputError(
+            f"{file} holds {what or f'an object of type {type(content).__name__}'}, not a model or its weights; save "
+            "the model with torch.save(model, path) or its state_dict()."
+        )
+    for key in _NESTED_KEYS:
+        if isinstance(content.get(key), Mapping | torch.nn.Module):
+            return _model_part(content[key], file)
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors or not all(isinstance(name, str) for name in content):
+        keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
+        raise InputError(
+            f"{file} holds a dictionary without weights (keys: {keys}); save model.state_dict(), alone or under "
+            '"state_dict".'
+        )
+    return tensors
+
+
+def _conversion_note(tensors: Iterable[torch.Tensor]) -> list[str]:
+    """A sentence about the floating-point tensors that are not float32, if there are any."""
+    kinds = Counter(
+        str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float32
+    )
+    if not kinds:
+        return []
+    return [", ".join(f"{count} {kind} tensors" for kind, count in sorted(kinds.items())) + " converted to float32."]
+
+
+def _to_float_eval(
+    module: torch.nn.Module, file: Path, notes: list[str], example: tuple[torch.Tensor, ...] | None
+) -> tuple[torch.Tensor, ...] | None:
+    """Eval mode and float32, in place; returns the example inputs in float32 as well."""
+    if isinstance(module, torch.fx.GraphModule):
+        for part in module.modules():
+            part.training = False  # exported modules refuse eval(); their graph was checked for training mode
+    else:
+        module.eval()
+    converted = _conversion_note([tensor for _, tensor in _tensors(module) if not tensor.is_meta])
+    if converted:
+        notes += converted
+        try:
+            module.float()
+            for part in module.modules():
+                for name, value in vars(part).items():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        setattr(part, name, value.float())
+            if example is not None:
+                example = tuple(x.float() if x.is_floating_point() else x for x in example)
+                with torch.no_grad():
+                    module(*example)  # a traced graph can hold casts of its own
+        except Exception as error:
+            raise InputError(
+                f"{file} does not run after its weights became float32 ({one_line(error)}); call model.float() before "
+                "saving or exporting it."
+            ) from error
+    return example
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, all buffers, and plain tensor attributes (the constants of exported modules), tied ones once."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _check_weights(module: torch.nn.Module, file: Path) -> None:
+    parameters = {name for name, _ in module.named_parameters()}
+    for name, tensor in _tensors(module):
+        if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
+            raise InputError(f"{file}: {name} has no values (a lazy or meta tensor); run the model once and save it.")
+        if not tensor.is_floating_point():
+            continue
+        statistic = re.search(r"(^|\.)running_(mean|var)$", name)
+        # A buffer may hold -inf on purpose: that is how attention masks are written.
+        bad = ~torch.isfinite(tensor) if name in parameters or statistic else torch.isnan(tensor)
+        if bool(bad.any()):
+            raise InputError(
+                f"{file}: {name} holds {int(bad.sum())} values that are NaN or infinite; the model was damaged in "
+                "training or saving, use an earlier checkpoint."
+            )

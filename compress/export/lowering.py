@@ -1,0 +1,66 @@
+"""ONNX forms of the ``compress::`` operators, as translations for PyTorch's exporter.
+
+The exporter hands over values that become graph inputs or initialisers; what is built here are ordinary nodes. Codes are
+unpacked by a model-local function (compress/export/functions.py), and a float weight is finished with Sub and Mul, not
+DequantizeLinear, so that ONNX Runtime folds it into a plain float initialiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as op
+from onnxscript.values import Op, Opset
+
+from compress.export.functions import DOMAIN, declare_schema, unpack_name
+
+__all__ = ["translations"]
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Operator overload → translation, for ``torch.onnx.export(custom_translation_table=...)``."""
+    return {
+        torch.ops.compress.fake_quantize.default: _fake_quantize,
+        torch.ops.compress.dequantize_weight.default: _dequantize_weight,
+        torch.ops.compress.dequantize_bias.default: _dequantize_bias,
+    }
+
+
+def _fake_quantize(x: Any, scale: Any, zero_point: Any, bits: int) -> Any:
+    codes = op.QuantizeLinear(x, scale, zero_point)
+    if bits < 8:
+        # The codes start at the type's smallest value, which saturates by itself; only the top is clipped, in integers.
+        dtype = np.uint8 if zero_point.dtype == ir.DataType.UINT8 else np.int8
+        low = np.iinfo(dtype).min
+        codes = op.Clip(codes, _constant(dtype(low)), _constant(dtype(low + (1 << bits) - 1)))
+    return op.DequantizeLinear(codes, scale, zero_point)
+
+
+def _dequantize_weight(
+    packed: Any, scale: Any, zero_point: Any, bits: int, shape: Sequence[int], compute: str
+) -> Any:
+    codes = _unpack(packed, bits, shape)
+    if compute == "integer":
+        return op.DequantizeLinear(codes, scale, _constant(np.zeros(shape[0], dtype=np.int8)), axis=0)
+    per_channel = _constant(np.array([-1, *[1] * (len(shape) - 1)], dtype=np.int64))
+    # The function returns codes less 2**(bits - 1); a channel's zero point is moved by as much.
+    centre = op.Sub(op.Cast(zero_point, to=int(ir.DataType.FLOAT)), _constant(np.float32(1 << (bits - 1))))
+    centred = op.Sub(op.Cast(codes, to=int(ir.DataType.FLOAT)), op.Reshape(centre, per_channel))
+    return op.Mul(centred, op.Reshape(scale, per_channel))
+
+
+def _dequantize_bias(codes: Any, input_scale: Any, weight_scale: Any) -> Any:
+    return op.DequantizeLinear(codes, op.Mul(input_scale, weight_scale), axis=0)
+
+
+def _unpack(packed: Any, bits: int, shape: Sequence[int]) -> Any:
+    declare_schema(bits)
+    return Op(Opset(DOMAIN, 1), unpack_name(bits))(packed, _constant(np.array(shape, dtype=np.int64)))
+
+
+def _constant(array: np.ndarray | np.generic) -> Any:
+    return op.Constant(value=ir.tensor(np.asarray(array)))

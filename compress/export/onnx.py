@@ -1,0 +1,66 @@
+"""Write a traced model as an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from compress.errors import InputError
+from compress.export.functions import OPSET
+from compress.export.lowering import translations
+from compress.export.tidy import tidy
+from compress.graph.traced import TracedModel, export_program
+
+__all__ = ["build_onnx", "write_onnx"]
+
+
+def build_onnx(traced: TracedModel) -> ir.Model:
+    """The ONNX model that computes what ``traced`` computes, batch dynamic where the graph's is.
+
+    Raises:
+        InputError: an operator has no ONNX form; the message names it.
+    """
+    program = export_program(traced.module, traced.example, traced.dynamic_batch)
+    names = [node.name for node in traced.inputs()]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                custom_translation_table=translations(),
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise InputError(f"the model cannot be written as ONNX: {reason}") from error
+    assert exported is not None
+    model = exported.model
+    tidy(model)
+    model.producer_name = "compress"
+    model.producer_version = version("compress-toolchain")
+    return model
+
+
+def write_onnx(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write ``model`` with ``metadata`` (keys get the prefix ``compress.``) to ``path``, whole or not at all."""
+    for key, value in metadata.items():
+        model.metadata_props[f"compress.{key}"] = value
+    temporary = path.with_name(f".{path.name}.partial")
+    ir.save(model, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,181 @@
+"""Passes over the exporter's ONNX graph: names a person knows, no dead weight, patterns the runtime fuses.
+
+1. Codes of 8 bits become a plain int8 initialiser: there is nothing to unpack.
+2. ``DequantizeLinear -> Pad(0) -> QuantizeLinear`` on one grid, slices and reshapes between them included, becomes a Pad
+   of the codes: ONNX Runtime would leave it float.
+3. A linear on more than two dimensions, ``DequantizeLinear -> Transpose -> MatMul``, gets its codes transposed instead,
+   so that the MatMul reads the DequantizeLinear directly.
+4. Layer nodes are named after their layer, values after what they are; the exporter's traces go.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.export.functions import DOMAIN, OPSET, unpack_function
+
+__all__ = ["layer_of", "tidy"]
+
+_LAYER_NODES = ("Conv", "Gemm", "MatMul")
+_MOVES = ("Slice", "Pad", "Reshape", "Transpose", "Flatten")
+_IR_VERSION = 8  # the first that has model-local functions
+
+
+def tidy(model: ir.Model) -> None:
+    """Apply all passes in place."""
+    graph = model.graph
+    for node in list(graph):
+        if node.domain == DOMAIN and node.op_type == "Unpack8":
+            _store_plainly(graph, node)
+    for node in list(graph):
+        if node.op_type == "Pad":
+            _pad_codes(graph, node)
+        elif node.op_type == "Transpose":
+            _transpose_codes(graph, node)
+    _share_constants(graph)
+    _remove_unread(graph)
+    _name(graph)
+    widths = {node.op_type.removeprefix("Unpack") for node in graph if node.domain == DOMAIN}
+    for width in sorted(int(width) for width in widths):
+        function = unpack_function(width)
+        model.functions[function.identifier()] = function
+    if widths:
+        model.opset_imports[DOMAIN] = 1
+    model.opset_imports[""] = max(OPSET, model.opset_imports.get("", OPSET))
+    model.ir_version = _IR_VERSION
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else tensor.numpy()
+
+
+def _initialise(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _store_plainly(graph: ir.Graph, node: ir.Node) -> None:
+    packed, shape = _constant(node.inputs[0]), _constant(node.inputs[1])
+    assert packed is not None
+    assert shape is not None
+    codes = packed.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+    name = node.inputs[0].name.replace("weight_packed", "weight_codes")  # type: ignore[union-attr]
+    _replace(graph, node, _initialise(graph, name, (codes ^ 0x80).view(np.int8)))
+
+
+def _pad_codes(graph: ir.Graph, pad: ir.Node) -> None:
+    fill = _constant(pad.inputs[2]) if len(pad.inputs) > 2 else np.zeros(())
+    chain = [pad]
+    while (producer := chain[0].inputs[0].producer()) is not None and producer.op_type in _MOVES:  # type: ignore[union-attr]
+        chain.insert(0, producer)
+    while len(uses := chain[-1].outputs[0].uses()) == 1 and next(iter(uses)).node.op_type in _MOVES:
+        chain.append(next(iter(uses)).node)
+    dequantize = chain[0].inputs[0].producer()  # type: ignore[union-attr]
+    readers = [use.node for use in chain[-1].outputs[0].uses()]
+    if (
+        dequantize is None
+        or dequantize.op_type != "DequantizeLinear"
+        or len(readers) != 1
+        or readers[0].op_type != "QuantizeLinear"
+        or list(readers[0].inputs[1:3]) != list(dequantize.inputs[1:3])
+        or fill is None
+        or fill.any()
+        or any(len(node.outputs[0].uses()) != 1 for node in chain)
+    ):
+        return
+    value, _, zero_point = dequantize.inputs
+    for node in chain:
+        inputs = [value, *node.inputs[1:]]
+        if node.op_type == "Pad":
+            inputs = [value, node.inputs[1], zero_point, *node.inputs[3:]]
+        moved = ir.Node("", node.op_type, inputs, node.attributes.values())
+        graph.insert_before(node, moved)
+        value = moved.outputs[0]
+    _replace(graph, readers[0], value)  # type: ignore[arg-type]
+    for node in reversed(chain):
+        graph.remove(node, safe=True)
+
+
+def _transpose_codes(graph: ir.Graph, transpose: ir.Node) -> None:
+    dequantize = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0].producer() is None and _constant(dequantize.inputs[0]) is None:  # type: ignore[union-attr]  # fmt: skip
+        return
+    axis = dequantize.attributes.get_int("axis", 1)
+    permutation = list(transpose.attributes["perm"].as_ints())
+    scale = _constant(dequantize.inputs[1])
+    if scale is None or scale.ndim != 1 or dequantize.inputs[0].name is None:  # type: ignore[union-attr]
+        return
+    moved = ir.Node("", "Transpose", [dequantize.inputs[0]], [ir.AttrInt64s("perm", permutation)])
+    again = ir.Node("", "DequantizeLinear", [moved.outputs[0], *dequantize.inputs[1:]], [ir.AttrInt64("axis", permutation.index(axis))])
+    graph.insert_before(transpose, [moved, again])
+    _replace(graph, transpose, again.outputs[0])
+
+
+def _share_constants(graph: ir.Graph) -> None:
+    """Turn Constant nodes into initialisers, one for each distinct value."""
+    known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type != "Constant" or node.domain:
+            continue
+        array = _constant(node.outputs[0])
+        if array is None:
+            continue
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in known:
+            known[key] = _initialise(graph, f"constant_{len(known)}", array)
+        _replace(graph, node, known[key])
+
+
+def _remove_unread(graph: ir.Graph) -> None:
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output in outputs for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in outputs:
+            del graph.initializers[name]
+
+
+def _name(graph: ir.Graph) -> None:
+    kept = {value for value in (*graph.inputs, *graph.outputs)}
+    taken: dict[str, int] = {}
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        stem = layer_of(node) or node.op_type
+        count = taken.get(stem, 0)
+        taken[stem] = count + 1
+        node.name = stem if not count else f"{stem}_{count}"
+    for position, value in enumerate(output for node in graph for output in node.outputs):
+        value.metadata_props.clear()
+        value.type, value.shape = (value.type, value.shape) if value in kept else (None, None)
+        if value not in kept:
+            value.name = f"v{position}"
+    for value in graph.initializers.values():
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+
+
+def layer_of(node: ir.Node) -> str | None:
+    """The layer that a Conv, Gemm or MatMul node computes: the stem of the initialiser its weight comes from."""
+    if node.op_type not in _LAYER_NODES:
+        return None
+    value = node.inputs[1]
+    while value is not None and value.name is not None and not value.is_initializer():
+        producer = value.producer()
+        if producer is None or not producer.inputs:
+            return None
+        value = producer.inputs[0]
+    name = value.name if value is not None else None
+    for suffix in (".weight_packed", ".weight_codes", ".weight"):
+        if name is not None and name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None

@@ -1,0 +1,148 @@
+"""A traced graph as JSON: the part of an artifact that is not tensors.
+
+Only calls of ``aten``, ``compress`` and a few plain operators can be written or read, so that reading a graph can run
+nothing else. Tensors are referred to by name and live in the safetensors file beside it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.errors import InputError
+from compress.graph.traced import TracedModel
+
+__all__ = ["GRAPH_VERSION", "graph_to_json", "json_to_graph"]
+
+GRAPH_VERSION = 1
+_NAMESPACES = ("aten", "compress")
+_PLAIN = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "le", "lt", "ge", "gt")
+}
+_CONSTANTS = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.layout: "layout"}
+
+
+def graph_to_json(traced: TracedModel) -> dict[str, Any]:
+    """The graph as JSON-able values; several outputs become a tuple, whatever structure the module gave them.
+
+    Raises:
+        InputError: it calls something that cannot be stored.
+    """
+    nodes = [
+        {
+            "name": node.name,
+            "op": node.op,
+            "target": _target_name(node),
+            "args": _encode(node.args),
+            "kwargs": _encode(dict(node.kwargs)),
+        }
+        for node in traced.graph.nodes
+    ]
+    with torch.no_grad():
+        single = isinstance(traced.module(*traced.example), Tensor)
+    return {
+        "version": GRAPH_VERSION,
+        "single_output": single,
+        "dynamic_batch": traced.dynamic_batch,
+        "inputs": [{"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")} for x in traced.example],
+        "example_batch": len(traced.example[0]),
+        "nodes": nodes,
+    }
+
+
+def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedModel:
+    """The traced model that :func:`graph_to_json` stored, reading ``tensors`` by name.
+
+    Raises:
+        InputError: another version, an operator that is not allowed or not known, or a tensor that is missing.
+    """
+    if stored.get("version") != GRAPH_VERSION:
+        raise InputError(f"graph.json has version {stored.get('version')!r}; this program reads {GRAPH_VERSION}")
+    graph = fx.Graph()
+    known: dict[str, fx.Node] = {}
+    batch = stored["example_batch"]
+    example = tuple(torch.zeros((batch, *each["shape"]), dtype=getattr(torch, each["dtype"])) for each in stored["inputs"])
+    traced = TracedModel(fx.GraphModule(torch.nn.Module(), graph), example, stored["dynamic_batch"])
+    for entry in stored["nodes"]:
+        target: Any = entry["target"]
+        if entry["op"] == "call_function":
+            target = _find_target(target)
+        elif entry["op"] == "get_attr":
+            if target not in tensors:
+                raise InputError(f"graph.json reads tensor {target!r}, which model.safetensors does not hold")
+            traced.set_tensor(target, tensors[target])
+        elif entry["op"] not in ("placeholder", "output"):
+            raise InputError(f"graph.json: node {entry['name']!r} has the unknown kind {entry['op']!r}")
+        args, kwargs = _decode(entry["args"], known), _decode(entry["kwargs"], known)
+        if entry["op"] == "output" and stored["single_output"]:
+            ((result,),) = args
+            args = (result,)
+        known[entry["name"]] = traced.graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
+    traced.graph.lint()
+    traced.module.recompile()
+    return traced
+
+
+def _target_name(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in _NAMESPACES:
+        return str(node.target)
+    for name, function in _PLAIN.items():
+        if node.target is function:
+            return name
+    raise InputError(f"the graph calls {node.target}, which an artifact cannot store")
+
+
+def _find_target(name: str) -> Any:
+    if name in _PLAIN:
+        return _PLAIN[name]
+    namespace, _, rest = name.partition(".")
+    operator_name, _, overload = rest.partition(".")
+    if namespace in _NAMESPACES and operator_name.replace("_", "").isalnum() and overload.replace("_", "").isalnum():
+        packet = getattr(getattr(torch.ops, namespace), operator_name, None)
+        found = getattr(packet, overload, None)
+        if isinstance(found, torch._ops.OpOverload):
+            return found
+    raise InputError(f"graph.json calls {name!r}, which is not an operator this program knows")
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, tuple | list | fx.immutable_collections.immutable_list):
+        return [_encode(each) for each in value]
+    if isinstance(value, dict):
+        return {"dict": {key: _encode(each) for key, each in value.items()}}
+    for kind, name in _CONSTANTS.items():
+        if isinstance(value, kind):
+            return {name: str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(f"the graph holds a {type(value).__name__} ({value}), which an artifact cannot store")
+
+
+def _decode(value: Any, known: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(each, known) for each in value)
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        if content not in known:
+            raise InputError(f"graph.json reads node {content!r} before it is made")
+        return known[content]
+    if kind == "dict":
+        return {key: _decode(each, known) for key, each in content.items()}
+    if kind == "device":
+        return torch.device(content)
+    found = getattr(torch, content, None)
+    if kind not in _CONSTANTS.values() or not isinstance(found, tuple(_CONSTANTS)):
+        raise InputError(f"graph.json holds an unknown constant {kind} {content!r}")
+    return found
