@@ -1,9 +1,7 @@
-"""Corrections of biases: of one layer by the mean of its error, of all together by distillation.
+"""Bias correction: shift a layer's bias so that its mean output a channel is the float layer's.
 
-Bias correction (Nagel et al., arXiv 1906.04721, section 4.2, the empirical form): the quantized layer's output is
-shifted a channel at a time so that its mean over the samples is the float layer's.
-Bias tuning (AdaQuant's last step, METHODS 1(b) 9): all biases learn from ``KL(softmax(float) || softmax(quantized))`` of
-the whole network; the best state on a fixed subset is kept, with the untuned one as the first.
+The empirical form of Nagel et al. (arXiv 1906.04721, section 4.2), over all calibration samples, with the layer's input
+from the quantized prefix.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class _Walk:
         result = self._measure(choice, problem, solution, note)
         set_weight(self.model, choice.layer, solution.weight, self.computes[choice.layer])
         if solution.bias is not None:
-            set_bias(self.model, choice.layer, layer_calls(self.model).get(choice.layer, calls), solution.bias)
+            set_bias(self.model, choice.layer, solution.bias)
         if quantizer is not None and solution.grid is not None:
             set_grid(self.model, quantizer.name, solution.grid.scale, solution.grid.zero_point)
         return result
@@ -169,8 +169,8 @@ class _Walk:
         self, choice: Choice, calls: list[fx.Node], quantizers: list[Quantizer], method: Method
     ) -> tuple[LayerProblem, Quantizer | None]:
         call = calls[0]
-        weight = self.float_model.tensor(f"{choice.layer}.weight") if f"{choice.layer}.weight" in _names(self.float_model) else self.float_model.tensor(choice.layer)
-        activation = activation_of(self._float_node(call.name))[0]
+        float_call = self._float_node(call.name)
+        weight = self.float_model.tensor(str(float_call.args[1].target))  # type: ignore[union-attr]
         grid, quantizer, inputs, targets = None, None, None, None
         if self.ahead is not None and self.reference is not None:
             quantizer = next((q for q in quantizers if choice.layer in q.layers), None)
@@ -188,9 +188,9 @@ class _Walk:
             if grid_node is not None:
                 scale, zero_point = (self.model.tensor(node.target) for node in grid_node.args[1:3])
                 grid = ActivationGrid(scale, zero_point, grid_node.args[3], learnable)
-            float_call = self._float_node(call.name)
-            self.reference.advance(float_call.args[0].name, keep=())
             before = float_call.args[0]
+            assert isinstance(before, fx.Node)
+            self.reference.advance(before.name)
             if not method.sequential:
                 inputs = self._rows(self.reference, before)
             else:
@@ -201,9 +201,9 @@ class _Walk:
             LayerProblem(
                 name=choice.layer,
                 weight=weight,
-                bias=layer_bias(self.float_model, self._float_node(call.name)),
+                bias=layer_bias(self.float_model, float_call),
                 forward=_forward_of(call),
-                relu=activation,
+                relu=activation_of(float_call)[0],
                 inputs=inputs,
                 targets=targets,
                 grid=grid,
@@ -255,10 +255,6 @@ class _Walk:
 
     def _float_node(self, name: str) -> fx.Node:
         return next(node for node in self.float_model.graph.nodes if node.name == name)
-
-
-def _names(traced: TracedModel) -> set[str]:
-    return {name for name, _ in [*traced.module.named_parameters(), *traced.module.named_buffers()]}
 
 
 def _forward_of(call: fx.Node) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -39,7 +39,9 @@ class Frontier:
         self._values: dict[str, SpilledSamples] = {}
         scratch.mkdir(parents=True, exist_ok=True)
 
-    def advance(self, until: str, keep: tuple[str, ...] = (), watch: dict[str, Callable[[Tensor], None]] | None = None) -> None:
+    def advance(
+        self, until: str, keep: tuple[str, ...] = (), watch: dict[str, Callable[[Tensor], None]] | None = None
+    ) -> None:
         """Run every node up to and including the one named ``until`` that has not run yet.
 
         Values named in ``keep`` stay readable by :meth:`samples` even if no later node reads them; ``watch`` maps a
@@ -51,10 +53,8 @@ class Frontier:
         needed = self._needed_after(nodes) | set(keep)
         stored = [node.name for node in nodes if node.name in needed and _is_samples(node)]
         fresh = {name: SpilledSamples(self._scratch / f"{name}.samples") for name in stored}
-        count = len(self._inputs[0])
-        for start in range(0, count, self._batch_size):
-            stop = min(start + self._batch_size, count)
-            known = self._run(nodes, torch.arange(start, stop))
+        for index in self._batches():
+            known = self._run(nodes, index)
             for name, samples in fresh.items():
                 samples.append(known[name])
             for name, look in (watch or {}).items():
@@ -62,6 +62,17 @@ class Frontier:
         self._done.update(node.name for node in nodes)
         self._values.update(fresh)
         self.release(keep)
+
+    def peek(self, name: str, look: Callable[[Tensor], None]) -> None:
+        """Move up to the node called ``name``, not past it, and show ``look`` its value, batch by batch.
+
+        The node runs again when the frontier passes it, so that an edit made after the look takes effect.
+        """
+        segment = self._segment(name)
+        if len(segment) > 1:
+            self.advance(segment[-2].name)
+        for index in self._batches():
+            look(self._run(segment[-1:], index)[name])
 
     def samples(self, name: str) -> SpilledSamples:
         """All samples of the value called ``name``, kept or still needed."""
@@ -78,6 +89,9 @@ class Frontier:
         for samples in self._values.values():
             samples.close()
         self._values.clear()
+
+    def _batches(self) -> tuple[Tensor, ...]:
+        return torch.arange(len(self._inputs[0])).split(self._batch_size)
 
     def _segment(self, until: str) -> list[fx.Node]:
         nodes = []

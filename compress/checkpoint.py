@@ -14,10 +14,10 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -38,6 +38,9 @@ _LAYER_PARTS = ("torch.nn.functional.relu", "torch._C._nn.gelu", "torch.nn.paral
 _DATA_MODULES = ("argparse", "collections", "datetime", "enum", "functools", "pathlib", "types", "typing", "uuid")
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HASH_BYTES = 1 << 24
+
+# What torch.serialization.safe_globals takes: an object, and the name it has in the file.
+_Entry = tuple[Callable[..., Any], str]
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,9 @@ def _kind(file: Path) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+            # A cut archive of torch.export still ends in a whole one, that of its example inputs.
+            if min((entry.header_offset for entry in archive.infolist()), default=0) > 0:
+                raise zipfile.BadZipFile("its list of members is cut off")
     except (zipfile.BadZipFile, OSError, ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is truncated or damaged ({one_line(error)}); save or download it again.") from error
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
@@ -153,39 +159,48 @@ def read_safely(file: Path, allow: Sequence[str] = ()) -> object:
     Raises:
         InputError: the file is damaged, or needs names that are neither torch.nn's layers nor allowed.
     """
-    allowed = [_layer(name) for name in _LAYER_PARTS]
-    needed = _globals(file, allowed)
+    entries = [entry for entry in map(_layer, _LAYER_PARTS) if entry is not None]
+    needed = _globals(file, entries)
     for name in needed:
-        if name.startswith("torch.nn.modules.") and (entry := _layer(name)) is not None:
-            allowed.append(entry)
+        if (entry := _layer(name)) is not None:
+            entries.append(entry)
         elif (spec := _allowed_as(name, allow)) is not None and not _runs_commands(name):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # numpy.core, numpy's name before 2.0
-                allowed.append((import_dotted(spec, "--allow"), name))
-    entries = [entry for entry in allowed if entry is not None]
+                found = import_dotted(spec, "--allow")
+            if not callable(found):
+                raise InputError(f"--allow {spec} is a {type(found).__name__}, not a class or function.")
+            entries.append((found, name))
     known = {name for _, name in entries}
     foreign = [name for name in needed if name not in known]
     if foreign and _is_zip(file):
         raise InputError(_refusal(file, foreign))
     try:
-        with torch.serialization.safe_globals(entries):
+        with torch.serialization.safe_globals([*entries]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # Files from before torch 1.6 name torch's own types too, so only a failure tells that a name is foreign.
         foreign = [name for name in foreign if name in str(error)]
         if foreign:
             raise InputError(_refusal(file, foreign)) from error
+        if not _is_zip(file) and "persistent_load" in str(error):
+            raise InputError(
+                f"{file} holds a whole module in the format before torch 1.6, which cannot be read without running "
+                "code; save its state_dict() where you trust it and give --model package.module:factory."
+            ) from error
+        # torch's first sentences advise to load unsafely; its reason comes after them.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
         raise InputError(
-            f"{file} could not be read ({one_line(error)}); it is truncated, damaged or of another kind: save the "
-            "model again with torch.save, or save its state_dict()."
+            f"{file} could not be read ({one_line(ValueError(reason)).removeprefix('ValueError: ')}); it is truncated, "
+            "damaged or of another kind: save the model again with torch.save, or save its state_dict()."
         ) from error
 
 
-def _globals(file: Path, allowed: Sequence[tuple[object, str] | None]) -> list[str]:
+def _globals(file: Path, entries: list[_Entry]) -> list[str]:
     """The names the file's pickle asks for, sorted; for zip files only those that torch does not know already."""
     try:
         if _is_zip(file):
-            with torch.serialization.safe_globals([entry for entry in allowed if entry is not None]):
+            with torch.serialization.safe_globals([*entries]):
                 return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
         with file.open("rb") as stream:
             return sorted(_legacy_globals(stream))
@@ -210,14 +225,15 @@ def _is_zip(file: Path) -> bool:
         return stream.read(2) == b"PK"
 
 
-def _layer(name: str) -> tuple[object, str] | None:
+def _layer(name: str) -> _Entry | None:
     """The class of torch.nn.modules (or one of _LAYER_PARTS) of that exact name, with its name in the file."""
     module_name, _, attribute = name.rpartition(".")
     found = getattr(sys.modules.get(module_name), attribute, None)  # nothing is imported because a file says so
-    if name in _LAYER_PARTS:
+    if name in _LAYER_PARTS and callable(found):
         return (found, name)
-    is_layer = isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__ == module_name
-    return (found, name) if is_layer else None
+    if not module_name.startswith("torch.nn.modules.") or not isinstance(found, type):
+        return None
+    return (found, name) if issubclass(found, torch.nn.Module) and found.__module__ == module_name else None
 
 
 def _allowed_as(name: str, allow: Sequence[str]) -> str | None:

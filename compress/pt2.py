@@ -1,7 +1,8 @@
 """Archives of torch.export (.pt2): checked for everything torch's reader would execute, then read.
 
-What torch 2.13.0 does with an archive (read in its sources, each reproduced in tests/test_checkpoint.py or refused
-there). torch.export.load is NOT safe on a file from a stranger:
+What torch 2.13.0 does with an archive: torch.export.load is NOT safe on a file from a stranger. Files made for the
+trial ran a command (1, opaque objects of 2, 4) or imported a module of their choice (7) inside torch.export.load. Of
+5 and 6 no working file was made (torch's verifier refused "torch.os.system"); they, 3, 8 and 9 are from its sources.
 
 1. data/weights, data/constants: entries marked `use_pickle` go through torch.load(weights_only=False); example inputs
    and the older data/weights/model.pt through weights_only=True with a silent second try at False.

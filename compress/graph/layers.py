@@ -10,7 +10,7 @@ from torch import fx
 from compress.graph.traced import TracedModel
 from compress.records import LayerSpec
 
-__all__ = ["ACTIVATIONS", "LAYER_KINDS", "activation_of", "layer_calls", "layer_name", "list_layers"]
+__all__ = ["ACTIVATIONS", "LAYER_KINDS", "activation_of", "is_stored", "layer_calls", "layer_name", "list_layers"]
 
 aten = torch.ops.aten
 
@@ -28,18 +28,27 @@ _REFUSED = {
 ACTIVATIONS = {aten.relu.default: "relu", aten.hardtanh.default: "relu6"}
 
 
+def is_stored(weight: fx.Node) -> bool:
+    """Whether ``weight`` is made from packed codes (by name: the operator need not be registered to ask)."""
+    return weight.op == "call_function" and str(weight.target) == "compress.dequantize_weight.default"
+
+
 def layer_name(call: fx.Node) -> str:
-    """The layer's name: the path of its weight, without the last ``.weight``."""
-    weight = call.args[1] if call.target is not aten.embedding.default else call.args[0]
+    """The layer's name: the path of its weight, without the last ``.weight``; the node's own if it has no stored weight."""
+    weight = call.args[0] if call.target is aten.embedding.default else call.args[1]
+    if is_stored(weight):
+        return str(weight.args[0].target).removesuffix(".weight_packed")
     return str(weight.target).removesuffix(".weight") if weight.op == "get_attr" else call.name
 
 
 def layer_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
-    """Compressible layers by name, each with the nodes that call it in execution order."""
+    """Compressible layers by name, float or stored, each with the nodes that call it in execution order."""
     calls: dict[str, list[fx.Node]] = {}
     for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target in LAYER_KINDS and node.args[1].op == "get_attr":
-            calls.setdefault(layer_name(node), []).append(node)
+        if node.op == "call_function" and node.target in LAYER_KINDS:
+            weight = node.args[1]
+            if weight.op == "get_attr" or is_stored(weight):
+                calls.setdefault(layer_name(node), []).append(node)
     return calls
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, layer_calls
+from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, is_stored, layer_calls
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
 from compress.weights import QuantizedWeight
@@ -22,22 +22,19 @@ def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute
     """
     for part, tensor in weight.tensors().items():
         traced.set_tensor(f"{layer}.weight_{part}", tensor)
-    calls = _calls_reading(traced, layer)
-    if calls:
-        reader = calls[0]
-        parts = [traced.attribute(f"{layer}.weight_{part}", before=reader) for part in ("packed", "scale", "zero_point")]
-        with traced.graph.inserting_before(reader):
-            node = traced.graph.call_function(
-                torch.ops.compress.dequantize_weight.default, (*parts, weight.bits, list(weight.codes.shape), compute)
-            )
-        node.meta["val"] = weight.dequantize()
+    calls = layer_calls(traced)[layer]
+    rest = (weight.bits, list(weight.codes.shape), compute)
+    stored = calls[0].args[1]
+    if is_stored(stored):
+        stored.args = (*stored.args[:3], *rest)
+    else:
+        parts = [traced.attribute(f"{layer}.weight_{part}", before=calls[0]) for part in ("packed", "scale", "zero_point")]
+        with traced.graph.inserting_before(calls[0]):
+            stored = traced.graph.call_function(torch.ops.compress.dequantize_weight.default, (*parts, *rest))
         for call in calls:
-            call.update_arg(1, node)
-        traced.finish()
-
-
-def _calls_reading(traced: TracedModel, layer: str) -> list[fx.Node]:
-    return layer_calls(traced).get(layer, [])
+            call.update_arg(1, stored)
+    stored.meta["val"] = weight.dequantize()
+    traced.finish()
 
 
 def layer_bias(traced: TracedModel, call: fx.Node) -> Tensor | None:
@@ -46,11 +43,11 @@ def layer_bias(traced: TracedModel, call: fx.Node) -> Tensor | None:
     return traced.tensor(str(node.target)) if node is not None else None
 
 
-def set_bias(traced: TracedModel, layer: str, calls: list[fx.Node], bias: Tensor) -> None:
+def set_bias(traced: TracedModel, layer: str, bias: Tensor) -> None:
     """Make every call of ``layer`` add ``bias`` [O]; a layer without a bias gains one."""
     name = f"{layer}.bias"
     traced.set_tensor(name, bias)
-    for call in calls:
+    for call in layer_calls(traced)[layer]:
         node = call.args[2] if len(call.args) > 2 else None
         if node is None:
             call.args = (*call.args[:2], traced.attribute(name, before=call), *call.args[3:])
@@ -76,17 +73,18 @@ def input_quantizer(call: fx.Node) -> fx.Node | None:
 def store_biases(traced: TracedModel) -> None:
     """Round the bias of every integer call to the int32 grid its accumulator adds on: input scale times weight scale."""
     for node in list(traced.graph.nodes):
-        if node.target not in LAYER_KINDS or node.args[1].target is not torch.ops.compress.dequantize_weight.default:
+        if node.target not in LAYER_KINDS or not is_stored(node.args[1]):
             continue
         quantizer = input_quantizer(node)
-        bias = layer_bias(traced, node)
-        if node.args[1].args[5] != "integer" or quantizer is None or bias is None:
+        bias_node = node.args[2] if len(node.args) > 2 else None
+        if node.args[1].args[5] != "integer" or quantizer is None or bias_node is None or bias_node.op != "get_attr":
             continue
+        bias = traced.tensor(bias_node.target)
         scale_nodes = (quantizer.args[1], node.args[1].args[1])
         input_scale, weight_scale = (traced.tensor(scale.target) for scale in scale_nodes)
         # A dead channel's scale can be so small that its bias overflows; float64 keeps the division exact enough.
         codes = torch.round(bias.double() / (input_scale.double() * weight_scale.double())).clamp(_INT32.min, _INT32.max)
-        name = f"{node.args[2].target}_codes" + ("" if len(node.args[2].users) == 1 else f"_{node.name}")
+        name = f"{bias_node.target}_codes" + ("" if len(bias_node.users) == 1 else f"_{node.name}")
         traced.set_tensor(name, codes.to(torch.int32))
         parts = [traced.attribute(each, before=node) for each in (name, *(scale.target for scale in scale_nodes))]
         with traced.graph.inserting_before(node):

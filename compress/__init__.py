@@ -1,0 +1,43 @@
+"""compress: compress PyTorch models and deploy them. ``import compress; compress.quantize(model, calib=data, bits=4)``.
+
+Names are resolved on first use, so that importing the package (and ``compress --help``) does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__all__ = [
+    "CompressError",
+    "GateError",
+    "InfeasibleBudget",
+    "InputError",
+    "Options",
+    "bench",
+    "export",
+    "inspect",
+    "load",
+    "quantize",
+    "verify",
+]
+
+_HOMES = {
+    "CompressError": "compress.errors",
+    "GateError": "compress.errors",
+    "InfeasibleBudget": "compress.errors",
+    "InputError": "compress.errors",
+    "Options": "compress.api",
+    "bench": "compress.bench",
+    "export": "compress.api",
+    "inspect": "compress.api",
+    "load": "compress.api",
+    "quantize": "compress.api",
+    "verify": "compress.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,98 @@
+"""A plan and a folded float graph become the compressed graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from compress.calib.calibrate import LayerResult, calibrate
+from compress.calib.distill_bias import tune_biases
+from compress.calib.resume import ResumeStore
+from compress.calib.statistics import tune_statistics
+from compress.errors import InputError
+from compress.formats import find_format
+from compress.graph.layers import layer_calls
+from compress.graph.quantizers import place_quantizers
+from compress.graph.rewrite import absorb_activations, store_biases
+from compress.graph.traced import TracedModel
+from compress.kernels.table import register_operators
+from compress.records import Plan
+from compress.targets import find_target
+from compress.transform.table import apply_transform
+
+__all__ = ["Compressed", "apply_plan", "plan_fingerprint"]
+
+BIAS_TUNING_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The finished graph, what each layer came to, and sentences for the report."""
+
+    model: TracedModel
+    layers: list[LayerResult]
+    notes: list[str]
+
+
+def plan_fingerprint(plan: Plan) -> str:
+    """Hash of everything that determines the result: the plan (model and data are hashed in it) and our version."""
+    content = json.dumps([plan.model_dump(mode="json"), version("compress-toolchain"), torch.__version__])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def apply_plan(
+    float_model: TracedModel,
+    plan: Plan,
+    inputs: tuple[Tensor, ...] | None,
+    store: ResumeStore,
+    progress: Callable[[str], None],
+) -> Compressed:
+    """Transform, place quantizers, quantize every layer, tune; ``float_model`` is edited by the transforms only.
+
+    Args:
+        float_model: simplified and folded.
+        inputs: calibration samples, one tensor [N, ...] a graph input; None for weights only.
+
+    Raises:
+        InputError: the plan names a layer the model does not have, or asks of a layer what its format cannot do.
+    """
+    register_operators()
+    _check(float_model, plan)
+    notes = []
+    if plan.steps.equalize:
+        notes += apply_transform("equalize", float_model, inputs)
+    computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
+    act_bits = {choice.layer: choice.option.act_bits for choice in plan.choices if choice.option.act_bits is not None}
+    model = float_model.copy()
+    dtype = getattr(torch, find_target(plan.target).activation_type)
+    quantizers = place_quantizers(model, act_bits, dtype) if act_bits else []
+    layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
+    if plan.steps.statistics_tuning and inputs is not None:
+        changed = tune_statistics(float_model, model, list(computes), inputs, store.scratch)
+        notes.append(f"statistics tuning: mean and deviation restored in {len(changed)} layers")
+        progress("statistics tuning")
+    if plan.steps.bias_tuning and inputs is not None:
+        biases = [
+            str(calls[0].args[2].target)
+            for name, calls in layer_calls(model).items()
+            if name in computes and len(calls[0].args) > 2 and calls[0].args[2] is not None
+        ]
+        before, after = tune_biases(float_model, model, biases, inputs, BIAS_TUNING_STEPS, plan.seed, progress)
+        notes.append(f"bias tuning: distillation loss on held-back samples {before:.4g} -> {after:.4g}")
+        progress("bias tuning")
+    store_biases(model)
+    absorb_activations(model)
+    return Compressed(model, layers, notes)
+
+
+def _check(model: TracedModel, plan: Plan) -> None:
+    known = layer_calls(model)
+    for choice in plan.choices:
+        if choice.layer not in known:
+            raise InputError(f"the plan names layer {choice.layer!r}, which the model does not have; `compress inspect` lists its layers")

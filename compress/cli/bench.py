@@ -1,0 +1,209 @@
+"""``compress bench``: latency, load time and memory of ONNX files, side by side."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+    from rich.table import Table
+
+    from compress.bench import BenchReport, BenchRow
+
+_BAR_AFTER_S = 2.0
+# One file opened twice and compared with itself came out at 0.97 to 1.02, each time with a narrow interval: where a
+# session's memory happens to lie is the same for all of its runs, and no number of runs averages it out.
+_SAME_FILE_SPREAD = 0.03
+
+
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files; the others are compared with the first one")],
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size; may be given several times; 1 where left out")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads inside an operator")] = 1,
+    runs: Annotated[
+        int | None, typer.Option(help="Timed runs of each model; by default about a second's worth, 30 to 2000")
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Untimed runs of each model before")] = 5,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Size of a dynamic dimension, by name or INPUT:AXIS, as in seq=128"),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="ONNX Runtime execution provider")] = "CPUExecutionProvider",
+    level: Annotated[str, typer.Option(help="Graph optimisation: all, extended, basic, disabled")] = "all",
+    seed: Annotated[int, typer.Option(help="Seed of the generated inputs")] = 0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each model in a process of its own")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the result as JSON to this file, or - for stdout")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar")] = False,
+) -> None:
+    """Measure ONNX files side by side: latency, load time, peak memory.
+
+    The models run in turn in one process, on generated inputs, so that disturbances meet them alike; the comparison
+    with the first model comes with a 95 % interval.
+    """
+    to_stdout = json is not None and str(json) == "-"
+    if json is not None and not to_stdout and not json.absolute().parent.is_dir():
+        # Known before the first run, not after the last.
+        raise InputError(f"--json {json}: the folder {json.absolute().parent} does not exist")
+    dims = parse_dims(dim or [])
+
+    from rich.console import Console
+
+    from compress import bench as measuring
+
+    with ProgressBar(Console(stderr=True), enabled=not quiet and not to_stdout) as bar:
+        report = measuring.bench(
+            models,
+            batch_sizes=batch or [1],
+            threads=threads,
+            runs=runs,
+            warmup=warmup,
+            provider=provider,
+            level=level,
+            dims=dims,
+            seed=seed,
+            memory=memory,
+            progress=bar.update if bar.enabled else None,
+        )
+    text = report.model_dump_json(indent=2)
+    if to_stdout:
+        print(text)
+        return
+    print_report(report, Console())
+    if json is not None:
+        try:
+            json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--json {json}: cannot be written: {error.strerror}") from error
+
+
+def parse_dims(texts: list[str]) -> dict[str, int]:
+    """``["seq=128", "ids:1=16"]`` -> sizes by name; raises InputError where one is not NAME=VALUE or comes twice."""
+    dims: dict[str, int] = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        if not name or not value.isdecimal():
+            raise InputError(f"--dim {text}: expected NAME=VALUE with a whole number, as in --dim seq=128")
+        if name in dims:
+            raise InputError(f"--dim {text}: {name} has the value {dims[name]} already")
+        dims[name] = int(value)
+    return dims
+
+
+def print_report(report: BenchReport, console: Console) -> None:
+    """One table for each batch size, models side by side, then the comparisons as sentences."""
+    labels = model_labels(report)
+    for batch in dict.fromkeys(row.batch for row in report.rows):
+        rows = [row for row in report.rows if row.batch == batch]
+        console.print(_table(rows, labels, f"batch {batch}, {rows[0].runs} runs each"))
+        for row in rows[1:]:
+            console.print(comparison(row, labels[row.model], labels[rows[0].model]), highlight=False, markup=False)
+        console.print()
+    environment = report.environment
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    console.print(
+        f"{environment.cpu} ({', '.join(environment.cpu_flags) or environment.architecture}), {threads}, "
+        f"onnxruntime {environment.onnxruntime}, {report.provider}, graph optimisation {report.level}",
+        highlight=False,
+        markup=False,
+    )
+    if any(row.runs < 1000 for row in report.rows):
+        console.print("P99.9 of fewer than 1000 runs is next to the maximum.", highlight=False)
+
+
+def model_labels(report: BenchReport) -> dict[str, str]:
+    """File name of each model, or its whole path where two files share a name."""
+    paths = list(dict.fromkeys(row.model for row in report.rows))
+    names = [Path(path).name for path in paths]
+    return {path: name if names.count(name) == 1 else path for path, name in zip(paths, names, strict=True)}
+
+
+def comparison(row: BenchRow, name: str, baseline: str) -> str:
+    """A sentence on ``row.ratio``: faster, slower, or no difference that these runs can tell."""
+    ratio = row.ratio
+    if ratio is None:
+        return f"{name} is the baseline."
+    spread = _SAME_FILE_SPREAD
+    if ratio.low <= 1 <= ratio.high:
+        verdict = "no difference that these runs can tell"
+    elif ratio.low <= 1 + spread and ratio.high >= 1 - spread:
+        verdict = f"no difference that can be told from one file opened twice ({spread:.0%})"
+    elif ratio.value < 1:
+        verdict = f"{1 / ratio.value:.2f} times as fast"
+    else:
+        verdict = f"{ratio.value:.2f} times as slow"
+    interval = f"95 % interval {_ratio(ratio.low)} to {_ratio(ratio.high)}"
+    return f"{name} takes {_ratio(ratio.value)} of the time of {baseline} ({interval}): {verdict}."
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def _table(rows: list[BenchRow], labels: dict[str, str], title: str) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", title=title, title_justify="left")
+    for row in rows:
+        table.add_column(escape(labels[row.model]), justify="right", overflow="fold")
+    times = {"mean": "mean_ms", "min": "min_ms", "P50": "p50_ms", "P90": "p90_ms", "P95": "p95_ms", "P99": "p99_ms"}
+    times |= {"P99.9": "p99_9_ms", "max": "max_ms"}
+    for name, field in times.items():
+        table.add_row(f"{name}, ms", *(_three_digits(getattr(row, field)) for row in rows))
+    table.add_section()
+    table.add_row("load, ms", *(_three_digits(row.load_ms) for row in rows))
+    if any(row.peak_memory_bytes is not None for row in rows):
+        peaks = [row.peak_memory_bytes for row in rows]
+        table.add_row("peak memory, MB", *("" if peak is None else _three_digits(peak / 1e6) for peak in peaks))
+    if len(rows) > 1:
+        ratios = [row.ratio for row in rows]
+        table.add_row("P50 to the first's", *("1" if ratio is None else _ratio(ratio.value) for ratio in ratios))
+    return table
+
+
+def _three_digits(value: float) -> str:
+    """0.0124, 3.14, 27.1, 1234: three digits that mean something, and never an exponent."""
+    for least, digits in ((100, 0), (10, 1), (1, 2), (0.1, 3)):
+        if value >= least:
+            return f"{value:.{digits}f}"
+    return f"{value:.4f}"
+
+
+class ProgressBar:
+    """A bar on stderr that appears when the work has taken two seconds.
+
+    It is drawn only when told of progress: a bar that redraws itself in a thread would take time from the models.
+    """
+
+    def __init__(self, console: Console, *, enabled: bool) -> None:
+        from rich.progress import Progress
+
+        self.enabled = enabled and console.is_terminal
+        self._bar = Progress(console=console, auto_refresh=False, transient=True, disable=not self.enabled)
+        self._task: TaskID | None = None
+        self._start = time.monotonic()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show ``what`` at ``done`` of ``total``."""
+        if self._task is None:
+            if time.monotonic() - self._start < _BAR_AFTER_S:
+                return
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total)
+        self._bar.update(self._task, description=what, completed=done, total=total, refresh=True)

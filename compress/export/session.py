@@ -1,0 +1,53 @@
+"""ONNX Runtime sessions as this project opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from compress.errors import InputError
+
+__all__ = ["open_session", "run_session"]
+
+_QUIET = 3  # errors only: the optimiser warns about initialisers it folded
+
+
+def open_session(
+    path: Path | bytes, level: str, *, threads: int = 0, provider: str = "CPUExecutionProvider", optimized: Path | None = None
+) -> ort.InferenceSession:
+    """A session on ``path`` (a file, or a model's bytes) at graph optimisation ``level``, as ORT spells it.
+
+    Args:
+        level: "ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED" or "ORT_ENABLE_ALL".
+        threads: threads within an operator; 0 leaves the choice to ONNX Runtime.
+        optimized: where to write the optimised graph, to look at what was fused.
+
+    Raises:
+        InputError: ONNX Runtime refuses the file.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _QUIET
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return ort.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=[provider])
+    except Exception as error:
+        name = "the exported model" if isinstance(path, bytes) else str(path)
+        raise InputError(f"ONNX Runtime cannot load {name}: {str(error).splitlines()[0]}") from error
+
+
+def run_session(session: ort.InferenceSession, batches: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Every output over all ``batches``, concatenated along the batch."""
+    names = [each.name for each in session.get_inputs()]
+    results = [
+        session.run(None, {name: np.ascontiguousarray(x.numpy()) for name, x in zip(names, batch, strict=True)})
+        for batch in batches
+    ]
+    return [torch.from_numpy(np.concatenate(parts)) for parts in zip(*results, strict=True)]

@@ -1,0 +1,101 @@
+"""From what the user has (a file or a module, maybe data) to a folded graph with its list of layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.calib.samples import Samples
+from compress.checkpoint import LoadedModel, fingerprint, load_model
+from compress.graph.fold import fold_batch_norm
+from compress.graph.layers import list_layers
+from compress.graph.simplify import simplify
+from compress.graph.traced import TracedModel, trace
+from compress.records import LayerSpec
+from compress.shapes import find_input_shape
+
+__all__ = ["Intake", "ModelLike", "noise", "take_in"]
+
+ModelLike = str | os.PathLike[str] | torch.nn.Module
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A model ready to be compressed.
+
+    Attributes:
+        traced: its graph, simplified and folded; edited by transforms.
+        layers: every layer, compressible or not.
+        original: the module as it was loaded, for comparison.
+        fingerprint: hash of the module's tensors.
+        name: stem of the file, or the module's class.
+        notes: what was assumed (input shape, conversions), as sentences.
+    """
+
+    traced: TracedModel
+    layers: list[LayerSpec]
+    original: torch.nn.Module
+    fingerprint: str
+    name: str
+    notes: list[str]
+
+
+def take_in(
+    model: ModelLike,
+    *,
+    factory: str | None = None,
+    allow: Sequence[str] = (),
+    input_shape: Sequence[int] | None = None,
+    samples: Samples | None = None,
+) -> Intake:
+    """Load ``model`` if it is a path, find its input shape, trace and fold it.
+
+    Raises:
+        InputError: see :func:`compress.checkpoint.load_model`, :func:`compress.shapes.find_input_shape` and
+            :func:`compress.graph.traced.trace`.
+    """
+    if isinstance(model, torch.nn.Module):
+        loaded = LoadedModel(model.eval(), None, type(model).__name__, fingerprint(model))
+        name = type(model).__name__.lower()
+    else:
+        loaded = load_model(model, model=factory, allow=allow)
+        name = Path(model).stem
+    notes = list(loaded.notes)
+    if loaded.example is not None:
+        inputs = loaded.example
+        notes.append(f"input shape {_shapes(inputs)}, from the .pt2 file")
+    elif samples is not None and input_shape is None:
+        inputs = tuple(x[:2] for x in samples.inputs)
+        notes.append(f"input shape {_shapes(inputs)}, from {samples.source}")
+    else:
+        found = find_input_shape(
+            loaded.module, given=input_shape, data_shape=samples.inputs[0].shape[1:] if samples else None
+        )
+        inputs = (torch.zeros((1, *found.shape)),)
+        notes.append(f"input shape {_shapes(inputs)}, {found.source}")
+    traced = trace(loaded.module, inputs)
+    simplify(traced)
+    fold_batch_norm(traced)
+    notes += traced.notes
+    return Intake(traced, list_layers(traced), loaded.module, loaded.fingerprint, name, notes)
+
+
+def noise(traced: TracedModel, count: int, seed: int) -> tuple[Tensor, ...]:
+    """``count`` samples of seeded noise for every input of ``traced``: what there is to compare on without data."""
+    generator = torch.Generator().manual_seed(seed)
+    count = count if traced.dynamic_batch else len(traced.example[0])
+    return tuple(
+        torch.randn((count, *x.shape[1:]), generator=generator)
+        if x.is_floating_point()
+        else torch.zeros((count, *x.shape[1:]), dtype=x.dtype)
+        for x in traced.example
+    )
+
+
+def _shapes(inputs: Sequence[Tensor]) -> str:
+    return " and ".join("x".join(map(str, x.shape[1:])) or "scalar" for x in inputs)

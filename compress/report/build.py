@@ -1,0 +1,117 @@
+"""Measure the finished model and write down what came of it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.bench import bench
+from compress.calib.calibrate import LayerResult
+from compress.calib.samples import Samples
+from compress.export.session import open_session, run_session
+from compress.graph.traced import TracedModel, first_output
+from compress.machine import describe_environment
+from compress.records import LayerSpec, Plan
+from compress.report.schema import Latency, LayerRow, Metric, Parity, Report, Size
+
+__all__ = ["build_report", "measure_latency", "measure_metric"]
+
+_BATCH = 64
+
+
+def build_report(
+    *,
+    plan: Plan,
+    layers: Sequence[LayerSpec],
+    results: Sequence[LayerResult],
+    model: TracedModel,
+    float_file: Path,
+    compressed_file: Path,
+    parity: Parity,
+    latency: Latency | None,
+    metric: Metric | None,
+    started: float,
+    notes: Sequence[str],
+) -> Report:
+    """Put the pieces together; ``started`` is the ``time.monotonic()`` at which calibration began."""
+    by_layer = {result.layer: result for result in results}
+    return Report(
+        plan=plan,
+        layers=tuple(_row(layer, plan, by_layer.get(layer.name), model) for layer in layers),
+        size=Size(float_bytes=float_file.stat().st_size, compressed_bytes=compressed_file.stat().st_size),
+        parity=parity,
+        latency=latency,
+        metric=metric,
+        calibration_seconds=round(time.monotonic() - started, 3),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=tuple(notes),
+        environment=describe_environment(),
+    )
+
+
+def measure_latency(float_file: Path, compressed_file: Path, provider: str) -> Latency:
+    """Both files at batch 1 on one thread, interleaved; medians."""
+    rows = bench([float_file, compressed_file], provider=provider, memory=False).rows
+    return Latency(threads=1, float_ms=rows[0].p50_ms, compressed_ms=rows[1].p50_ms)
+
+
+def measure_metric(
+    original: torch.nn.Module, model: TracedModel, compressed_file: Path, samples: Samples, provider: str
+) -> Metric:
+    """Accuracy for whole-number labels, mean squared error for others, of all three models on the same samples."""
+    assert samples.labels is not None
+    size = _BATCH if model.dynamic_batch else len(model.example[0])
+    count = len(samples) // size * size if not model.dynamic_batch else len(samples)
+    inputs, labels = tuple(x[:count] for x in samples.inputs), samples.labels[:count]
+    parts = list(zip(*(x.split(size) for x in inputs), strict=True))
+    with torch.no_grad():
+        float_outputs = torch.cat([first_output(original(*part)) for part in parts])
+    torch_outputs = model.run(iter(parts))
+    onnx_outputs = run_session(open_session(compressed_file, "ORT_ENABLE_ALL", provider=provider), parts)[0]
+    if labels.is_floating_point():
+        values = [float((out.flatten() - labels.flatten()).square().mean()) for out in (float_outputs, torch_outputs, onnx_outputs)]
+        return Metric(name="mse", samples=count, float_model=values[0], compressed_torch=values[1], compressed_onnx=values[2])
+    right = [_classes(out) == labels for out in (float_outputs, torch_outputs, onnx_outputs)]
+    return Metric(
+        name="accuracy",
+        samples=count,
+        float_model=float(right[0].float().mean()),
+        compressed_torch=float(right[1].float().mean()),
+        compressed_onnx=float(right[2].float().mean()),
+        agreement=float((_classes(float_outputs) == _classes(onnx_outputs)).float().mean()),
+        lost=int((right[0] & ~right[2]).sum()),
+        won=int((~right[0] & right[2]).sum()),
+    )
+
+
+def _classes(outputs: Tensor) -> Tensor:
+    return outputs.argmax(1)
+
+
+def _row(layer: LayerSpec, plan: Plan, result: LayerResult | None, model: TracedModel) -> LayerRow:
+    choice = plan.choice(layer.name)
+    skip = next((skip.reason for skip in plan.skipped if skip.layer == layer.name), None)
+    notes = "; ".join(each for each in (result.note if result else None, skip) if each)
+    float_bytes = layer.parameters * 4
+    weight_bytes = float_bytes
+    if choice is not None:
+        stored = (model.tensor(f"{layer.name}.weight_{part}") for part in ("packed", "scale"))
+        weight_bytes = sum(tensor.nbytes for tensor in stored)
+    return LayerRow(
+        name=layer.name,
+        kind=layer.kind,
+        option=str(choice.option) if choice else "float",
+        method=choice.method if choice else None,
+        parameters=layer.parameters,
+        weight_bytes=weight_bytes,
+        float_bytes=float_bytes,
+        weight_error=result.weight_error if result else None,
+        output_error=result.output_error if result else None,
+        nearest_error=result.nearest_error if result else None,
+        note=notes or None,
+    )

@@ -1,0 +1,88 @@
+"""The report: what was done to each layer, what it cost and what it gained; ``report.json``, schema version 1.
+
+Units are in the names: ``_bytes``, ``_ms``, ``_seconds``. Errors are relative squared errors (0 is exact, 1 is as large
+as the signal). ``None`` means not measured, and ``notes`` say why where it is not obvious.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from compress.machine import Environment
+from compress.records import SCHEMA_VERSION, Plan, Record
+
+__all__ = ["LayerRow", "Latency", "Metric", "Parity", "Report", "Size"]
+
+
+class LayerRow(Record):
+    """One layer."""
+
+    name: str
+    kind: str
+    option: str = Field(description="W4A8, or float")
+    method: str | None = None
+    parameters: int
+    weight_bytes: int = Field(description="weights as they stand in the file: packed codes and scales")
+    float_bytes: int
+    weight_error: float | None = None
+    output_error: float | None = Field(None, description="relative to the float layer's output, on calibration samples")
+    nearest_error: float | None = Field(None, description="the same with weights rounded to nearest")
+    note: str | None = None
+
+
+class Size(Record):
+    """The exported files, as they lie on disk."""
+
+    float_bytes: int
+    compressed_bytes: int
+
+
+class Latency(Record):
+    """Batch 1, medians of interleaved runs in one process."""
+
+    threads: int
+    float_ms: float
+    compressed_ms: float
+
+
+class Metric(Record):
+    """The model's metric on the evaluation data."""
+
+    name: str = Field(description="accuracy (a fraction), or mse")
+    samples: int
+    float_model: float
+    compressed_torch: float
+    compressed_onnx: float
+    agreement: float | None = Field(None, description="fraction of samples with the float model's class")
+    lost: int | None = Field(None, description="samples the float model had right and the compressed one has not")
+    won: int | None = Field(None, description="samples only the compressed model has right")
+
+
+class Parity(Record):
+    """The compressed PyTorch graph against ONNX Runtime, on the same samples."""
+
+    samples: int
+    source: str = Field(description="what the samples are")
+    relative_l2_unoptimized: float = Field(description="at ORT_DISABLE_ALL")
+    relative_l2_optimized: float = Field(description="at ORT_ENABLE_ALL")
+    agreement_unoptimized: float | None
+    agreement_optimized: float | None
+    integer_layers: int
+    float_layers: int
+    failures: tuple[str, ...] = ()
+
+
+class Report(Record):
+    """Everything about one run of `compress quantize`."""
+
+    schema_version: int = SCHEMA_VERSION
+    plan: Plan
+    layers: tuple[LayerRow, ...]
+    size: Size
+    parity: Parity
+    latency: Latency | None = None
+    metric: Metric | None = None
+    calibration_seconds: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
+    environment: Environment

@@ -1,0 +1,158 @@
+"""The gate after every export: does the file compute what was calibrated, and does it run the way it was planned?
+
+Three answers are compared on the same samples: the compressed PyTorch graph, ONNX Runtime without optimisation, and ONNX
+Runtime with all of it. Integer kernels round their requantisation differently from the simulation, so the limits leave
+room for single steps of the activation grids; a float file has to agree to float rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, fx
+
+from compress.errors import GateError
+from compress.export.fusion import fused_operators, misplaced_layers
+from compress.export.session import open_session, run_session
+from compress.graph.layers import LAYER_KINDS, is_stored, layer_calls
+from compress.graph.traced import TracedModel, first_output
+from compress.report.schema import Parity
+
+__all__ = ["Limits", "layer_computes", "layer_differences", "verify", "verify_or_raise"]
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the gate lets pass: relative L2 of the outputs, and the fraction of samples with the same class."""
+
+    unoptimized: float
+    optimized: float
+    agreement: float
+
+
+_INTEGER_LIMITS = Limits(unoptimized=0.05, optimized=0.08, agreement=0.95)
+_FLOAT_LIMITS = Limits(unoptimized=1e-3, optimized=1e-3, agreement=0.99)
+
+
+def layer_computes(traced: TracedModel) -> dict[str, str]:
+    """"integer" or "float" for every layer of a finished graph: what the exported file is planned to do."""
+    return {
+        name: str(calls[0].args[1].args[5]) if is_stored(calls[0].args[1]) else "float"
+        for name, calls in layer_calls(traced).items()
+    }
+
+
+def verify(
+    traced: TracedModel, path: Path, inputs: tuple[Tensor, ...], source: str, provider: str = "CPUExecutionProvider"
+) -> Parity:
+    """Compare ``path`` with ``traced`` on ``inputs`` ([N, ...] each); failures are listed, not raised.
+
+    Args:
+        source: what the samples are, for the report.
+    """
+    size = _BATCH if traced.dynamic_batch else len(traced.example[0])
+    count = len(inputs[0]) // size * size or len(inputs[0])
+    inputs = tuple(x[:count] for x in inputs)
+    wanted = traced.run(_batches(inputs, size))
+    answers = []
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+        answers.append(run_session(open_session(path, level, provider=provider), _batches(inputs, size))[0])
+    plain, optimized = answers
+    computes = layer_computes(traced)
+    limits = _INTEGER_LIMITS if "integer" in computes.values() else _FLOAT_LIMITS
+    parity = Parity(
+        samples=count,
+        source=source,
+        relative_l2_unoptimized=_relative_l2(plain, wanted),
+        relative_l2_optimized=_relative_l2(optimized, wanted),
+        agreement_unoptimized=_agreement(plain, wanted),
+        agreement_optimized=_agreement(optimized, wanted),
+        integer_layers=sum(compute == "integer" for compute in computes.values()),
+        float_layers=sum(compute == "float" for compute in computes.values()),
+    )
+    failures = _over(parity, limits)
+    if failures:
+        layer, difference = max(layer_differences(traced, path, inputs, provider), key=lambda pair: pair[1])
+        failures.append(f"the largest step away from the PyTorch graph is at layer {layer}: relative L2 {difference:.2%}")
+    failures += misplaced_layers(fused_operators(path, provider), computes)
+    return parity.model_copy(update={"failures": tuple(failures)})
+
+
+def verify_or_raise(parity: Parity, path: Path) -> None:
+    """Raise :class:`~compress.errors.GateError` with every failure of ``parity``."""
+    if parity.failures:
+        raise GateError(f"{path} did not pass the gate: " + "; ".join(parity.failures))
+
+
+def layer_differences(
+    traced: TracedModel, path: Path, inputs: tuple[Tensor, ...], provider: str
+) -> list[tuple[str, float]]:
+    """How much each layer adds to the difference between graph and file: relative L2 of its output less its input's.
+
+    Runs without optimisation, where the file still has a value for every layer's output.
+    """
+    model = onnx.load(path)
+    names = []
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            names.append(node.name)
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
+    session = open_session(model.SerializeToString(), "ORT_DISABLE_ALL", provider=provider)
+    batch = next(_batches(inputs, len(traced.example[0]) if not traced.dynamic_batch else _BATCH))
+    outputs = run_session(session, [batch])[-len(names) :] if names else []
+    recorded = _record_layers(traced, batch)
+    differences, before = [], 0.0
+    for name, got, wanted in zip(names, outputs, recorded, strict=False):
+        now = _relative_l2(got, wanted)
+        differences.append((name, now - before))
+        before = now
+    return differences or [("(none)", 0.0)]
+
+
+def _record_layers(traced: TracedModel, batch: tuple[Tensor, ...]) -> list[Tensor]:
+    recorded: list[Tensor] = []
+
+    class _Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if n.op == "call_function" and n.target in LAYER_KINDS:
+                recorded.append(first_output(value))
+            return value
+
+    with torch.no_grad():
+        _Recorder(traced.module).run(*batch)
+    return recorded
+
+
+def _batches(inputs: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(size) for x in inputs), strict=True)
+
+
+def _relative_l2(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def _agreement(got: Tensor, wanted: Tensor) -> float | None:
+    """Fraction of samples with the same largest output; None for outputs that are not class scores."""
+    if wanted.dim() != 2 or wanted.shape[1] < 2:
+        return None
+    return float((got.argmax(1) == wanted.argmax(1)).float().mean())
+
+
+def _over(parity: Parity, limits: Limits) -> list[str]:
+    found = []
+    for level, distance, limit, agreement in (
+        ("without optimisation", parity.relative_l2_unoptimized, limits.unoptimized, parity.agreement_unoptimized),
+        ("with all optimisations", parity.relative_l2_optimized, limits.optimized, parity.agreement_optimized),
+    ):
+        if not distance <= limit:
+            found.append(f"ONNX Runtime {level} is {distance:.2%} (relative L2) from the PyTorch graph; allowed {limit:.2%}")
+        if agreement is not None and agreement < limits.agreement:
+            found.append(f"ONNX Runtime {level} gives the same class on {agreement:.1%} of the samples; needed {limits.agreement:.0%}")
+    return found
