@@ -5,7 +5,7 @@
 with straight-through rounding, Adam, and the layer's own ReLU on both sides when it alone reads the output. Unlike
 adaptive rounding V is unbounded: a weight may move by several steps. Sequential: ``x_q`` comes from the quantized
 prefix, for every sample; parallel: from the float model. The best iterate on a fixed subset of the samples is kept,
-with round-to-nearest as iterate 0, so the result is never worse than its start there (METHODS, 1(c)).
+with round-to-nearest as iterate 0, so the result is never worse than its start there.
 
 Learning rates are relative: weights move in their own steps, grids by factors, biases in deviations of the output, so
 that one setting serves layers of any magnitude.
@@ -111,7 +111,9 @@ class _Parameters:
             {"params": [self.bias_shift], "lr": _RATE_BIAS},
         ]
         if self.learns_grid:
-            groups.append({"params": [p for p in (self.grid_log, self.grid_shift) if p.requires_grad], "lr": _RATE_GRID})
+            groups.append(
+                {"params": [p for p in (self.grid_log, self.grid_shift) if p.requires_grad], "lr": _RATE_GRID}
+            )
         return groups
 
     def loss(self, problem: LayerProblem, x: Tensor, y: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class _Walk:
     ) -> tuple[LayerProblem, Quantizer | None]:
         call = calls[0]
         float_call = self._float_node(call.name)
-        weight = self.float_model.tensor(str(float_call.args[1].target))  # type: ignore[union-attr]
+        weight = self.float_model.tensor(str(float_call.args[1].target))
         grid, quantizer, inputs, targets = None, None, None, None
         if self.ahead is not None and self.reference is not None:
             quantizer = next((q for q in quantizers if choice.layer in q.layers), None)
@@ -178,7 +178,8 @@ class _Walk:
             source = call.args[0]
             assert isinstance(source, fx.Node)
             learnable = (
-                quantizer is not None and quantizer.exclusive and quantizer.layers == (choice.layer,) and source is grid_node
+                quantizer is not None and quantizer.exclusive and quantizer.layers == (choice.layer,)
+                and source is grid_node
                 and source.args[0].op != "placeholder" and len(calls) == 1
             )  # fmt: skip
             if learnable:
@@ -191,10 +192,7 @@ class _Walk:
             before = float_call.args[0]
             assert isinstance(before, fx.Node)
             self.reference.advance(before.name)
-            if not method.sequential:
-                inputs = self._rows(self.reference, before)
-            else:
-                inputs = self._rows(self.ahead, source)
+            inputs = self._rows(self.reference, before) if not method.sequential else self._rows(self.ahead, source)
             self.reference.advance(call.name, keep=(call.name, before.name))
             targets = self._rows(self.reference, float_call)
         return (
@@ -261,7 +259,7 @@ def _forward_of(call: fx.Node) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     target, rest, kwargs = call.target, call.args[3:], call.kwargs
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return target(x, weight, bias, *rest, **kwargs)  # type: ignore[operator, no-any-return]
+        return target(x, weight, bias, *rest, **kwargs)
 
     return forward
 
@@ -274,7 +272,7 @@ def _output_error(problem: LayerProblem, solution: Solution, x: Tensor, y: Tenso
     grid = solution.grid if solution.grid is not None else problem.grid
     with torch.no_grad():
         if grid is not None:
-            x = fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)  # type: ignore[operator]
+            x = fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)
         bias = solution.bias if solution.bias is not None else problem.bias
         output = problem.activate(problem.forward(x, solution.weight.dequantize(), bias))
         return _relative(output, problem.activate(y))

@@ -1,7 +1,7 @@
-"""Bias tuning: all biases learn from the float network's outputs, end to end (AdaQuant's last step, METHODS 1(b) 9).
+"""Bias tuning: all biases learn from the float network's outputs, end to end (AdaQuant's last step).
 
-Loss: ``KL(softmax(float) || softmax(quantized))`` for class scores, mean squared error for anything else, targets keyed by
-sample. Gradients pass activation quantizers straight through. The best state on samples held back from the training is
+Loss: ``KL(softmax(float) || softmax(quantized))`` for class scores, mean squared error for anything else; targets are
+keyed by sample. Gradients pass activation quantizers straight through. The best state on samples held back from the training is
 kept, the untuned one included: the result is never worse there.
 """
 
@@ -27,7 +27,9 @@ _RATE = 1e-3  # deviations of the bias an iteration
 def distillation_loss(outputs: Tensor, wanted: Tensor) -> Tensor:
     """Mean over the batch; ``outputs`` and ``wanted`` [N, ...] are logits when [N, C] with C > 1."""
     if wanted.dim() == 2 and wanted.shape[1] > 1:
-        return torch.nn.functional.kl_div(outputs.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+        return torch.nn.functional.kl_div(
+            outputs.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
+        )
     return (outputs - wanted).square().mean()
 
 
@@ -49,7 +51,9 @@ def tune_biases(
     wanted = float_model.run(zip(*(x.split(_BATCH) for x in inputs), strict=True))
     start = {name: model.tensor(name).clone() for name in names}
     biases = {name: value.clone().requires_grad_() for name, value in start.items()}
-    optimizer = torch.optim.Adam([{"params": [b], "base": float(b.detach().std().nan_to_num(1.0).clamp(min=1e-3))} for b in biases.values()])
+    optimizer = torch.optim.Adam(
+        [{"params": [b], "base": float(b.detach().std().nan_to_num(1.0).clamp(min=1e-3))} for b in biases.values()]
+    )
 
     def loss_of(index: Tensor) -> Tensor:
         outputs = first_output(functional_call(model.module, biases, tuple(x[index] for x in inputs)))

@@ -130,7 +130,7 @@ class Frontier:
 
         def compute(node: fx.Node) -> Any:
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return node.target(*args, **kwargs)
 
         with torch.no_grad():
             for node in nodes:

@@ -139,7 +139,9 @@ def entropy_range(histogram: Histogram, bits: int) -> tuple[float, float]:
             return float("inf")
         reference[edges[0]] += counts[: int(edges[0])].sum()
         reference[edges[-1]] += counts[int(edges[-1]) + 1 :].sum()
-        codes = torch.round((_on_grid(centres, low * ratio, high * ratio, bits) - low) / max(high - low, 1e-30) * 1e6).long()
+        codes = torch.round(
+            (_on_grid(centres, low * ratio, high * ratio, bits) - low) / max(high - low, 1e-30) * 1e6
+        ).long()
         _, group = torch.unique(codes, return_inverse=True)
         occupied = (counts > 0) & inside
         mass = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, counts * inside)

@@ -1,7 +1,8 @@
 """Finished layers on disk, so that a killed run continues where it was, to the same bytes.
 
 One safetensors file a layer in the run's work folder, written to a temporary name and renamed; beside them the
-fingerprint of the plan (model, data and options included). Another fingerprint means another run: the folder is cleared.
+fingerprint of the plan (model, data and options included). With another fingerprint it is
+another run, and the folder is cleared.
 """
 
 from __future__ import annotations

@@ -32,14 +32,16 @@ class SpilledSamples:
     def __enter__(self) -> SpilledSamples:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def append(self, batch: Tensor) -> None:
         """Add ``batch`` [n, ...]; every batch has the same trailing shape."""
         self._shape = tuple(batch.shape[1:])
         values = np.ascontiguousarray(batch.detach().numpy(), dtype=np.float32)
-        view = memoryview(values).cast("B")
+        view = memoryview(values.data).cast("B")
         while view:  # a raw file may write less than it was given
             view = view[self._file.write(view) :]
         self._count += len(batch)

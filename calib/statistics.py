@@ -1,4 +1,4 @@
-"""Statistics tuning (AdaQuant's para-normalization, METHODS 1(b) 8): give every channel its mean and deviation back.
+"""Statistics tuning (AdaQuant's para-normalization): give every channel its mean and deviation back.
 
 Quantization shifts and stretches a convolution's output. For each layer in order, with everything before it already
 corrected, the mean and deviation of its output over all samples are measured, and an affine map a channel that restores

@@ -28,7 +28,7 @@ _HOMES = {
     "InfeasibleBudget": "compress.errors",
     "InputError": "compress.errors",
     "Options": "compress.api",
-    "bench": "compress.bench",
+    "bench": "compress.benchmark",
     "export": "compress.api",
     "inspect": "compress.api",
     "load": "compress.api",

@@ -1,4 +1,4 @@
-"""One function a verb; :func:`quantize` reads like the road of DESIGN section 2."""
+"""One function a verb; :func:`quantize` is the road from model to proven file."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from compress.apply import apply_plan, plan_fingerprint
 from compress.artifact import ONNX_FILE, REPORT_FILE, check_free, load_artifact, load_plan, new_folder, save_artifact
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples, load_samples
-from compress.errors import CompressError, GateError, InputError
+from compress.errors import InputError
 from compress.estimate import Estimate, estimate
-from compress.export.onnx import build_onnx, write_onnx
+from compress.exporters.onnx import build_onnx, write_onnx
+from compress.gate import verify as verify_file
+from compress.gate import verify_or_raise
 from compress.graph.traced import TracedModel
 from compress.intake import Intake, ModelLike, noise, take_in
 from compress.kernels.table import register_operators
 from compress.methods import METHODS
-from compress.records import Plan, Steps
+from compress.records import LayerSpec, Plan, Steps
 from compress.registry import resolve
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
 from compress.targets import find_target
-from compress.verify import verify as verify_file
-from compress.verify import verify_or_raise
 
 __all__ = ["Options", "Preview", "Result", "export", "inspect", "load", "preview", "quantize", "verify"]
 
@@ -83,7 +83,8 @@ class Preview:
     """What :func:`quantize` would do, and for how long."""
 
     plan: Plan
-    intake: Intake
+    layers: list[LayerSpec]
+    notes: list[str]
     estimate: Estimate
 
 
@@ -132,7 +133,9 @@ def quantize(
     plan = make_plan(intake, options, samples)
 
     started = time.monotonic()
-    work = folder.with_name(f".{folder.name}.work") if folder is not None else Path(tempfile.mkdtemp(prefix="compress-"))
+    work = (
+        folder.with_name(f".{folder.name}.work") if folder is not None else Path(tempfile.mkdtemp(prefix="compress-"))
+    )
     store = ResumeStore(work, plan_fingerprint(plan))
     if store.found:
         report_progress(f"continuing: {store.found} layers were finished by an earlier run", 0, 0)
@@ -153,7 +156,9 @@ def quantize(
         onnx_model = build_onnx(compressed.model)
         write_onnx(onnx_model, file, {})
         target = find_target(plan.target)
-        parity = verify_file(compressed.model, file, *_gate_inputs(compressed.model, samples, plan.seed), target.provider)
+        parity = verify_file(
+            compressed.model, file, *_gate_inputs(compressed.model, samples, plan.seed), target.provider
+        )
         verify_or_raise(parity, folder / ONNX_FILE if folder is not None else file)
         report_progress("measuring", len(plan.choices), len(plan.choices))
         report = build_report(
@@ -165,7 +170,9 @@ def quantize(
             compressed_file=file,
             parity=parity,
             latency=measure_latency(float_file, file, target.provider),
-            metric=measure_metric(intake.original, compressed.model, file, labelled, target.provider) if labelled else None,
+            metric=measure_metric(intake.original, compressed.model, file, labelled, target.provider)
+            if labelled
+            else None,
             started=started,
             notes=[*intake.notes, *(samples.notes if samples else ()), *compressed.notes],
         )
@@ -178,10 +185,27 @@ def quantize(
     return Result(report, folder, compressed.model.module)
 
 
-def preview(intake: Intake, options: Options, samples: Samples | None) -> Preview:
-    """The plan and an estimate of time and memory; nothing is quantized."""
+def preview(
+    model: ModelLike,
+    *,
+    calib: object | None = None,
+    options: Options | None = None,
+    model_factory: str | None = None,
+    allow: Sequence[str] = (),
+    input_shape: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+) -> Preview:
+    """The plan that :func:`quantize` would follow and an estimate of time and memory; nothing is quantized."""
+    options = options or Options()
+    samples = None
+    if calib is not None:
+        samples = load_samples(calib, limit=options.samples, seed=options.seed, mean=mean, std=std, size=size)
+    intake = take_in(model, factory=model_factory, allow=allow, input_shape=input_shape, samples=samples)
     plan = make_plan(intake, options, samples)
-    return Preview(plan, intake, estimate(intake.traced, plan, len(samples) if samples else 0))
+    notes = [*intake.notes, *(samples.notes if samples else ())]
+    return Preview(plan, intake.layers, notes, estimate(intake.traced, plan, len(samples) if samples else 0))
 
 
 def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
@@ -192,8 +216,14 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
     """
     act_bits = options.act_bits if options.act_bits is not None else (8 if samples is not None else None)
     if options.act_bits is not None and samples is None:
-        raise InputError("--act-bits needs calibration data: give --calib, or leave it out to quantize the weights only")
-    for name, value, low in (("--bits", options.bits, 2), ("--act-bits", act_bits, 4), ("--first-last-bits", options.first_last_bits, 2)):
+        raise InputError(
+            "--act-bits needs calibration data: give --calib, or leave it out to quantize the weights only"
+        )
+    for name, value, low in (
+        ("--bits", options.bits, 2),
+        ("--act-bits", act_bits, 4),
+        ("--first-last-bits", options.first_last_bits, 2),
+    ):
         if value is not None and not low <= value <= 8:
             raise InputError(f"{name} {value}: allowed are {low} to 8")
     method = options.method or ("adaquant" if samples is not None else "mse")
@@ -281,7 +311,12 @@ def export(
 
 
 def verify(
-    folder: str | Path, *, data: object | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, size: int | None = None
+    folder: str | Path,
+    *,
+    data: object | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
 ) -> Parity:
     """Compare the ONNX file in ``folder`` with the PyTorch graph beside it, on ``data`` or on noise.
 
@@ -291,8 +326,14 @@ def verify(
     path = Path(folder)
     traced = load_artifact(path)
     plan = load_plan(path)
-    samples = load_samples(data, limit=_GATE_SAMPLES, seed=plan.seed, mean=mean, std=std, size=size) if data is not None else None
-    return verify_file(traced, path / ONNX_FILE, *_gate_inputs(traced, samples, plan.seed), find_target(plan.target).provider)
+    samples = (
+        load_samples(data, limit=_GATE_SAMPLES, seed=plan.seed, mean=mean, std=std, size=size)
+        if data is not None
+        else None
+    )
+    return verify_file(
+        traced, path / ONNX_FILE, *_gate_inputs(traced, samples, plan.seed), find_target(plan.target).provider
+    )
 
 
 def _traced(

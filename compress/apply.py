@@ -95,4 +95,7 @@ def _check(model: TracedModel, plan: Plan) -> None:
     known = layer_calls(model)
     for choice in plan.choices:
         if choice.layer not in known:
-            raise InputError(f"the plan names layer {choice.layer!r}, which the model does not have; `compress inspect` lists its layers")
+            raise InputError(
+                f"the plan names layer {choice.layer!r}, which the model does not have; "
+                "`compress inspect` lists its layers"
+            )

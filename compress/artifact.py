@@ -58,7 +58,9 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
             _remove(path)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -72,7 +74,9 @@ def check_free(path: Path, overwrite: bool) -> None:
 def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     """Write tensors, graph and plan into ``folder``."""
     register_operators()
-    tensors = {node.target: traced.tensor(str(node.target)).contiguous() for node in traced.graph.find_nodes(op="get_attr")}
+    tensors = {
+        node.target: traced.tensor(str(node.target)).contiguous() for node in traced.graph.find_nodes(op="get_attr")
+    }
     save_file({str(name): tensor for name, tensor in tensors.items()}, folder / _TENSORS, {"format": "pt"})
     (folder / _GRAPH).write_text(json.dumps(graph_to_json(traced)))
     (folder / _PLAN).write_text(plan.model_dump_json(indent=2))
@@ -95,7 +99,9 @@ def load_artifact(folder: Path) -> TracedModel:
         with torch.no_grad():
             _remember_shapes(traced)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"{folder / _GRAPH} and {_TENSORS} do not fit together ({error}); compress the model again") from error
+        raise InputError(
+            f"{folder / _GRAPH} and {_TENSORS} do not fit together ({error}); compress the model again"
+        ) from error
     return traced
 
 

@@ -47,7 +47,11 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
     trained = any(resolve(METHODS, choice.method, "method").needs_data for choice in plan.choices)
     steps = plan.iterations if trained else 0
     largest = max(
-        (node.meta["val"][0].numel() * 4 for node in traced.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() > 1),
+        (
+            node.meta["val"][0].numel() * 4
+            for node in traced.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() > 1
+        ),
         default=0,
     )
     seconds = steps * _STEP_FORWARDS * per_sample * _TRAINING_BATCH + samples * _WALK_FORWARDS * per_sample

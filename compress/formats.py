@@ -1,4 +1,4 @@
-"""Formats: how a weight is stored and, separately, how it is run (DESIGN rule 4).
+"""Formats: how a weight is stored and, separately, how it is run.
 
 Storage is the same for all: packed codes, exactly ``bits`` bits a weight. Compute is integer (the codes become an int8
 weight when the file is loaded, and the layer an integer kernel) or float (they become an ordinary float weight).
@@ -46,7 +46,9 @@ class Format:
 
 FORMATS = {
     "integer": Format("integer", "integer", ("conv1d", "conv2d", "linear"), asymmetric=False, activations=True),
-    "float-weights": Format("float-weights", "float", ("conv1d", "conv2d", "linear"), asymmetric=True, activations=False),
+    "float-weights": Format(
+        "float-weights", "float", ("conv1d", "conv2d", "linear"), asymmetric=True, activations=False
+    ),
 }
 
 

@@ -74,7 +74,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     columns = -(-count // 8)
     if tuple(packed.shape) != (bits, columns):
-        raise ValueError(f"packed codes of shape {tuple(packed.shape)}; {count} codes of {bits} bits need {(bits, columns)}")
+        raise ValueError(
+            f"packed codes of shape {tuple(packed.shape)}; {count} codes of {bits} bits need {(bits, columns)}"
+        )
     codes = torch.zeros(columns * 8, dtype=torch.uint8, device=packed.device)
     row = 0
     for width, offset in planes(bits):

@@ -1,6 +1,6 @@
 """One layer as its method sees it: tensors in, tensors out; the graph stays outside.
 
-A method is a pure function (DESIGN rule 3): ``solve(problem, option, effort)`` returns a :class:`Solution` and never
+A method is a pure function: ``solve(problem, option, effort)`` returns a :class:`Solution` and never
 scores itself; the error in the report is computed once, the same way for all, by whoever called it.
 """
 

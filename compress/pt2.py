@@ -163,7 +163,9 @@ class _Check:
             return
         if isinstance(value, dict):
             for name, part in value.items():
-                if _PLAIN.fullmatch(name) is None:
+                if key == "range_constraints":
+                    self._expression(name)
+                elif _PLAIN.fullmatch(name) is None:
                     raise self.refused(f"the name {name!r}")
                 if part and name in ("as_custom_obj", "custom_obj", "custom_obj_values"):
                     raise self.refused("a custom class object")
@@ -180,19 +182,22 @@ class _Check:
         if key in ("target", "as_operator"):
             self._operator(text)
         elif key == "expr_str":
-            # A single quoted word names a symbol: sympy makes at most a symbol of it, with no brackets to call.
-            bare = re.sub(r"'([A-Za-z]\w*|[\d.]+(e[+-]?\d+)?)'", "0", text)
-            bare = re.sub(r"(?<!\w)\d+(\.\d*)?(e[+-]?\d+)?(?!\w)", "0", bare)
-            words = re.findall(r"[^\W\d]\w*", bare)
-            known = all(_WORDS.fullmatch(word) or _SYMBOL.fullmatch(word) for word in words)
-            if not known or _SIGNS.fullmatch(bare) is None:
-                raise self.refused(f"the size expression {text!r}")
+            self._expression(text)
         elif key in ("name", "as_name", "forward_arg_names", "user_input_name"):
             self._identifier(text)
         elif key in ("in_spec", "out_spec"):
             self._tree(_json(text.encode(), self.file))
         elif (_PLAIN if key == "torch_version" else _DOTTED).fullmatch(text) is None:
             raise self.refused(f"{key} {text!r}")
+
+    def _expression(self, text: str) -> None:
+        # A single quoted word names a symbol: sympy makes at most a symbol of it, with no brackets to call.
+        bare = re.sub(r"'([A-Za-z]\w*|[\d.]+(e[+-]?\d+)?)'", "0", text)
+        bare = re.sub(r"(?<!\w)\d+(\.\d*)?(e[+-]?\d+)?(?!\w)", "0", bare)
+        words = re.findall(r"[^\W\d]\w*", bare)
+        known = all(_WORDS.fullmatch(word) or _SYMBOL.fullmatch(word) for word in words)
+        if not known or _SIGNS.fullmatch(bare) is None:
+            raise self.refused(f"the size expression {text!r}")
 
     def _identifier(self, name: str) -> None:
         if name and (not name.isidentifier() or keyword.iskeyword(name)):

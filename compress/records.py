@@ -1,6 +1,6 @@
 """The small frozen records that pass between stages; each is a JSON file on request.
 
-``Plan`` says what is to be done and is enough to do it again; ``Report`` (compress/report/schema.py) says what came out.
+``Plan`` says what is to be done, enough to do it again; ``Report`` (compress/report/schema.py) says what came out.
 """
 
 from __future__ import annotations

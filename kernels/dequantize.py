@@ -18,7 +18,7 @@ __all__ = ["dequantize_bias", "dequantize_weight"]
 def dequantize_weight(
     packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, shape: list[int], compute: str
 ) -> Tensor:
-    """Reference: ``packed`` uint8 in the layout of compress.packing, ``scale`` float32 [O], ``zero_point`` uint8 [O]."""
+    """Reference: ``packed`` uint8 in compress.packing's layout, ``scale`` float32 [O], ``zero_point`` uint8 [O]."""
     per_channel = (-1, *[1] * (len(shape) - 1))
     codes = unpack(packed, bits, torch.Size(shape).numel()).reshape(shape).to(scale.dtype)
     return codes.sub_(zero_point.to(scale.dtype).reshape(per_channel)).mul_(scale.reshape(per_channel))

@@ -56,7 +56,9 @@ def uniform_choices(
         else:
             choices.append(Choice(layer=layer.name, method=method, option=option, format=format_name))
     if not choices:
-        reasons = "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:3]) or "the model has no layer with weights"
+        reasons = (
+            "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:3]) or "the model has no layer with weights"
+        )
         raise InputError(f"nothing to compress: {reasons}")
     return choices, skipped
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress.cli.progress import ProgressBar
 from compress.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
     from rich.table import Table
 
-    from compress.bench import BenchReport, BenchRow
+    from compress.benchmark import BenchReport, BenchRow
 
-_BAR_AFTER_S = 2.0
 # One file opened twice and compared with itself came out at 0.97 to 1.02, each time with a narrow interval: where a
 # session's memory happens to lie is the same for all of its runs, and no number of runs averages it out.
 _SAME_FILE_SPREAD = 0.03
@@ -40,7 +38,7 @@ def bench(
     provider: Annotated[str, typer.Option(help="ONNX Runtime execution provider")] = "CPUExecutionProvider",
     level: Annotated[str, typer.Option(help="Graph optimisation: all, extended, basic, disabled")] = "all",
     seed: Annotated[int, typer.Option(help="Seed of the generated inputs")] = 0,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, each model in a process of its own")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory and load time in a process for each model")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the result as JSON to this file, or - for stdout")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar")] = False,
 ) -> None:
@@ -57,9 +55,9 @@ def bench(
 
     from rich.console import Console
 
-    from compress import bench as measuring
+    from compress import benchmark as measuring
 
-    with ProgressBar(Console(stderr=True), enabled=not quiet and not to_stdout) as bar:
+    with ProgressBar(enabled=not quiet and not to_stdout) as bar:
         report = measuring.bench(
             models,
             batch_sizes=batch or [1],
@@ -176,34 +174,3 @@ def _three_digits(value: float) -> str:
         if value >= least:
             return f"{value:.{digits}f}"
     return f"{value:.4f}"
-
-
-class ProgressBar:
-    """A bar on stderr that appears when the work has taken two seconds.
-
-    It is drawn only when told of progress: a bar that redraws itself in a thread would take time from the models.
-    """
-
-    def __init__(self, console: Console, *, enabled: bool) -> None:
-        from rich.progress import Progress
-
-        self.enabled = enabled and console.is_terminal
-        self._bar = Progress(console=console, auto_refresh=False, transient=True, disable=not self.enabled)
-        self._task: TaskID | None = None
-        self._start = time.monotonic()
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._bar.stop()
-
-    def update(self, what: str, done: int, total: int) -> None:
-        """Show ``what`` at ``done`` of ``total``."""
-        if self._task is None:
-            if time.monotonic() - self._start < _BAR_AFTER_S:
-                return
-            self._bar.start()
-            self._task = self._bar.add_task(what, total=total)
-        self._bar.update(self._task, description=what, completed=done, total=total, refresh=True)

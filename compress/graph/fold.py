@@ -1,8 +1,7 @@
 """Fold BatchNorm into the convolution or linear before it.
 
-``W' = W * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``. The mean (beta) and deviation
-(|gamma|) the normalisation gave each channel are kept: statistics tuning and data-free corrections need them
-(METHODS: AdaQuant, steps 1 and 8).
+``W' = W * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``. The mean (beta) and
+deviation (|gamma|) that the normalisation gave each channel are kept for statistics tuning and equalisation.
 """
 
 from __future__ import annotations

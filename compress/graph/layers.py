@@ -10,7 +10,16 @@ from torch import fx
 from compress.graph.traced import TracedModel
 from compress.records import LayerSpec
 
-__all__ = ["ACTIVATIONS", "LAYER_KINDS", "activation_of", "is_stored", "layer_calls", "layer_name", "list_layers"]
+__all__ = [
+    "ACTIVATIONS",
+    "LAYER_KINDS",
+    "activation_of",
+    "is_stored",
+    "layer_calls",
+    "layer_computes",
+    "layer_name",
+    "list_layers",
+]
 
 aten = torch.ops.aten
 
@@ -34,7 +43,7 @@ def is_stored(weight: fx.Node) -> bool:
 
 
 def layer_name(call: fx.Node) -> str:
-    """The layer's name: the path of its weight, without the last ``.weight``; the node's own if it has no stored weight."""
+    """The layer's name: its weight's path without the last ``.weight``; the node's own if the weight is computed."""
     weight = call.args[0] if call.target is aten.embedding.default else call.args[1]
     if is_stored(weight):
         return str(weight.args[0].target).removesuffix(".weight_packed")
@@ -50,6 +59,14 @@ def layer_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
             if weight.op == "get_attr" or is_stored(weight):
                 calls.setdefault(layer_name(node), []).append(node)
     return calls
+
+
+def layer_computes(traced: TracedModel) -> dict[str, str]:
+    """ "integer" or "float" for every layer of a finished graph: what the exported file is planned to do."""
+    return {
+        name: str(calls[0].args[1].args[5]) if is_stored(calls[0].args[1]) else "float"
+        for name, calls in layer_calls(traced).items()
+    }
 
 
 def activation_of(node: fx.Node) -> tuple[str | None, fx.Node]:
@@ -105,7 +122,5 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
             continue
         weight = node.args[0] if node.target is aten.embedding.default else node.args[1]
         shape = tuple(int(size) for size in weight.meta["val"].shape)
-        found.append(
-            LayerSpec(name=layer_name(node), kind=kind, weight_shape=shape, macs=0, rows=0, refusal=reason)
-        )
+        found.append(LayerSpec(name=layer_name(node), kind=kind, weight_shape=shape, macs=0, rows=0, refusal=reason))
     return found

@@ -1,11 +1,11 @@
-"""Place activation quantizers where an integer runtime needs them to fuse (DESIGN section 5).
+"""Place activation quantizers where an integer runtime needs them to fuse.
 
 - On the input of every integer layer, at that layer's width; on both inputs of a residual add, on the inputs of average
   pools, products and concatenations, at 8 bits. An operator is integer when an integer operator feeds it.
 - On the result of every integer operator but a linear: its kernel writes integers.
 - The result of an operator is its ReLU's output when the ReLU alone reads it: the quantizer absorbs the ReLU.
 - Values that only move (reshape, slice, pad with zeros, max pool) keep one shared scale before and after.
-- A value read at several widths is quantized once at the widest, and again, narrower, for each layer that asks for less.
+- A value read at several widths is quantized once at the widest, and again, narrower, for layers that ask for less.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -116,7 +117,7 @@ def _source(value: fx.Node) -> fx.Node:
     return value
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
+def _operands(node: fx.Node) -> list[Any]:
     if node.target in LAYER_KINDS or node.target in _POOLS:
         return [node.args[0]]
     if node.target is aten.cat.default:
@@ -129,7 +130,7 @@ def _may_be_integer(node: fx.Node) -> bool:
         operands = _operands(node)
         return (
             len(operands) == 2
-            and not node.kwargs.get("alpha", 1) != 1
+            and node.kwargs.get("alpha", 1) == 1
             and all(operand.op != "get_attr" and _is_float(operand) for operand in operands)
         )
     if node.target is aten.adaptive_avg_pool2d.default:

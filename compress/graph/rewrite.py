@@ -1,4 +1,4 @@
-"""Edits that turn a float graph into the compressed one: stored weights, biases on the accumulator's grid, absorbed ReLUs."""
+"""Edits that turn a float graph into the compressed one: stored weights, integer biases, absorbed ReLUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute
     if is_stored(stored):
         stored.args = (*stored.args[:3], *rest)
     else:
-        parts = [traced.attribute(f"{layer}.weight_{part}", before=calls[0]) for part in ("packed", "scale", "zero_point")]
+        parts = [
+            traced.attribute(f"{layer}.weight_{part}", before=calls[0]) for part in ("packed", "scale", "zero_point")
+        ]
         with traced.graph.inserting_before(calls[0]):
             stored = traced.graph.call_function(torch.ops.compress.dequantize_weight.default, (*parts, *rest))
         for call in calls:
@@ -64,14 +66,17 @@ def input_quantizer(call: fx.Node) -> fx.Node | None:
     """The quantizer whose grid the input of ``call`` lies on (padding with zeros keeps it there), or None."""
     value = call.args[0]
     while value.target is not fake_quantize_op():
-        if value.op != "call_function" or value.target not in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default):
+        if value.op != "call_function" or value.target not in (
+            torch.ops.aten.pad.default,
+            torch.ops.aten.constant_pad_nd.default,
+        ):
             return None
         value = value.args[0]
     return value
 
 
 def store_biases(traced: TracedModel) -> None:
-    """Round the bias of every integer call to the int32 grid its accumulator adds on: input scale times weight scale."""
+    """Round the bias of every integer call to its accumulator's int32 grid: input scale times weight scale."""
     for node in list(traced.graph.nodes):
         if node.target not in LAYER_KINDS or not is_stored(node.args[1]):
             continue
@@ -83,7 +88,9 @@ def store_biases(traced: TracedModel) -> None:
         scale_nodes = (quantizer.args[1], node.args[1].args[1])
         input_scale, weight_scale = (traced.tensor(scale.target) for scale in scale_nodes)
         # A dead channel's scale can be so small that its bias overflows; float64 keeps the division exact enough.
-        codes = torch.round(bias.double() / (input_scale.double() * weight_scale.double())).clamp(_INT32.min, _INT32.max)
+        codes = torch.round(bias.double() / (input_scale.double() * weight_scale.double())).clamp(
+            _INT32.min, _INT32.max
+        )
         name = f"{bias_node.target}_codes" + ("" if len(bias_node.users) == 1 else f"_{node.name}")
         traced.set_tensor(name, codes.to(torch.int32))
         parts = [traced.attribute(each, before=node) for each in (name, *(scale.target for scale in scale_nodes))]

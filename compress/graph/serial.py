@@ -65,7 +65,9 @@ def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedM
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
     batch = stored["example_batch"]
-    example = tuple(torch.zeros((batch, *each["shape"]), dtype=getattr(torch, each["dtype"])) for each in stored["inputs"])
+    example = tuple(
+        torch.zeros((batch, *each["shape"]), dtype=getattr(torch, each["dtype"])) for each in stored["inputs"]
+    )
     traced = TracedModel(fx.GraphModule(torch.nn.Module(), graph), example, stored["dynamic_batch"])
     for entry in stored["nodes"]:
         target: Any = entry["target"]

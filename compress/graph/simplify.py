@@ -15,7 +15,13 @@ from compress.graph.traced import TracedModel
 __all__ = ["simplify"]
 
 aten = torch.ops.aten
-_IDENTITIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_IDENTITIES = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+}
 _END = 1 << 62
 
 
@@ -27,6 +33,8 @@ def simplify(traced: TracedModel) -> None:
         if _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # a view may need the memory layout that a dropped clone made
         elif node.target in (aten.conv1d.padding, aten.conv2d.padding):
             _number_padding(traced, node)
         elif node.target is aten.mean.dim:

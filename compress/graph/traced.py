@@ -125,7 +125,9 @@ def first_output(result: object) -> Tensor:
         elif isinstance(result, tuple | list) and result:
             result = result[0]
         else:
-            raise InputError(f"the model returns {type(result).__name__}; a tensor, or a tuple, list or dict of tensors, is needed")
+            raise InputError(
+                f"the model returns {type(result).__name__}; a tensor, or a tuple, list or dict of tensors, is needed"
+            )
     return result
 
 
@@ -155,7 +157,7 @@ def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
             program = export_program(module, example, dynamic)
         except InputError:
             raise error from None
-    traced = TracedModel(program.run_decompositions({}).module(check_guards=False), example, dynamic)  # type: ignore[arg-type]
+    traced = TracedModel(program.run_decompositions({}).module(check_guards=False), example, dynamic)
     if not dynamic:
         traced.notes.append("the model fixes its batch size to 1, and so does the exported file")
     return traced
@@ -170,9 +172,7 @@ def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...]) -> None:
         raise InputError(f"the model does not run on an input of shape {shapes}: {_first_line(error)}") from error
 
 
-def export_program(
-    module: torch.nn.Module, example: tuple[Tensor, ...], dynamic: bool
-) -> torch.export.ExportedProgram:
+def export_program(module: torch.nn.Module, example: tuple[Tensor, ...], dynamic: bool) -> torch.export.ExportedProgram:
     """``torch.export`` of ``module`` with or without a dynamic batch.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Symmetric: ``zero_point = 2**(b-1)`` and the codes ``-2**(b-1) .. 2**(b-1) - 1`` around it, as integer kernels want it.
 Asymmetric: ``scale = (max - min) / (2**b - 1)``, ``zero_point = round(-min / scale)`` with ``min <= 0 <= max``, so that
-zero is a grid point (METHODS section 0).
+zero is a grid point.
 """
 
 from __future__ import annotations

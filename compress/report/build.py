@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.bench import bench
+from compress.benchmark import bench
 from compress.calib.calibrate import LayerResult
 from compress.calib.samples import Samples
-from compress.export.session import open_session, run_session
+from compress.exporters.session import open_session, run_session
 from compress.graph.traced import TracedModel, first_output
 from compress.machine import describe_environment
 from compress.records import LayerSpec, Plan
@@ -74,8 +74,13 @@ def measure_metric(
     torch_outputs = model.run(iter(parts))
     onnx_outputs = run_session(open_session(compressed_file, "ORT_ENABLE_ALL", provider=provider), parts)[0]
     if labels.is_floating_point():
-        values = [float((out.flatten() - labels.flatten()).square().mean()) for out in (float_outputs, torch_outputs, onnx_outputs)]
-        return Metric(name="mse", samples=count, float_model=values[0], compressed_torch=values[1], compressed_onnx=values[2])
+        values = [
+            float((out.flatten() - labels.flatten()).square().mean())
+            for out in (float_outputs, torch_outputs, onnx_outputs)
+        ]
+        return Metric(
+            name="mse", samples=count, float_model=values[0], compressed_torch=values[1], compressed_onnx=values[2]
+        )
     right = [_classes(out) == labels for out in (float_outputs, torch_outputs, onnx_outputs)]
     return Metric(
         name="accuracy",

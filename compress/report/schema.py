@@ -11,7 +11,7 @@ from pydantic import Field
 from compress.machine import Environment
 from compress.records import SCHEMA_VERSION, Plan, Record
 
-__all__ = ["LayerRow", "Latency", "Metric", "Parity", "Report", "Size"]
+__all__ = ["Latency", "LayerRow", "Metric", "Parity", "Report", "Size"]
 
 
 class LayerRow(Record):

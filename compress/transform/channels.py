@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from compress.graph.quantizers import is_zero_pad
 
-__all__ = ["Channels", "channels_of_input", "channels_of_output", "is_relu6", "pass_through"]
+__all__ = ["Channels", "arguments", "channels_of_input", "channels_of_output", "is_relu6", "pass_through"]
 
 aten = torch.ops.aten
 
@@ -24,10 +25,10 @@ class Channels:
 
 
 # Spatial dimensions of a convolution's values; a linear has its features last.
-_CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+_CONVOLUTIONS: dict[object, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}
 # f(s x) = s f(x) for s > 0, element by element; leaky slopes are no obstacle.
 _HOMOGENEOUS = {aten.relu.default, aten.leaky_relu.default, aten.prelu.default}
-_POOLS = {
+_POOLS: dict[object, int] = {
     aten.max_pool1d.default: 1,
     aten.avg_pool1d.default: 1,
     aten.adaptive_avg_pool1d.default: 1,
@@ -37,6 +38,7 @@ _POOLS = {
 }
 _RESHAPES = {
     aten.view.default,
+    aten._unsafe_view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.squeeze.dim,
@@ -44,6 +46,11 @@ _RESHAPES = {
     aten.unsqueeze.default,
 }
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of ``node``; their type, a union of everything, would need a cast at each use."""
+    return node.args
 
 
 def channels_of_output(call: fx.Node) -> Channels:
@@ -54,7 +61,7 @@ def channels_of_output(call: fx.Node) -> Channels:
 
 def channels_of_input(call: fx.Node, repeat: int) -> Channels:
     """The channels that ``call`` reads. A convolution's must not repeat; a linear's may, ``repeat`` times."""
-    rank = len(_shape(call.args[0]))
+    rank = len(_shape(arguments(call)[0]))
     spatial = _CONVOLUTIONS.get(call.target)
     return Channels(rank - 1, repeat) if spatial is None else Channels(rank - 1 - spatial)
 
@@ -63,12 +70,12 @@ def is_relu6(node: fx.Node) -> bool:
     """Whether ``node`` cuts its input to [0, 6]."""
     if node.target is aten.relu6.default:
         return True
-    return node.target in (aten.hardtanh.default, aten.clamp.default) and tuple(node.args[1:]) == (0, 6)
+    return node.target in (aten.hardtanh.default, aten.clamp.default) and tuple(arguments(node)[1:]) == (0, 6)
 
 
 def pass_through(node: fx.Node, value: fx.Node, channels: Channels) -> Channels | str:
     """Where the channels of ``value`` are after ``node``, or why a positive factor on each does not pass it."""
-    if node.op != "call_function" or not node.args or node.args[0] is not value:
+    if node.op != "call_function" or not arguments(node) or arguments(node)[0] is not value:
         return f"{node.name} reads it"
     after: Channels | None
     if node.target in _HOMOGENEOUS:
@@ -93,7 +100,7 @@ def _shape(node: fx.Node) -> list[int | str]:
 
 def _through_pad(node: fx.Node, value: fx.Node, channels: Channels) -> Channels | None:
     # Reflected and repeated values scale as well, but no model at hand has them before a quantized layer.
-    padded = len(node.args[1]) // 2
+    padded = len(arguments(node)[1]) // 2
     return channels if is_zero_pad(node) and channels.axis < len(_shape(value)) - padded else None
 
 
@@ -110,26 +117,26 @@ def _through_reshape(before: list[int | str], after: list[int | str], channels: 
 
 
 def _through_permute(node: fx.Node, rank: int, channels: Channels) -> Channels | None:
-    return Channels([int(dim) % rank for dim in node.args[1]].index(channels.axis), channels.repeat)
+    return Channels([int(dim) % rank for dim in arguments(node)[1]].index(channels.axis), channels.repeat)
 
 
 def _through_transpose(node: fx.Node, rank: int, channels: Channels) -> Channels | None:
-    one, other = (int(dim) % rank for dim in node.args[1:3])
+    one, other = (int(dim) % rank for dim in arguments(node)[1:3])
     return Channels({one: other, other: one}.get(channels.axis, channels.axis), channels.repeat)
 
 
 def _through_select(node: fx.Node, rank: int, channels: Channels) -> Channels | None:
-    dim = int(node.args[1]) % rank
+    dim = int(arguments(node)[1]) % rank
     return None if dim == channels.axis else Channels(channels.axis - (dim < channels.axis), channels.repeat)
 
 
 def _through_slice(node: fx.Node, rank: int, channels: Channels) -> Channels | None:
-    return None if int((*node.args, 0)[1]) % rank == channels.axis else channels
+    return None if int((*arguments(node), 0)[1]) % rank == channels.axis else channels
 
 
 def _through_mean(node: fx.Node, rank: int, channels: Channels) -> Channels | None:
-    dims = {int(dim) % rank for dim in node.args[1] or range(rank)}
-    keep = bool((*node.args, False)[2])
+    dims = {int(dim) % rank for dim in arguments(node)[1] or range(rank)}
+    keep = bool((*arguments(node), False)[2])
     if channels.axis in dims:
         return None
     return channels if keep else Channels(channels.axis - sum(dim < channels.axis for dim in dims), channels.repeat)

@@ -49,7 +49,7 @@ def apply_transform(
         Sentences for the report, the measured difference the last.
 
     Raises:
-        InputError: no transform is called ``name``, or it knows no such option.
+        InputError: no transform is called ``name``, or it refuses the value of an option.
         CompressError: an output differs by more than ``tolerance``.
     """
     transform = resolve(TRANSFORMS, name, "transform")

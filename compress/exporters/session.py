@@ -18,7 +18,12 @@ _QUIET = 3  # errors only: the optimiser warns about initialisers it folded
 
 
 def open_session(
-    path: Path | bytes, level: str, *, threads: int = 0, provider: str = "CPUExecutionProvider", optimized: Path | None = None
+    path: Path | bytes,
+    level: str,
+    *,
+    threads: int = 0,
+    provider: str = "CPUExecutionProvider",
+    optimized: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on ``path`` (a file, or a model's bytes) at graph optimisation ``level``, as ORT spells it.
 

@@ -1,8 +1,8 @@
 """ONNX forms of the ``compress::`` operators, as translations for PyTorch's exporter.
 
-The exporter hands over values that become graph inputs or initialisers; what is built here are ordinary nodes. Codes are
-unpacked by a model-local function (compress/export/functions.py), and a float weight is finished with Sub and Mul, not
-DequantizeLinear, so that ONNX Runtime folds it into a plain float initialiser.
+The exporter hands over values that become graph inputs or initialisers; what is built here are ordinary nodes. Codes
+are unpacked by a model-local function (compress/exporters/functions.py), and a float weight is finished with Sub and Mul,
+not DequantizeLinear, so that ONNX Runtime folds it into a plain float initialiser.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from onnxscript import opset18 as op
 from onnxscript.values import Op, Opset
 
-from compress.export.functions import DOMAIN, declare_schema, unpack_name
+from compress.exporters.functions import DOMAIN, declare_schema, unpack_name
 
 __all__ = ["translations"]
 
@@ -40,9 +40,7 @@ def _fake_quantize(x: Any, scale: Any, zero_point: Any, bits: int) -> Any:
     return op.DequantizeLinear(codes, scale, zero_point)
 
 
-def _dequantize_weight(
-    packed: Any, scale: Any, zero_point: Any, bits: int, shape: Sequence[int], compute: str
-) -> Any:
+def _dequantize_weight(packed: Any, scale: Any, zero_point: Any, bits: int, shape: Sequence[int], compute: str) -> Any:
     codes = _unpack(packed, bits, shape)
     if compute == "integer":
         return op.DequantizeLinear(codes, scale, _constant(np.zeros(shape[0], dtype=np.int8)), axis=0)

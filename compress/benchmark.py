@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.bench_session import (
+from compress.benchmark_session import (
     LEVELS,
+    Alone,
     OpenModel,
     dim_names,
     make_inputs,
-    measure_peak_memory,
+    measure_alone,
     open_model,
     resolve_shapes,
     start_runtime,
@@ -52,7 +53,6 @@ _MAX_ROUNDS = 2000
 _ENOUGH_MS = 1_000
 _PATIENCE_MS = 10_000
 
-_SHORT_LOAD_MS = 300
 _RESAMPLES = 2000
 _REPORT_EVERY_S = 1.0
 
@@ -72,7 +72,7 @@ class BenchRow(Record):
     batch: int
     shapes: dict[str, tuple[int, ...]] = Field(description="shape of each input")
     runs: int = Field(description="timed runs; with fewer than 1000 P99.9 is next to the maximum")
-    load_ms: float = Field(description="from the file to a session that can run; below 0.3 s the best of three")
+    load_ms: float = Field(description="from the file to a session that can run")
     mean_ms: float
     min_ms: float
     p50_ms: float
@@ -81,9 +81,7 @@ class BenchRow(Record):
     p99_ms: float
     p99_9_ms: float
     max_ms: float
-    peak_memory_bytes: int | None = Field(
-        description="main memory at its peak, in a process of its own; None: left out"
-    )
+    peak_memory_bytes: int | None = Field(description="main memory at its peak; None: not measured")
     ratio: Ratio | None = Field(description="against the first model at this batch size; None for that one")
 
 
@@ -119,8 +117,11 @@ def bench(
 
     ``runs`` None lets :func:`choose_rounds` decide; ``warmup`` runs of each model come first and do not count.
     ``level`` is the graph optimisation: all, extended, basic or disabled. ``dims`` gives dynamic dimensions other than
-    the batch, by name or "input:axis". ``memory`` False saves the process that each model's memory is measured in (see
-    :func:`compress.bench_session.measure_peak_memory`). Operators that ``provider`` lacks run on the CPU.
+    the batch, by name or "input:axis". Load time and
+    memory are measured in a process for each row (:func:`compress.benchmark_session.measure_alone`);
+    ``memory`` False saves
+    it, and the load time is then that of this process, where the first file pays more than the others. Operators that
+    ``provider`` lacks run on the CPU.
 
     Raises:
         InputError: a file cannot be opened, or not run at a batch size; an option is out of range or unknown.
@@ -132,7 +133,7 @@ def bench(
     models = []
     for done, path in enumerate(paths):
         report("opening models", done, len(paths))
-        models.append(_open(path, provider=provider, level=level, threads=threads))
+        models.append(open_model(path, provider=provider, level=level, threads=threads))
     report("opening models", len(paths), len(paths))
     _check_dims_are_used(models, dims)
     # Everything that can be refused is refused before the first measurement.
@@ -149,17 +150,17 @@ def bench(
             calls, rounds=runs, warmup=warmup, progress=progress and _named(progress, f"timing, batch {batch}")
         )
         for index, model in enumerate(models):
-            report(f"peak memory, batch {batch}", index, len(models))
-            peak = (
-                measure_peak_memory(
+            report(f"load and memory, batch {batch}", index, len(models))
+            alone = (
+                measure_alone(
                     model.path, provider=provider, level=level, threads=threads, batch=batch, dims=dims, seed=seed
                 )
                 if memory
                 else None
             )
             ratio = ratio_of_medians(times_ms[:, 0], times_ms[:, index], seed=seed) if index else None
-            rows.append(_row(model, str(paths[index]), batch, shapes[index, batch], times_ms[:, index], peak, ratio))
-        report(f"peak memory, batch {batch}", len(models), len(models))
+            rows.append(_row(model, str(paths[index]), batch, shapes[index, batch], times_ms[:, index], alone, ratio))
+        report(f"load and memory, batch {batch}", len(models), len(models))
     return BenchReport(
         environment=describe_environment(),
         provider=provider,
@@ -205,8 +206,8 @@ def time_models(
         for done in range(rounds):
             if progress and clock() - reported >= _REPORT_EVERY_S:
                 progress(done, rounds)
-                reported = clock()
                 calls[0]()
+                reported = clock()
             times.append(one_round())
     finally:
         if collecting:
@@ -232,9 +233,10 @@ def ratio_of_medians(baseline_ms: NDArray[np.float64], model_ms: NDArray[np.floa
     2000 times, rounds are drawn with replacement, the same ones for both models, as both met the same disturbances;
     the interval is the 2.5th to 97.5th percentile of the ratios of medians.
 
-    It says how well these runs fix the ratio of these two sessions, and no more. One file opened twice and compared
-    with itself came out up to 3 % from 1, outside its interval more often than not (8 layers of 1024x1024, one and two
-    threads, 2-core EPYC VM, onnxruntime 1.32): where a session's memory lies is the same for all of its runs.
+    It says how well these runs fix the ratio of these two sessions, and no more: where a session's memory lies is the
+    same for all of its runs. One file opened twice and compared with itself came out at 0.97 to 1.02 (with two threads
+    once at 0.72), outside its interval in more than half of 28 comparisons (8 layers of 1024x1024, 500 rounds, 2-core
+    EPYC VM shared with other work, onnxruntime 1.32).
     """
     rounds = len(baseline_ms)
     rng = np.random.default_rng(seed)
@@ -273,15 +275,6 @@ def _check_options(
         raise InputError(f"unknown optimisation level {level!r}; known: {', '.join(LEVELS)}")
 
 
-def _open(path: str | Path, *, provider: str, level: str, threads: int) -> OpenModel:
-    model = open_model(path, provider=provider, level=level, threads=threads)
-    if model.load_ms > _SHORT_LOAD_MS:
-        return model
-    # The first load alone meets a cold disk cache and a small heap; in a short one that is most of the time.
-    again = [open_model(path, provider=provider, level=level, threads=threads) for _ in range(2)]
-    return min(model, *again, key=lambda opened: opened.load_ms)
-
-
 def _check_dims_are_used(models: Sequence[OpenModel], dims: Mapping[str, int]) -> None:
     known = set().union(*(dim_names(model.inputs) for model in models))
     for name in dims:
@@ -303,7 +296,7 @@ def _row(
     batch: int,
     shapes: dict[str, tuple[int, ...]],
     times_ms: NDArray[np.float64],
-    peak_memory_bytes: int | None,
+    alone: Alone | None,
     ratio: Ratio | None,
 ) -> BenchRow:
     p50, p90, p95, p99, p99_9 = np.percentile(times_ms, [50, 90, 95, 99, 99.9]).tolist()
@@ -313,13 +306,13 @@ def _row(
         batch=batch,
         shapes=shapes,
         runs=len(times_ms),
-        load_ms=model.load_ms,
+        load_ms=alone.load_ms if alone else model.load_ms,
         p50_ms=p50,
         p90_ms=p90,
         p95_ms=p95,
         p99_ms=p99,
         p99_9_ms=p99_9,
-        peak_memory_bytes=peak_memory_bytes,
+        peak_memory_bytes=alone.peak_memory_bytes if alone else None,
         ratio=ratio,
         **{key: float(value) for key, value in figures.items()},
     )

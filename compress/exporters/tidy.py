@@ -1,8 +1,8 @@
 """Passes over the exporter's ONNX graph: names a person knows, no dead weight, patterns the runtime fuses.
 
 1. Codes of 8 bits become a plain int8 initialiser: there is nothing to unpack.
-2. ``DequantizeLinear -> Pad(0) -> QuantizeLinear`` on one grid, slices and reshapes between them included, becomes a Pad
-   of the codes: ONNX Runtime would leave it float.
+2. ``DequantizeLinear -> Pad(0) -> QuantizeLinear`` on one grid, with slices and reshapes between, becomes a Pad of the
+   codes: ONNX Runtime would leave it float.
 3. A linear on more than two dimensions, ``DequantizeLinear -> Transpose -> MatMul``, gets its codes transposed instead,
    so that the MatMul reads the DequantizeLinear directly.
 4. Layer nodes are named after their layer, values after what they are; the exporter's traces go.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from compress.export.functions import DOMAIN, OPSET, unpack_function
+from compress.exporters.functions import DOMAIN, OPSET, unpack_function
 
 __all__ = ["layer_of", "tidy"]
 
@@ -52,7 +52,12 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def _initialise(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
+    value = ir.Value(
+        name=name,
+        const_value=ir.tensor(array, name=name),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        shape=ir.Shape(array.shape),
+    )
     graph.register_initializer(value)
     return value
 
@@ -67,18 +72,18 @@ def _store_plainly(graph: ir.Graph, node: ir.Node) -> None:
     assert packed is not None
     assert shape is not None
     codes = packed.reshape(-1)[: int(np.prod(shape))].reshape(shape)
-    name = node.inputs[0].name.replace("weight_packed", "weight_codes")  # type: ignore[union-attr]
+    name = node.inputs[0].name.replace("weight_packed", "weight_codes")
     _replace(graph, node, _initialise(graph, name, (codes ^ 0x80).view(np.int8)))
 
 
 def _pad_codes(graph: ir.Graph, pad: ir.Node) -> None:
     fill = _constant(pad.inputs[2]) if len(pad.inputs) > 2 else np.zeros(())
     chain = [pad]
-    while (producer := chain[0].inputs[0].producer()) is not None and producer.op_type in _MOVES:  # type: ignore[union-attr]
+    while (producer := chain[0].inputs[0].producer()) is not None and producer.op_type in _MOVES:
         chain.insert(0, producer)
     while len(uses := chain[-1].outputs[0].uses()) == 1 and next(iter(uses)).node.op_type in _MOVES:
         chain.append(next(iter(uses)).node)
-    dequantize = chain[0].inputs[0].producer()  # type: ignore[union-attr]
+    dequantize = chain[0].inputs[0].producer()
     readers = [use.node for use in chain[-1].outputs[0].uses()]
     if (
         dequantize is None
@@ -99,22 +104,20 @@ def _pad_codes(graph: ir.Graph, pad: ir.Node) -> None:
         moved = ir.Node("", node.op_type, inputs, node.attributes.values())
         graph.insert_before(node, moved)
         value = moved.outputs[0]
-    _replace(graph, readers[0], value)  # type: ignore[arg-type]
+    _replace(graph, readers[0], value)
     for node in reversed(chain):
         graph.remove(node, safe=True)
 
 
 def _transpose_codes(graph: ir.Graph, transpose: ir.Node) -> None:
-    dequantize = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0].producer() is None and _constant(dequantize.inputs[0]) is None:  # type: ignore[union-attr]  # fmt: skip
+    dequantize = transpose.inputs[0].producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or layer_of(dequantize) is None:
         return
     axis = dequantize.attributes.get_int("axis", 1)
     permutation = list(transpose.attributes["perm"].as_ints())
-    scale = _constant(dequantize.inputs[1])
-    if scale is None or scale.ndim != 1 or dequantize.inputs[0].name is None:  # type: ignore[union-attr]
-        return
     moved = ir.Node("", "Transpose", [dequantize.inputs[0]], [ir.AttrInt64s("perm", permutation)])
-    again = ir.Node("", "DequantizeLinear", [moved.outputs[0], *dequantize.inputs[1:]], [ir.AttrInt64("axis", permutation.index(axis))])
+    inputs = [moved.outputs[0], *dequantize.inputs[1:]]
+    again = ir.Node("", "DequantizeLinear", inputs, [ir.AttrInt64("axis", permutation.index(axis))])
     graph.insert_before(transpose, [moved, again])
     _replace(graph, transpose, again.outputs[0])
 
@@ -145,12 +148,12 @@ def _remove_unread(graph: ir.Graph) -> None:
 
 
 def _name(graph: ir.Graph) -> None:
-    kept = {value for value in (*graph.inputs, *graph.outputs)}
+    kept = {*graph.inputs, *graph.outputs}
     taken: dict[str, int] = {}
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None
-        stem = layer_of(node) or node.op_type
+        stem = (layer_of(node) if node.op_type in _LAYER_NODES else None) or node.op_type
         count = taken.get(stem, 0)
         taken[stem] = count + 1
         node.name = stem if not count else f"{stem}_{count}"
@@ -165,17 +168,16 @@ def _name(graph: ir.Graph) -> None:
 
 
 def layer_of(node: ir.Node) -> str | None:
-    """The layer that a Conv, Gemm or MatMul node computes: the stem of the initialiser its weight comes from."""
-    if node.op_type not in _LAYER_NODES:
+    """The layer whose stored weight ``node`` (a Conv, Gemm, MatMul or DequantizeLinear) reads, or None."""
+    if node.op_type not in (*_LAYER_NODES, "DequantizeLinear"):
         return None
-    value = node.inputs[1]
-    while value is not None and value.name is not None and not value.is_initializer():
+    value = node.inputs[1 if node.op_type in _LAYER_NODES else 0]
+    while value is not None and not value.is_initializer():
         producer = value.producer()
         if producer is None or not producer.inputs:
             return None
         value = producer.inputs[0]
-    name = value.name if value is not None else None
     for suffix in (".weight_packed", ".weight_codes", ".weight"):
-        if name is not None and name.endswith(suffix):
-            return name.removesuffix(suffix)
+        if value is not None and value.name is not None and value.name.endswith(suffix):
+            return value.name.removesuffix(suffix)
     return None

@@ -1,7 +1,6 @@
 """What ONNX Runtime made of every layer: read from the graph it optimised.
 
-An integer layer must have become an integer kernel and a float layer must still be float (RUNTIME.md, facts 4 and 5): the
-runtime does neither without being asked in the right way, and says nothing when it does not.
+An integer layer must have become an integer kernel and a float layer must still be float: the runtime does neither without being asked in the right way, and says nothing when it does not.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from compress.export.session import open_session
+from compress.exporters.session import open_session
 
 __all__ = ["fused_operators", "misplaced_layers"]
 

@@ -1,7 +1,7 @@
 """The gate after every export: does the file compute what was calibrated, and does it run the way it was planned?
 
-Three answers are compared on the same samples: the compressed PyTorch graph, ONNX Runtime without optimisation, and ONNX
-Runtime with all of it. Integer kernels round their requantisation differently from the simulation, so the limits leave
+Three answers are compared on the same samples: the compressed PyTorch graph, ONNX Runtime without optimisation, and
+with all of it. Integer kernels round their requantisation differently from the simulation, so the limits leave
 room for single steps of the activation grids; a float file has to agree to float rounding.
 """
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from compress.errors import GateError
-from compress.export.fusion import fused_operators, misplaced_layers
-from compress.export.session import open_session, run_session
-from compress.graph.layers import LAYER_KINDS, is_stored, layer_calls
+from compress.exporters.fusion import fused_operators, misplaced_layers
+from compress.exporters.session import open_session, run_session
+from compress.graph.layers import LAYER_KINDS, layer_computes
 from compress.graph.traced import TracedModel, first_output
 from compress.report.schema import Parity
 
-__all__ = ["Limits", "layer_computes", "layer_differences", "verify", "verify_or_raise"]
+__all__ = ["Limits", "layer_differences", "verify", "verify_or_raise"]
 
 _BATCH = 32
 
@@ -40,14 +40,6 @@ _INTEGER_LIMITS = Limits(unoptimized=0.05, optimized=0.08, agreement=0.95)
 _FLOAT_LIMITS = Limits(unoptimized=1e-3, optimized=1e-3, agreement=0.99)
 
 
-def layer_computes(traced: TracedModel) -> dict[str, str]:
-    """"integer" or "float" for every layer of a finished graph: what the exported file is planned to do."""
-    return {
-        name: str(calls[0].args[1].args[5]) if is_stored(calls[0].args[1]) else "float"
-        for name, calls in layer_calls(traced).items()
-    }
-
-
 def verify(
     traced: TracedModel, path: Path, inputs: tuple[Tensor, ...], source: str, provider: str = "CPUExecutionProvider"
 ) -> Parity:
@@ -60,10 +52,10 @@ def verify(
     count = len(inputs[0]) // size * size or len(inputs[0])
     inputs = tuple(x[:count] for x in inputs)
     wanted = traced.run(_batches(inputs, size))
-    answers = []
-    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
-        answers.append(run_session(open_session(path, level, provider=provider), _batches(inputs, size))[0])
-    plain, optimized = answers
+    plain, optimized = (
+        run_session(open_session(path, level, provider=provider), _batches(inputs, size))[0]
+        for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
+    )
     computes = layer_computes(traced)
     limits = _INTEGER_LIMITS if "integer" in computes.values() else _FLOAT_LIMITS
     parity = Parity(
@@ -79,7 +71,9 @@ def verify(
     failures = _over(parity, limits)
     if failures:
         layer, difference = max(layer_differences(traced, path, inputs, provider), key=lambda pair: pair[1])
-        failures.append(f"the largest step away from the PyTorch graph is at layer {layer}: relative L2 {difference:.2%}")
+        failures.append(
+            f"the largest step away from the PyTorch graph is at layer {layer}: relative L2 {difference:.2%}"
+        )
     failures += misplaced_layers(fused_operators(path, provider), computes)
     return parity.model_copy(update={"failures": tuple(failures)})
 
@@ -152,7 +146,12 @@ def _over(parity: Parity, limits: Limits) -> list[str]:
         ("with all optimisations", parity.relative_l2_optimized, limits.optimized, parity.agreement_optimized),
     ):
         if not distance <= limit:
-            found.append(f"ONNX Runtime {level} is {distance:.2%} (relative L2) from the PyTorch graph; allowed {limit:.2%}")
+            found.append(
+                f"ONNX Runtime {level} is {distance:.2%} (relative L2) from the PyTorch graph; allowed {limit:.2%}"
+            )
         if agreement is not None and agreement < limits.agreement:
-            found.append(f"ONNX Runtime {level} gives the same class on {agreement:.1%} of the samples; needed {limits.agreement:.0%}")
+            found.append(
+                f"ONNX Runtime {level} gives the same class on {agreement:.1%} of the samples; "
+                f"needed {limits.agreement:.0%}"
+            )
     return found

@@ -1,8 +1,8 @@
 """ONNX functions that unpack weight codes: standard operators only, one definition a width, one node a layer.
 
 ONNX Runtime inlines model-local functions when it loads a file and folds whatever depends on initialisers alone, before
-it looks for quantized patterns (RUNTIME.md 1.1): the packed codes become a plain int8 initialiser, and the layer runs on
-the kernels an int8 file would use. The layout is compress.packing's.
+it looks for quantized patterns: the packed codes become a plain int8 initialiser, and the layer runs on the kernels an
+int8 file would use. The layout is compress.packing's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def declare_schema(bits: int) -> None:
 
 
 def unpack_function(bits: int) -> ir.Function:
-    """``codes int8 [shape] = Unpack<bits>(packed uint8 [bits, columns], shape int64 [rank])``, codes less 2**(bits-1)."""
+    """``codes int8 [shape] = Unpack<bits>(packed uint8 [bits, columns], shape int64 [rank])``, less 2**(bits-1)."""
     body = _Body()
     packed, shape = body.input("packed"), body.input("shape")
     codes = None

@@ -15,9 +15,9 @@ import onnx_ir as ir
 import torch
 
 from compress.errors import InputError
-from compress.export.functions import OPSET
-from compress.export.lowering import translations
-from compress.export.tidy import tidy
+from compress.exporters.functions import OPSET
+from compress.exporters.lowering import translations
+from compress.exporters.tidy import tidy
 from compress.graph.traced import TracedModel, export_program
 
 __all__ = ["build_onnx", "write_onnx"]

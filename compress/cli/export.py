@@ -1,0 +1,42 @@
+"""``compress export``: a model or an artifact as one ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A folder that quantize wrote, or a float model's file")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="ONNX file to write")],
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module when the file holds weights only"
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+    ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: tried]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file")] = False,
+) -> None:
+    """Write a model as ONNX and check that ONNX Runtime computes the same.
+
+    Example: [bold]compress export model.pt --out model-fp32.onnx[/]
+    """
+    from rich.console import Console
+
+    from compress import api
+    from compress.cli.inputs import shape
+
+    path = api.export(
+        model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), input_shape=shape(input_shape)
+    )
+    Console().print(
+        f"Written to {path} ({path.stat().st_size / 1e3:,.1f} kB), checked against PyTorch.", highlight=False
+    )

@@ -1,0 +1,49 @@
+"""``compress inspect``: what a model is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model file: .pt, .pth, .th (torch.save), .pt2, .safetensors")],
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module when the file holds weights only"
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+    ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: tried]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
+) -> None:
+    """List a model's layers, shapes and multiply-accumulates, what can be compressed, and why not the rest.
+
+    Example: [bold]compress inspect model.pt[/]
+    """
+    from compress import api
+    from compress.cli.inputs import shape
+
+    found = api.inspect(model, model_factory=factory, allow=allow or (), input_shape=shape(input_shape))
+    if json:
+        import json as encoder
+
+        print(encoder.dumps({"layers": [layer.model_dump() for layer in found.layers], "notes": found.notes}, indent=2))
+        return
+    from rich.console import Console
+
+    from compress.cli.tables import inspection_table
+
+    console = Console()
+    console.print(inspection_table(found.layers))
+    parameters = sum(layer.parameters for layer in found.layers)
+    macs = sum(layer.macs for layer in found.layers)
+    console.print(f"{len(found.layers)} layers, {parameters:,} weights, {macs:,} MACs a sample", highlight=False)
+    for note in found.notes:
+        console.print(f"- {note}", highlight=False)

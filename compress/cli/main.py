@@ -1,0 +1,75 @@
+"""The command line: one file a verb, errors as one sentence, exit codes of compress.errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from compress.cli.bench import bench
+from compress.cli.export import export
+from compress.cli.inspect import inspect
+from compress.cli.quantize import quantize
+from compress.cli.verify import verify
+from compress.errors import CompressError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="compress",
+    help="Compress PyTorch models and deploy them. No network, no telemetry.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"compress {version('compress-toolchain')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
+    """Compress PyTorch models and deploy them. No network, no telemetry."""
+
+
+for verb in (quantize, inspect, export, verify, bench):
+    app.command(no_args_is_help=True)(verb)
+
+
+def main() -> None:
+    """Run the command line; a :class:`CompressError` becomes its sentence on stderr and its exit code."""
+    try:
+        app()
+    except CompressError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("stopped; what is finished is kept, the same command continues there")
+        sys.exit(130)
+    except OSError as error:
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        sys.exit(2)
+
+
+def _complain(sentence: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(sentence)}")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,123 @@
+"""Tables and lines a person reads at the end of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from compress.records import LayerSpec, Plan
+from compress.report.schema import Metric, Parity, Report
+
+__all__ = ["inspection_table", "layer_table", "parity_text", "plan_table", "summary_lines"]
+
+
+def layer_table(report: Report) -> Table:
+    """Layer by layer: width, size, error beside rounding to nearest."""
+    table = Table(title="Layers", title_justify="left")
+    for name, justify in (
+        ("layer", "left"),
+        ("option", "left"),
+        ("weights", "right"),
+        ("bytes", "right"),
+        ("error", "right"),
+        ("rounding", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for row in report.layers:
+        error, nearest = row.output_error, row.nearest_error
+        if error is None:
+            error = row.weight_error
+        table.add_row(
+            row.name, row.option, f"{row.parameters:,}", f"{row.weight_bytes:,}", _percent(error), _percent(nearest)
+        )
+    table.caption = (
+        "error: squared, relative to the float layer's output on calibration samples, beside plain rounding"
+        if any(row.output_error is not None for row in report.layers)
+        else "error: squared, relative to the float weights"
+    )
+    return table
+
+
+def plan_table(plan: Plan, layers: Sequence[LayerSpec]) -> Table:
+    """What a plan does to each layer."""
+    table = Table(title=f"Plan for {plan.target}", title_justify="left")
+    for name in ("layer", "kind", "weights", "does", "method", "runs as"):
+        table.add_column(name, justify="right" if name == "weights" else "left")
+    reasons = {skip.layer: skip.reason for skip in plan.skipped}
+    for layer in layers:
+        choice = plan.choice(layer.name)
+        does = (
+            (str(choice.option), choice.method, choice.format) if choice else ("float", "", reasons.get(layer.name, ""))
+        )
+        table.add_row(layer.name, layer.kind, f"{layer.parameters:,}", *does)
+    return table
+
+
+def inspection_table(layers: Sequence[LayerSpec]) -> Table:
+    """What a model is made of."""
+    table = Table(title="Layers", title_justify="left")
+    for name in ("layer", "kind", "weight shape", "weights", "MACs", "feeds", "compressible"):
+        table.add_column(name, justify="right" if name in ("weights", "MACs") else "left")
+    for layer in layers:
+        kind = f"{layer.kind} x{layer.calls}" if layer.calls > 1 else layer.kind
+        if layer.groups > 1:
+            kind += f", {layer.groups} groups"
+        table.add_row(
+            layer.name, kind, "x".join(map(str, layer.weight_shape)), f"{layer.parameters:,}", f"{layer.macs:,}",
+            layer.activation or "", f"no: {layer.refusal}" if layer.refusal else "yes",
+        )  # fmt: skip
+    return table
+
+
+def summary_lines(report: Report) -> list[str]:
+    """The model as a whole: size, latency, metric, parity, what stayed float, notes."""
+    size = report.size
+    lines = [
+        f"Size: {size.float_bytes / 1e3:,.1f} kB float, {size.compressed_bytes / 1e3:,.1f} kB compressed "
+        f"({size.float_bytes / size.compressed_bytes:.2f}x smaller)"
+    ]
+    if latency := report.latency:
+        lines.append(
+            f"Latency (batch 1, {latency.threads} thread): {latency.float_ms:.3f} ms float, "
+            f"{latency.compressed_ms:.3f} ms compressed ({latency.float_ms / latency.compressed_ms:.2f}x as fast)"
+        )
+    if report.metric:
+        lines.append(_metric_line(report.metric))
+    lines.append(f"Parity with PyTorch: {parity_text(report.parity)}")
+    if report.plan.skipped:
+        lines.append(
+            f"Left float: {len(report.plan.skipped)} layers: "
+            + "; ".join(f"{skip.layer} ({skip.reason})" for skip in report.plan.skipped)
+        )
+    lines.append(
+        f"Calibration: {report.calibration_seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e6:,.0f} MB"
+    )
+    return lines + [f"- {note}" for note in report.notes]
+
+
+def parity_text(parity: Parity) -> str:
+    """How far the file is from the PyTorch graph, and what its layers run as."""
+    same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
+    return (
+        f"relative L2 {parity.relative_l2_unoptimized:.2%} unoptimised, {parity.relative_l2_optimized:.2%} optimised{same}, "
+        f"on {parity.samples} samples ({parity.source}); {parity.integer_layers} layers run on integers and "
+        f"{parity.float_layers} on floats"
+    )
+
+
+def _metric_line(metric: Metric) -> str:
+    if metric.name != "accuracy":
+        return (
+            f"Mean squared error on {metric.samples:,} samples: {metric.float_model:.4g} float, "
+            f"{metric.compressed_onnx:.4g} compressed"
+        )
+    return (
+        f"Accuracy on {metric.samples:,} samples: {metric.float_model:.2%} float, {metric.compressed_onnx:.2%} compressed "
+        f"in ONNX Runtime ({metric.compressed_torch:.2%} in PyTorch); {metric.lost} samples lost, {metric.won} won, "
+        f"same class on {metric.agreement:.2%}"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.3%}"
