@@ -14,7 +14,7 @@ that one setting serves layers of any magnitude.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class _Parameters:
         self.codes = (weight / self.scale.reshape(self.shape)).requires_grad_()
         self.scale_log = torch.zeros_like(self.scale).requires_grad_()
         assert problem.targets is not None
-        spread = problem.targets.take(torch.arange(min(16, len(problem.targets)))).std().clamp(min=1e-6)
+        spread = problem.targets.take(torch.arange(min(16, len(problem.targets)))).std(correction=0).clamp(min=1e-6)
         self.bias = problem.bias if problem.bias is not None else torch.zeros(len(weight))
         self.bias_unit = spread
         self.bias_shift = torch.zeros_like(self.bias).requires_grad_()
@@ -130,14 +130,15 @@ class _Parameters:
             grid = self.grid
             if grid is not None and self.learns_grid:
                 zero_point = torch.round(grid.zero_point.float() + self.grid_shift).to(grid.zero_point.dtype)
-                grid = ActivationGrid(grid.scale * self.grid_log.exp(), zero_point, grid.bits, learnable=True)
+                grid = replace(grid, scale=self._grid_scale(grid), zero_point=zero_point)
             return Solution(weight, self.bias + self.bias_unit * self.bias_shift, grid)
 
     def _weight(self) -> Tensor:
         factor = self.scale_log.exp().reshape(self.shape)
         low = -self.zero_point.reshape(self.shape)
         codes = _round(self.codes / factor)
-        codes = torch.minimum(torch.maximum(codes, low), low + ((1 << self.bits) - 1))
+        # Not minimum and maximum: they pass half the gradient at a tie, and every weight on the last code is one.
+        codes = torch.clamp(codes, low, low + ((1 << self.bits) - 1))
         return codes * (factor * self.scale.reshape(self.shape))
 
     def _input(self, x: Tensor) -> Tensor:
@@ -145,11 +146,14 @@ class _Parameters:
             return x
         low = torch.iinfo(self.grid.zero_point.dtype).min
         high = low + (1 << self.grid.bits) - 1
-        scale = self.grid.scale * self.grid_log.exp() if self.learns_grid else self.grid.scale
+        scale = self._grid_scale(self.grid)
         offset = self.grid.zero_point.float()
         if self.learns_grid:
             offset = _round(offset + self.grid_shift)
         return (torch.clamp(_round(x / scale) + offset, low, high) - offset) * scale
+
+    def _grid_scale(self, grid: ActivationGrid) -> Tensor:
+        return (grid.scale * self.grid_log.exp()).clamp(max=grid.largest_scale) if self.learns_grid else grid.scale
 
     def _starts_at_zero(self) -> bool:
         assert self.grid is not None

@@ -8,6 +8,7 @@ into the graph before the walk goes on. Every finished layer is stored, and take
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from compress.graph.rewrite import input_quantizer, layer_bias, set_bias, set_gr
 from compress.graph.traced import TracedModel
 from compress.methods import METHODS
 from compress.problem import ActivationGrid, Effort, LayerProblem, Method, RowSource, Solution
+from compress.quant.grid import quantize
 from compress.records import Choice, Plan
 from compress.registry import resolve
 from compress.weights import QuantizedWeight
@@ -34,6 +36,7 @@ from compress.weights import QuantizedWeight
 __all__ = ["LayerResult", "TensorRows", "calibrate"]
 
 _EVALUATED = 128
+_BIAS_STEPS = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class _Walk:
         self.float_model, self.model, self.plan, self.computes, self.inputs, self.store = (
             float_model, model, plan, computes, inputs, store,
         )  # fmt: skip
+        self.largest_scales: dict[str, float] = {}
         self.ahead: Frontier | None = None
         self.reference: Frontier | None = None
         if inputs is not None:
@@ -138,6 +142,8 @@ class _Walk:
         histogram = Histogram()
         self.ahead.advance(value.name, watch={value.name: histogram.update})
         low, high = observe_range(histogram, self.plan.observer, quantizer.bits)
+        seen = max(histogram.maximum, 0.0) - min(histogram.minimum, 0.0)
+        self.largest_scales[quantizer.name] = seen / ((1 << quantizer.bits) - 1)
         dtype = self.model.tensor(f"{quantizer.name}.zero_point").dtype
         set_grid(self.model, quantizer.name, *activation_grid(low, high, quantizer.bits, dtype))
 
@@ -149,15 +155,19 @@ class _Walk:
         if method.needs_data and len(calls) > 1:
             note = f"called {len(calls)} times: scales by squared error instead of {choice.method}"
             method = resolve(METHODS, "mse", "method")
-        problem, quantizer = self._problem(choice, calls, quantizers, method)
+        problem, prefix, quantizer = self._problem(choice, calls, quantizers, method)
         effort = Effort(self.plan.iterations, seed=self.plan.seed ^ zlib.crc32(choice.layer.encode()))
         solution = self._stored(choice, problem)
         if solution is None:
             solution = method.solve(problem, choice.option, effort)
+            # Whatever the method learned on: corrected and measured on what the layer will be given.
+            problem = replace(problem, inputs=prefix)
             if self.plan.steps.bias_correction and problem.inputs is not None:
                 solution = replace(solution, bias=corrected_bias(problem, solution))
+            if self.computes[choice.layer] == "integer":
+                solution = _with_room_for_bias(problem, solution)
             self._save(choice, solution)
-        result = self._measure(choice, problem, solution, note)
+        result = self._measure(choice, replace(problem, inputs=prefix), solution, note)
         set_weight(self.model, choice.layer, solution.weight, self.computes[choice.layer])
         if solution.bias is not None:
             set_bias(self.model, choice.layer, solution.bias)
@@ -167,11 +177,12 @@ class _Walk:
 
     def _problem(
         self, choice: Choice, calls: list[fx.Node], quantizers: list[Quantizer], method: Method
-    ) -> tuple[LayerProblem, Quantizer | None]:
+    ) -> tuple[LayerProblem, RowSource | None, Quantizer | None]:
+        """The layer, its inputs from the quantized prefix, and the quantizer whose grid the method may change."""
         call = calls[0]
         float_call = self._float_node(call.name)
         weight = self.float_model.tensor(str(float_call.args[1].target))
-        grid, quantizer, inputs, targets = None, None, None, None
+        grid, quantizer, inputs, prefix, targets = None, None, None, None, None
         if self.ahead is not None and self.reference is not None:
             quantizer = next((q for q in quantizers if choice.layer in q.layers), None)
             grid_node = input_quantizer(call)
@@ -181,6 +192,7 @@ class _Walk:
                 quantizer is not None and quantizer.exclusive and quantizer.layers == (choice.layer,)
                 and source is grid_node
                 and source.args[0].op != "placeholder" and len(calls) == 1
+                and not self.ahead.passed(source.name)
             )  # fmt: skip
             if learnable:
                 source = source.args[0]
@@ -188,11 +200,13 @@ class _Walk:
                 self.ahead.advance(source.name)
             if grid_node is not None:
                 scale, zero_point = (self.model.tensor(node.target) for node in grid_node.args[1:3])
-                grid = ActivationGrid(scale, zero_point, grid_node.args[3], learnable)
+                limit = self.largest_scales.get(quantizer.name, math.inf) if quantizer is not None else math.inf
+                grid = ActivationGrid(scale, zero_point, grid_node.args[3], learnable, limit)
             before = float_call.args[0]
             assert isinstance(before, fx.Node)
             self.reference.advance(before.name)
-            inputs = self._rows(self.reference, before) if not method.sequential else self._rows(self.ahead, source)
+            prefix = self._rows(self.ahead, source)
+            inputs = prefix if method.sequential else self._rows(self.reference, before)
             self.reference.advance(call.name, keep=(call.name, before.name))
             targets = self._rows(self.reference, float_call)
         return (
@@ -206,6 +220,7 @@ class _Walk:
                 targets=targets,
                 grid=grid,
             ),
+            prefix,
             quantizer if grid is not None and grid.learnable else None,
         )
 
@@ -262,6 +277,22 @@ def _forward_of(call: fx.Node) -> Callable[[Tensor, Tensor, Tensor | None], Tens
         return target(x, weight, bias, *rest, **kwargs)
 
     return forward
+
+
+def _with_room_for_bias(problem: LayerProblem, solution: Solution) -> Solution:
+    """``solution`` with coarser weights in channels so small that their bias would not fit the accumulator's int32.
+
+    Such a channel's weights are next to nothing beside its bias (a dead channel: zeros, and what BatchNorm left).
+    """
+    grid = solution.grid if solution.grid is not None else problem.grid
+    bias = solution.bias if solution.bias is not None else problem.bias
+    if grid is None or bias is None:
+        return solution
+    weight, least = solution.weight, bias.abs() / grid.scale / _BIAS_STEPS
+    if bool((weight.scale >= least).all()):
+        return solution
+    scale = torch.maximum(weight.scale, least)
+    return replace(solution, weight=quantize(weight.dequantize(), scale, weight.zero_point.float(), weight.bits))
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:

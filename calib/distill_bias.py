@@ -1,8 +1,8 @@
 """Bias tuning: all biases learn from the float network's outputs, end to end (AdaQuant's last step).
 
 Loss: ``KL(softmax(float) || softmax(quantized))`` for class scores, mean squared error for anything else; targets are
-keyed by sample. Gradients pass activation quantizers straight through. The best state on samples held back from the training is
-kept, the untuned one included: the result is never worse there.
+keyed by sample. Gradients pass activation quantizers straight through. The best state on samples held back from the
+training is kept, the untuned one included: the result is never worse there.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ def tune_biases(
     count = len(inputs[0])
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator)
-    held = order[: max(int(count * _HELD_BACK), 1)]
+    batch = _BATCH if model.dynamic_batch else len(model.example[0])
+    whole = 1 if model.dynamic_batch else batch  # a graph with a fixed batch takes whole ones only
+    held = order[: max(int(count * _HELD_BACK) // whole * whole, whole)]
     train = order[len(held) :] if count > len(held) else order
-    wanted = float_model.run(zip(*(x.split(_BATCH) for x in inputs), strict=True))
+    wanted = float_model.run(zip(*(x.split(batch) for x in inputs), strict=True))
     start = {name: model.tensor(name).clone() for name in names}
     biases = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.Adam(
-        [{"params": [b], "base": float(b.detach().std().nan_to_num(1.0).clamp(min=1e-3))} for b in biases.values()]
+        [{"params": [b], "base": float(b.detach().std(correction=0).clamp(min=1e-3))} for b in biases.values()]
     )
 
     def loss_of(index: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def tune_biases(
 
     def held_loss() -> float:
         with torch.no_grad():
-            return sum(float(loss_of(part)) * len(part) for part in held.split(_BATCH)) / len(held)
+            return sum(float(loss_of(part)) * len(part) for part in held.split(batch)) / len(held)
 
     before = best = held_loss()
     kept = start
@@ -69,7 +71,7 @@ def tune_biases(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * group["base"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-        index = train[torch.randperm(len(train), generator=generator)[:_BATCH]]
+        index = train[torch.randperm(len(train), generator=generator)[:batch]]
         optimizer.zero_grad(set_to_none=True)
         loss_of(index).backward()
         optimizer.step()

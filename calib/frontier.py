@@ -19,6 +19,8 @@ from compress.graph.traced import TracedModel
 
 __all__ = ["Frontier"]
 
+_BATCH = 64
+
 
 class Frontier:
     """A position in a traced graph and the values, over all samples, that later nodes read.
@@ -27,16 +29,19 @@ class Frontier:
         traced: the graph; edits after the position take effect when it is passed.
         inputs: the samples, one tensor [N, ...] a graph input.
         scratch: folder for the values on disk.
-        batch_size: samples a step.
+        batch_size: samples a step; by default 64, or what the graph's batch is fixed to.
     """
 
-    def __init__(self, traced: TracedModel, inputs: tuple[Tensor, ...], scratch: Path, batch_size: int = 64) -> None:
+    def __init__(
+        self, traced: TracedModel, inputs: tuple[Tensor, ...], scratch: Path, batch_size: int | None = None
+    ) -> None:
         self._traced = traced
         self._inputs = inputs
         self._scratch = scratch
-        self._batch_size = batch_size
+        self._batch_size = batch_size or (_BATCH if traced.dynamic_batch else len(traced.example[0]))
         self._done: set[str] = set()
         self._values: dict[str, SpilledSamples] = {}
+        self._batch_dims: dict[str, int] = {}
         scratch.mkdir(parents=True, exist_ok=True)
 
     def advance(
@@ -51,12 +56,14 @@ class Frontier:
         if not nodes:
             return
         needed = self._needed_after(nodes) | set(keep)
-        stored = [node.name for node in nodes if node.name in needed and _is_samples(node)]
-        fresh = {name: SpilledSamples(self._scratch / f"{name}.samples") for name in stored}
+        varying = self._varying()
+        stored = [node for node in nodes if node.name in needed and node.name in varying and _is_tensor(node)]
+        fresh = {node.name: SpilledSamples(self._scratch / f"{node.name}.samples") for node in stored}
+        self._batch_dims.update({node.name: _batch_dim(node) for node in stored})
         for index in self._batches():
             known = self._run(nodes, index)
             for name, samples in fresh.items():
-                samples.append(known[name])
+                samples.append(known[name].movedim(self._batch_dims[name], 0))
             for name, look in (watch or {}).items():
                 look(known[name])
         self._done.update(node.name for node in nodes)
@@ -75,8 +82,15 @@ class Frontier:
             look(self._run(segment[-1:], index)[name])
 
     def samples(self, name: str) -> SpilledSamples:
-        """All samples of the value called ``name``, kept or still needed."""
+        """All samples of the value called ``name``, kept or still needed, along the first dimension.
+
+        A value that holds a sample's windows or positions as rows has that many rows a sample.
+        """
         return self._values[name]
+
+    def passed(self, name: str) -> bool:
+        """Whether the node called ``name`` has run: edits of it have no effect any more."""
+        return name in self._done
 
     def release(self, keep: tuple[str, ...] = ()) -> None:
         """Delete the values that no node after the position reads, but for those in ``keep``."""
@@ -112,6 +126,19 @@ class Frontier:
             for source in node.all_input_nodes
         }
 
+    def _varying(self) -> set[str]:
+        """Names of the values that differ from sample to sample."""
+        varying: set[str] = set()
+        for node in self._traced.graph.nodes:
+            if node.op == "placeholder" or any(source.name in varying for source in node.all_input_nodes):
+                varying.add(node.name)
+        return varying
+
+    def _stored(self, name: str, index: Tensor) -> Tensor:
+        rows = len(self._values[name]) // len(self._inputs[0])  # a sample
+        found = self._values[name].take(torch.arange(int(index[0]) * rows, (int(index[-1]) + 1) * rows))
+        return found.movedim(0, self._batch_dims[name]).contiguous()
+
     def _run(self, nodes: list[fx.Node], index: Tensor) -> dict[str, Any]:
         known: dict[str, Any] = {}
         placeholders = {node.name: position for position, node in enumerate(self._traced.inputs())}
@@ -123,8 +150,8 @@ class Frontier:
                 elif node.name in placeholders:
                     known[node.name] = self._inputs[placeholders[node.name]][index[0] : index[-1] + 1]
                 elif node.name in self._values:
-                    known[node.name] = self._values[node.name].take(index)
-                else:  # a batch-dependent size: cheap, and not worth a file
+                    known[node.name] = self._stored(node.name, index)
+                else:  # a size, or the same for every sample: cheap, and not worth a file
                     known[node.name] = compute(node)
             return known[node.name]
 
@@ -138,5 +165,10 @@ class Frontier:
         return known
 
 
-def _is_samples(node: fx.Node) -> bool:
+def _is_tensor(node: fx.Node) -> bool:
     return node.op != "placeholder" and isinstance(node.meta.get("val"), Tensor)
+
+
+def _batch_dim(node: fx.Node) -> int:
+    """The dimension of ``node``'s value that grows with the batch: the only size that is not fixed; else the first."""
+    return next((d for d, size in enumerate(node.meta["val"].shape) if isinstance(size, torch.SymInt)), 0)

@@ -12,6 +12,8 @@ Every observer reads the finished histogram (min-max only its ends):
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ _BINS = 4096
 _PERCENTILE = 0.99999
 _CANDIDATES = 80
 _LOWEST_RATIO = 0.15
+_SMALLEST_RANGE = 1e-8
 
 
 class Histogram:
@@ -44,8 +47,17 @@ class Histogram:
         self.maximum = float("-inf")
 
     def update(self, batch: Tensor) -> None:
-        """Count every element of ``batch`` (any shape)."""
+        """Count every element of ``batch`` (any shape).
+
+        Raises:
+            InputError: an element is not finite.
+        """
         low, high = (float(edge) for edge in torch.aminmax(batch))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(
+                f"activations span {low}..{high}: the model overflows on the calibration data; "
+                "check its normalisation (--mean, --std)"
+            )
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         if self.width == 0.0:
             self.low, self.width = low, max((high - low) / _BINS, 1e-12 + abs(low) * 1e-6)
@@ -75,21 +87,21 @@ def observe_range(histogram: Histogram, observer: str, bits: int) -> tuple[float
     """Range ``(low, high)`` with ``low <= 0 <= high`` that ``observer`` (a name from the table) chooses for ``bits``.
 
     Raises:
-        InputError: unknown observer, or nothing finite was observed.
+        InputError: unknown observer.
     """
-    if not histogram.minimum <= histogram.maximum or not abs(histogram.minimum) + abs(histogram.maximum) < float("inf"):
-        raise InputError(
-            f"activations span {histogram.minimum}..{histogram.maximum}: the model overflows on the calibration data; "
-            "check its normalisation (--mean, --std)"
-        )
+    assert histogram.minimum <= histogram.maximum, "nothing was observed"
     low, high = resolve(OBSERVERS, observer, "observer")(histogram, bits)
     return min(low, 0.0), max(high, 0.0)
 
 
 def activation_grid(low: float, high: float, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale (float32 []) and zero point ([] of ``dtype``) of the ``bits``-wide grid over ``low .. high``."""
+    """Scale (float32 []) and zero point ([] of ``dtype``) of the ``bits``-wide grid over ``low .. high``.
+
+    Values that were all zero get the grid of 0 .. 1: a step of next to nothing would leave the bias of the layer that
+    reads them no room in its int32.
+    """
     steps = (1 << bits) - 1
-    scale = max(high - low, 1e-8) / steps
+    scale = (high - low if high - low > _SMALLEST_RANGE else 1.0) / steps
     zero = min(max(round(-low / scale), 0), steps)
     return torch.tensor(scale, dtype=torch.float32), torch.tensor(zero + torch.iinfo(dtype).min, dtype=dtype)
 

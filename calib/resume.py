@@ -10,13 +10,33 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["ResumeStore"]
+__all__ = ["ResumeStore", "open_store"]
+
+
+@contextmanager
+def open_store(folder: Path | None, fingerprint: str) -> Iterator[ResumeStore]:
+    """A store that goes when the block ends well; if not, its finished layers stay, but without ``folder``."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="compress-") as work:
+            yield ResumeStore(Path(work) / "work", fingerprint)
+        return
+    store = ResumeStore(folder, fingerprint)
+    try:
+        yield store
+    except BaseException:
+        store.leave()
+        raise
+    store.clear()
 
 
 class ResumeStore:
@@ -25,7 +45,8 @@ class ResumeStore:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         marker = folder / "fingerprint"
-        if marker.exists() and marker.read_text() != fingerprint:
+        # Without a marker it is what an interrupted deletion left.
+        if folder.exists() and not (marker.exists() and marker.read_text() == fingerprint):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(fingerprint)
@@ -44,15 +65,25 @@ class ResumeStore:
         path = self._path(name)
         if not path.exists():
             return None
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except SafetensorError:  # cut short when the machine went down: the layer is done again
+            return None
 
     def save(self, name: str, tensors: dict[str, Tensor], strings: dict[str, str]) -> None:
         """Save under ``name``, whole or not at all."""
         path = self._path(name)
         temporary = path.with_suffix(".partial")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, strings)
+        # Through Python's own file, whose errors say which file and why.
+        temporary.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, strings))
         os.replace(temporary, path)
+
+    def leave(self) -> None:
+        """The run was interrupted: keep the finished layers, delete the rest, and all of it if there are none."""
+        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def clear(self) -> None:
         """Delete everything: the run is finished."""

@@ -5,12 +5,12 @@ Plain reads and writes, not a memory map: mapped pages would count as this proce
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +18,13 @@ __all__ = ["SpilledSamples"]
 
 
 class SpilledSamples:
-    """Float32 samples [N, ...] in one file of a scratch folder; :meth:`close` deletes it."""
+    """Samples [N, ...] of one type, in one file of a scratch folder; :meth:`close` deletes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 - lives as long as the object
         self._shape: tuple[int, ...] = ()
+        self._dtype = torch.float32
         self._count = 0
 
     def __len__(self) -> int:
@@ -38,19 +39,18 @@ class SpilledSamples:
         self.close()
 
     def append(self, batch: Tensor) -> None:
-        """Add ``batch`` [n, ...]; every batch has the same trailing shape."""
-        self._shape = tuple(batch.shape[1:])
-        values = np.ascontiguousarray(batch.detach().numpy(), dtype=np.float32)
-        view = memoryview(values.data).cast("B")
+        """Add ``batch`` [n, ...]; every batch has the same trailing shape and type."""
+        self._shape, self._dtype = tuple(batch.shape[1:]), batch.dtype
+        view = memoryview(batch.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         while view:  # a raw file may write less than it was given
             view = view[self._file.write(view) :]
         self._count += len(batch)
 
     def take(self, index: Tensor) -> Tensor:
-        """The samples at ``index`` ([n] int64), as float32 [n, ...]."""
-        out = torch.empty((len(index), *self._shape))
-        rows = out.reshape(len(index), -1).numpy()
-        size = out[0].numel() * 4 if len(index) else 0
+        """The samples at ``index`` ([n] int64), as [n, ...]."""
+        out = torch.empty((len(index), *self._shape), dtype=self._dtype)
+        size = math.prod(self._shape) * out.element_size()
+        rows = out.view(-1).view(torch.uint8).view(len(index), size).numpy()
         for row, sample in enumerate(index.tolist()):
             if os.preadv(self._file.fileno(), [memoryview(rows[row])], sample * size) != size:
                 raise OSError(f"{self._path}: sample {sample} is not there; the scratch file was cut short")

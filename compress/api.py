@@ -12,8 +12,18 @@ import torch
 
 from compress.allocate.uniform import uniform_choices
 from compress.apply import apply_plan, plan_fingerprint
-from compress.artifact import ONNX_FILE, REPORT_FILE, check_free, load_artifact, load_plan, new_folder, save_artifact
-from compress.calib.resume import ResumeStore
+from compress.artifact import (
+    ONNX_FILE,
+    REPORT_FILE,
+    check_folder,
+    check_free,
+    load_artifact,
+    load_plan,
+    new_folder,
+    save_artifact,
+)
+from compress.calib.observers import OBSERVERS
+from compress.calib.resume import open_store
 from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.estimate import Estimate, estimate
@@ -21,12 +31,12 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify as verify_file
 from compress.gate import verify_or_raise
 from compress.graph.traced import TracedModel
-from compress.intake import Intake, ModelLike, noise, take_in
+from compress.intake import Intake, ModelLike, check_fits, noise, take_in
 from compress.kernels.table import register_operators
 from compress.methods import METHODS
 from compress.records import LayerSpec, Plan, Steps
 from compress.registry import resolve
-from compress.report.build import build_report, measure_latency, measure_metric
+from compress.report.build import build_report, check_metric, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
 from compress.targets import find_target
 
@@ -124,65 +134,63 @@ def quantize(
     options = _options(options, settings)
     folder = Path(out) if out is not None else None
     if folder is not None:
-        check_free(folder, overwrite)
+        check_folder(folder, overwrite)
     report_progress = progress or _silent
     images = {"mean": mean, "std": std, "size": size}
     samples = load_samples(calib, limit=options.samples, seed=options.seed, **images) if calib is not None else None  # type: ignore[arg-type]
     labelled = load_samples(eval_data, labelled=True, **images) if eval_data is not None else None  # type: ignore[arg-type]
     intake = take_in(model, factory=model_factory, allow=allow, input_shape=input_shape, samples=samples)
     plan = make_plan(intake, options, samples)
+    if labelled is not None:
+        check_metric(intake, labelled)
 
     started = time.monotonic()
-    work = (
-        folder.with_name(f".{folder.name}.work") if folder is not None else Path(tempfile.mkdtemp(prefix="compress-"))
-    )
-    store = ResumeStore(work, plan_fingerprint(plan))
-    if store.found:
-        report_progress(f"continuing: {store.found} layers were finished by an earlier run", 0, 0)
-    done = 0
+    work = folder.with_name(f".{folder.name}.work") if folder is not None else None
+    with open_store(work, plan_fingerprint(plan)) as store:
+        done = 0
+        continued = [f"continued: {store.found} layers were finished by an earlier run"] if store.found else []
 
-    def layer_done(label: str) -> None:
-        nonlocal done
-        done += 1
-        report_progress(label, min(done, len(plan.choices)), len(plan.choices))
+        def layer_done(label: str) -> None:
+            nonlocal done
+            done += 1
+            report_progress(label, min(done, len(plan.choices)), len(plan.choices))
 
-    float_model = intake.traced.copy()
-    compressed = apply_plan(float_model, plan, samples.inputs if samples else None, store, layer_done)
-    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-        staging = Path(scratch)
-        report_progress("exporting", len(plan.choices), len(plan.choices))
-        float_file, file = staging / "float.onnx", staging / ONNX_FILE
-        write_onnx(build_onnx(intake.traced), float_file, {})
-        onnx_model = build_onnx(compressed.model)
-        write_onnx(onnx_model, file, {})
-        target = find_target(plan.target)
-        parity = verify_file(
-            compressed.model, file, *_gate_inputs(compressed.model, samples, plan.seed), target.provider
-        )
-        verify_or_raise(parity, folder / ONNX_FILE if folder is not None else file)
-        report_progress("measuring", len(plan.choices), len(plan.choices))
-        report = build_report(
-            plan=plan,
-            layers=intake.layers,
-            results=compressed.layers,
-            model=compressed.model,
-            float_file=float_file,
-            compressed_file=file,
-            parity=parity,
-            latency=measure_latency(float_file, file, target.provider),
-            metric=measure_metric(intake.original, compressed.model, file, labelled, target.provider)
-            if labelled
-            else None,
-            started=started,
-            notes=[*intake.notes, *(samples.notes if samples else ()), *compressed.notes],
-        )
-        if folder is not None:
-            with new_folder(folder, overwrite) as partial:
-                write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
-                save_artifact(partial, compressed.model, plan)
-                (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
-    store.clear()
-    return Result(report, folder, compressed.model.module)
+        float_model = intake.traced.copy()
+        compressed = apply_plan(float_model, plan, samples.inputs if samples else None, store, layer_done)
+        with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
+            staging = Path(scratch)
+            report_progress("exporting", len(plan.choices), len(plan.choices))
+            float_file, file = staging / "float.onnx", staging / ONNX_FILE
+            write_onnx(build_onnx(intake.traced), float_file, {})
+            onnx_model = build_onnx(compressed.model)
+            write_onnx(onnx_model, file, {})
+            target = find_target(plan.target)
+            parity = verify_file(
+                compressed.model, file, *_gate_inputs(compressed.model, samples, plan.seed), target.provider
+            )
+            verify_or_raise(parity, folder / ONNX_FILE if folder is not None else file)
+            report_progress("measuring", len(plan.choices), len(plan.choices))
+            report = build_report(
+                plan=plan,
+                layers=intake.layers,
+                results=compressed.layers,
+                model=compressed.model,
+                float_file=float_file,
+                compressed_file=file,
+                parity=parity,
+                latency=measure_latency(float_file, file, target.provider),
+                metric=measure_metric(intake.original, compressed.model, file, labelled, target.provider)
+                if labelled
+                else None,
+                started=started,
+                notes=[*intake.notes, *(samples.notes if samples else ()), *compressed.notes, *continued],
+            )
+            if folder is not None:
+                with new_folder(folder, overwrite) as partial:
+                    write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
+                    save_artifact(partial, compressed.model, plan)
+                    (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
+        return Result(report, folder, compressed.model.module)
 
 
 def preview(
@@ -224,8 +232,11 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
         ("--act-bits", act_bits, 4),
         ("--first-last-bits", options.first_last_bits, 2),
     ):
-        if value is not None and not low <= value <= 8:
+        if value is not None and not (isinstance(value, int) and low <= value <= 8):
             raise InputError(f"{name} {value}: allowed are {low} to 8")
+    if options.iterations < 0:
+        raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
+    resolve(OBSERVERS, options.observer, "observer")
     method = options.method or ("adaquant" if samples is not None else "mse")
     needs_data = resolve(METHODS, method, "method").needs_data
     if needs_data and samples is None:
@@ -348,6 +359,7 @@ def _traced(
 def _gate_inputs(traced: TracedModel, samples: Samples | None, seed: int) -> tuple[tuple[torch.Tensor, ...], str]:
     if samples is None:
         return noise(traced, 32, seed), "noise"
+    check_fits(samples, traced)
     return tuple(x[:_GATE_SAMPLES] for x in samples.inputs), samples.source
 
 

@@ -64,6 +64,9 @@ def apply_plan(
     """
     register_operators()
     _check(float_model, plan)
+    if inputs is not None and not float_model.dynamic_batch:
+        whole = len(inputs[0]) // len(float_model.example[0]) * len(float_model.example[0])
+        inputs = tuple(x[:whole] for x in inputs)
     notes = []
     if plan.steps.equalize:
         notes += apply_transform("equalize", float_model, inputs)

@@ -21,16 +21,26 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compress.errors import InputError
 from compress.graph.serial import graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
-from compress.records import Plan
+from compress.records import SCHEMA_VERSION, Plan
 
-__all__ = ["ONNX_FILE", "REPORT_FILE", "load_artifact", "load_plan", "new_folder", "save_artifact", "sum_tensor_bytes"]
+__all__ = [
+    "ONNX_FILE",
+    "REPORT_FILE",
+    "check_folder",
+    "check_free",
+    "load_artifact",
+    "load_plan",
+    "new_folder",
+    "save_artifact",
+    "sum_tensor_bytes",
+]
 
 ONNX_FILE = "model.onnx"
 REPORT_FILE = "report.json"
@@ -46,7 +56,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         InputError: ``path`` exists and ``overwrite`` is not set, or the disk is full or not writable.
     """
-    check_free(path, overwrite)
+    check_folder(path, overwrite)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,13 +81,21 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
 
 
+def check_folder(path: Path, overwrite: bool) -> None:
+    """Like :func:`check_free`, and refuse to replace what is not a folder of ours: it may hold anything."""
+    check_free(path, overwrite)
+    if path.exists() and not (path.is_dir() and ((path / _PLAN).is_file() or not any(path.iterdir()))):
+        raise InputError(f"{path} is not a folder that `compress quantize` has written, so --overwrite leaves it alone")
+
+
 def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     """Write tensors, graph and plan into ``folder``."""
     register_operators()
     tensors = {
         node.target: traced.tensor(str(node.target)).contiguous() for node in traced.graph.find_nodes(op="get_attr")
     }
-    save_file({str(name): tensor for name, tensor in tensors.items()}, folder / _TENSORS, {"format": "pt"})
+    # Through Python's own file, whose errors are OSErrors that say why.
+    (folder / _TENSORS).write_bytes(save({str(name): tensor for name, tensor in tensors.items()}, {"format": "pt"}))
     (folder / _GRAPH).write_text(json.dumps(graph_to_json(traced)))
     (folder / _PLAN).write_text(plan.model_dump_json(indent=2))
 
@@ -111,8 +129,13 @@ def load_plan(folder: Path) -> Plan:
     Raises:
         InputError: it is missing or not a plan of this version.
     """
+    content = _read_json(folder, _PLAN)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{folder / _PLAN} has version {content.get('schema_version')!r}; this program reads {SCHEMA_VERSION}"
+        )
     try:
-        return Plan.model_validate(_read_json(folder, _PLAN))
+        return Plan.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{folder / _PLAN}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

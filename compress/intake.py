@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from compress.calib.samples import Samples
 from compress.checkpoint import LoadedModel, fingerprint, load_model
+from compress.errors import InputError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import list_layers
 from compress.graph.simplify import simplify
@@ -19,7 +22,7 @@ from compress.graph.traced import TracedModel, trace
 from compress.records import LayerSpec
 from compress.shapes import find_input_shape
 
-__all__ = ["Intake", "ModelLike", "noise", "take_in"]
+__all__ = ["Intake", "ModelLike", "check_fits", "noise", "take_in"]
 
 ModelLike = str | os.PathLike[str] | torch.nn.Module
 
@@ -32,7 +35,7 @@ class Intake:
         traced: its graph, simplified and folded; edited by transforms.
         layers: every layer, compressible or not.
         original: the module as it was loaded, for comparison.
-        fingerprint: hash of the module's tensors.
+        fingerprint: hash of the module's tensors and graph.
         name: stem of the file, or the module's class.
         notes: what was assumed (input shape, conversions), as sentences.
     """
@@ -60,7 +63,8 @@ def take_in(
             :func:`compress.graph.traced.trace`.
     """
     if isinstance(model, torch.nn.Module):
-        loaded = LoadedModel(model.eval(), None, type(model).__name__, fingerprint(model))
+        # A copy: the caller's module stays in the mode it is in.
+        loaded = LoadedModel(copy.deepcopy(model).eval(), None, type(model).__name__, fingerprint(model))
         name = type(model).__name__.lower()
     else:
         loaded = load_model(model, model=factory, allow=allow)
@@ -81,8 +85,31 @@ def take_in(
     traced = trace(loaded.module, inputs)
     simplify(traced)
     fold_batch_norm(traced)
+    if samples is not None:
+        check_fits(samples, traced)
     notes += traced.notes
-    return Intake(traced, list_layers(traced), loaded.module, loaded.fingerprint, name, notes)
+    # The same weights in another architecture, or at another size, are another model.
+    content = "\0".join((loaded.fingerprint, str(traced.graph), _shapes(traced.example)))
+    identity = hashlib.sha256(content.encode()).hexdigest()
+    return Intake(traced, list_layers(traced), loaded.module, identity, name, notes)
+
+
+def check_fits(samples: Samples, traced: TracedModel) -> None:
+    """Refuse samples of another shape or kind than the graph was traced with.
+
+    Raises:
+        InputError: with both shapes.
+    """
+    kinds = ([x.is_floating_point() for x in xs] for xs in (samples.inputs, traced.example))
+    if _shapes(samples.inputs) != _shapes(traced.example):
+        raise InputError(
+            f"{samples.source} holds samples of shape {_shapes(samples.inputs)}; the model takes "
+            f"{_shapes(traced.example)}"
+        )
+    if next(kinds) != next(kinds):
+        raise InputError(f"{samples.source}: the model takes whole numbers where this holds fractions, or the reverse")
+    if len(samples) < len(traced.example[0]) and not traced.dynamic_batch:
+        raise InputError(f"{samples.source} holds {len(samples)} samples; one batch takes {len(traced.example[0])}")
 
 
 def noise(traced: TracedModel, count: int, seed: int) -> tuple[Tensor, ...]:

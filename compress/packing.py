@@ -58,7 +58,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows = []
     for width, offset in planes(bits):
         per_byte = 8 // width
-        part = ((padded >> offset) & ((1 << width) - 1)).reshape(-1, per_byte)  # [width * columns, per_byte]
+        part = ((padded >> offset) & ((1 << width) - 1)).reshape(width * columns, per_byte)
         run = torch.zeros(part.shape[0], dtype=torch.uint8, device=codes.device)
         for position in range(per_byte):
             run |= part[:, position] << (position * width)

@@ -33,13 +33,16 @@ class RowSource(Protocol):
 class ActivationGrid:
     """Grid of a layer's input: ``scale`` float32 [], ``zero_point`` in ``dtype``'s range, ``bits``.
 
-    ``learnable`` says whether a method may change it; otherwise the samples are already on it.
+    ``learnable`` says whether a method may change it; otherwise the samples are already on it. No step may exceed
+    ``largest_scale``: a grid beyond all values wastes codes, and one beyond a ReLU6's bound keeps the ReLU6 from being
+    absorbed.
     """
 
     scale: Tensor
     zero_point: Tensor
     bits: int
     learnable: bool
+    largest_scale: float = float("inf")
 
 
 @dataclass(frozen=True)

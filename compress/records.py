@@ -59,6 +59,7 @@ class Choice(Record):
     method: str
     option: QuantOption
     format: str
+    reason: str | None = Field(default=None, description="why not what was asked for; None when it is")
 
 
 class Skip(Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -40,13 +41,14 @@ def uniform_choices(
     usable = [layer for layer in layers if not layer.refusal]
     ends = {usable[0].name, usable[-1].name} if usable else set()
     choices, skipped = [], []
+    leading = _slow_on_integers(usable, target) if act_bits is not None else set()
     for layer in layers:
         wide = first_last_bits if layer.name in ends else 0
         option = QuantOption(
             bits=max(bits, wide),
-            act_bits=None if act_bits is None else max(act_bits, wide),
+            act_bits=None if act_bits is None or layer.name in leading else max(act_bits, wide),
             # Integer kernels take one zero point a tensor; a float weight may have one a channel, which fits better.
-            symmetric=act_bits is not None,
+            symmetric=act_bits is not None and layer.name not in leading,
         )
         format_name, reason = _format_for(layer, option, target)
         if any(_matches(layer.name, pattern) for pattern in ignore):
@@ -54,13 +56,30 @@ def uniform_choices(
         if reason:
             skipped.append(Skip(layer=layer.name, reason=reason))
         else:
-            choices.append(Choice(layer=layer.name, method=method, option=option, format=format_name))
+            slow = f"runs on floats: faster with fewer than {target.integer_channels} output channels"
+            choices.append(
+                Choice(
+                    layer=layer.name,
+                    method=method,
+                    option=option,
+                    format=format_name,
+                    reason=slow if layer.name in leading else None,
+                )
+            )
     if not choices:
         reasons = (
             "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:3]) or "the model has no layer with weights"
         )
         raise InputError(f"nothing to compress: {reasons}")
     return choices, skipped
+
+
+def _slow_on_integers(layers: Sequence[LayerSpec], target: Target) -> set[str]:
+    """The leading convolutions that the target runs faster on floats; later ones would become islands between casts."""
+    slow = itertools.takewhile(
+        lambda layer: layer.kind.startswith("conv") and layer.weight_shape[0] < target.integer_channels, layers
+    )
+    return {layer.name for layer in slow}
 
 
 def _format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tuple[str, str | None]:
@@ -76,5 +95,8 @@ def _format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tuple[
 
 def _matches(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise InputError(f"--ignore {pattern!r} is not a regular expression: {error}") from error
     return fnmatch.fnmatchcase(name, pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -15,6 +16,10 @@ from compress.cli.verify import verify
 from compress.errors import CompressError
 
 __all__ = ["app", "main"]
+
+_INTERRUPTED = 130
+_STOPPED = "stopped; layers that are finished are kept, and the same command continues with them"
+_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 app = typer.Typer(
     name="compress",
@@ -56,11 +61,17 @@ def main() -> None:
         _complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _complain("stopped; what is finished is kept, the same command continues there")
-        sys.exit(130)
+        _complain(_STOPPED)
+        sys.exit(_INTERRUPTED)
     except OSError as error:
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "; free some space, or choose another place with --out and TMPDIR" if error.errno in _NO_SPACE else ""
+        _complain(f"{where}{error.strerror or error}{remedy}")
         sys.exit(2)
+    except SystemExit as error:
+        if error.code == _INTERRUPTED:  # typer has caught Ctrl-C
+            _complain(_STOPPED)
+        raise
 
 
 def _complain(sentence: str) -> None:

@@ -100,8 +100,8 @@ def parity_text(parity: Parity) -> str:
     """How far the file is from the PyTorch graph, and what its layers run as."""
     same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
     return (
-        f"relative L2 {parity.relative_l2_unoptimized:.2%} unoptimised, {parity.relative_l2_optimized:.2%} optimised{same}, "
-        f"on {parity.samples} samples ({parity.source}); {parity.integer_layers} layers run on integers and "
+        f"relative L2 {parity.relative_l2_unoptimized:.2%} unoptimised, {parity.relative_l2_optimized:.2%} optimised"
+        f"{same}, on {parity.samples} samples ({parity.source}); {parity.integer_layers} layers run on integers and "
         f"{parity.float_layers} on floats"
     )
 
@@ -113,9 +113,9 @@ def _metric_line(metric: Metric) -> str:
             f"{metric.compressed_onnx:.4g} compressed"
         )
     return (
-        f"Accuracy on {metric.samples:,} samples: {metric.float_model:.2%} float, {metric.compressed_onnx:.2%} compressed "
-        f"in ONNX Runtime ({metric.compressed_torch:.2%} in PyTorch); {metric.lost} samples lost, {metric.won} won, "
-        f"same class on {metric.agreement:.2%}"
+        f"Accuracy on {metric.samples:,} samples: {metric.float_model:.2%} float, {metric.compressed_onnx:.2%} "
+        f"compressed in ONNX Runtime ({metric.compressed_torch:.2%} in PyTorch); {metric.lost} samples lost, "
+        f"{metric.won} won, same class on {metric.agreement:.2%}"
     )
 
 

@@ -1,6 +1,7 @@
 """What ONNX Runtime made of every layer: read from the graph it optimised.
 
-An integer layer must have become an integer kernel and a float layer must still be float: the runtime does neither without being asked in the right way, and says nothing when it does not.
+An integer layer must have become an integer kernel and a float layer must still be float: the runtime does neither
+without being asked in the right way, and says nothing when it does not.
 """
 
 from __future__ import annotations
@@ -26,11 +27,23 @@ def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:
         open_session(path, "ORT_ENABLE_ALL", provider=provider, optimized=optimized)
         # Large models carry their weights beside the graph; only the nodes are of interest.
         graph = onnx.load(optimized, load_external_data=False).graph
+    makers = {value: node for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
     found: dict[str, list[str]] = {}
     for node in graph.node:
-        name = node.name.partition("_token_")[0].removesuffix("_nchwc")
+        name = node.name.partition("_token_")[0]
+        if name.endswith("_nchwc"):
+            name = _layer_behind(name.removesuffix("_nchwc"), makers)
         found.setdefault(name, []).append(node.op_type)
     return found
+
+
+def _layer_behind(value: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The layer that ``value`` comes from: the blocked layout names a Conv after its output, or its activation's."""
+    node = makers.get(value)
+    while node is not None and node.op_type not in _FLOAT:
+        sources = [makers[name] for name in node.input if name in makers]
+        node = next((source for source in sources if source.op_type == "Conv"), sources[0] if sources else None)
+    return value if node is None else str(node.name)
 
 
 def misplaced_layers(operators: Mapping[str, list[str]], computes: Mapping[str, str]) -> list[str]:
@@ -53,6 +66,5 @@ def misplaced_layers(operators: Mapping[str, list[str]], computes: Mapping[str, 
 
 
 def _is_layer(node: str, layer: str) -> bool:
-    """A node is named after its layer, with ``_1``, ``_2`` ... for further calls of a shared one."""
-    rest = node.removeprefix(layer)
-    return node.startswith(layer) and (not rest or (rest[0] == "_" and rest[1:].isdigit()))
+    """A node is named after its layer, with ``#1``, ``#2`` ... for further calls of a shared one."""
+    return node.partition("#")[0] == layer

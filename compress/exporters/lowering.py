@@ -1,8 +1,8 @@
 """ONNX forms of the ``compress::`` operators, as translations for PyTorch's exporter.
 
 The exporter hands over values that become graph inputs or initialisers; what is built here are ordinary nodes. Codes
-are unpacked by a model-local function (compress/exporters/functions.py), and a float weight is finished with Sub and Mul,
-not DequantizeLinear, so that ONNX Runtime folds it into a plain float initialiser.
+are unpacked by a model-local function (compress/exporters/functions.py), and a float weight is finished with Sub and
+Mul, not DequantizeLinear, so that ONNX Runtime folds it into a plain float initialiser.
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ def open_session(
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.intra_op_num_threads = threads
     options.log_severity_level = _QUIET
+    # As on Arm: signed activations (of a file for Arm) reach integer kernels. Without it x86 rewrites them to unsigned
+    # ones first, and leaves half of a residual network float.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:

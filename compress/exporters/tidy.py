@@ -5,7 +5,11 @@
    codes: ONNX Runtime would leave it float.
 3. A linear on more than two dimensions, ``DequantizeLinear -> Transpose -> MatMul``, gets its codes transposed instead,
    so that the MatMul reads the DequantizeLinear directly.
-4. Layer nodes are named after their layer, values after what they are; the exporter's traces go.
+4. A float layer behind a DequantizeLinear reads one of its own, with the grid repeated for every channel: behind a
+   scalar grid ONNX Runtime would quantize the layer's weights by itself.
+5. A mean over all positions becomes a GlobalAveragePool, which has an integer kernel.
+6. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
+   they are; the exporter's traces go.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from compress.exporters.functions import DOMAIN, OPSET, unpack_function
 __all__ = ["layer_of", "tidy"]
 
 _LAYER_NODES = ("Conv", "Gemm", "MatMul")
+_QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
+_UNPACKING = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Sub", "Mul", "Identity")
 _MOVES = ("Slice", "Pad", "Reshape", "Transpose", "Flatten")
 _IR_VERSION = 8  # the first that has model-local functions
 
@@ -29,10 +35,16 @@ def tidy(model: ir.Model) -> None:
         if node.domain == DOMAIN and node.op_type == "Unpack8":
             _store_plainly(graph, node)
     for node in list(graph):
+        if node.graph is None:
+            continue  # went with an earlier one
         if node.op_type == "Pad":
             _pad_codes(graph, node)
         elif node.op_type == "Transpose":
             _transpose_codes(graph, node)
+        elif node.op_type == "ReduceMean":
+            _pool_globally(graph, node)
+        elif node.op_type in _QUANTIZED_UNASKED:
+            _keep_float(graph, node)
     _share_constants(graph)
     _remove_unread(graph)
     _name(graph)
@@ -122,6 +134,40 @@ def _transpose_codes(graph: ir.Graph, transpose: ir.Node) -> None:
     _replace(graph, transpose, again.outputs[0])
 
 
+def _pool_globally(graph: ir.Graph, mean: ir.Node) -> None:
+    axes = _constant(mean.inputs[1]) if len(mean.inputs) > 1 else None
+    shape = mean.inputs[0].shape
+    if axes is None or shape is None or len(shape) != 4 or not mean.attributes.get_int("keepdims", 1):
+        return
+    if sorted(int(axis) % 4 for axis in axes) == [2, 3]:
+        pool = ir.Node("", "GlobalAveragePool", [mean.inputs[0]])
+        graph.insert_before(mean, pool)
+        _replace(graph, mean, pool.outputs[0])
+
+
+def _keep_float(graph: ir.Graph, layer: ir.Node) -> None:
+    dequantize, weight = layer.inputs[0].producer(), layer.inputs[1].producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or layer_of(dequantize) is not None:
+        return
+    grid = [_constant(value) for value in dequantize.inputs[1:3]]
+    shape = layer.inputs[0].shape
+    if (weight is not None and weight.op_type == "DequantizeLinear") or any(each is None for each in grid):
+        return
+    assert shape is not None
+    channels = shape[1]
+    assert isinstance(channels, int), f"{layer.name}: {channels} channels"
+    repeated = []
+    for value, array in zip(dequantize.inputs[1:3], grid, strict=True):
+        name = f"{value.name}_{channels}_channels"
+        known = graph.initializers.get(name)
+        repeated.append(
+            known if known is not None else _initialise(graph, name, np.repeat(array.reshape(-1), channels))
+        )
+    own = ir.Node("", "DequantizeLinear", [dequantize.inputs[0], *repeated], [ir.AttrInt64("axis", 1)])
+    graph.insert_before(layer, own)
+    layer.replace_input_with(0, own.outputs[0])
+
+
 def _share_constants(graph: ir.Graph) -> None:
     """Turn Constant nodes into initialisers, one for each distinct value."""
     known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -156,7 +202,7 @@ def _name(graph: ir.Graph) -> None:
         stem = (layer_of(node) if node.op_type in _LAYER_NODES else None) or node.op_type
         count = taken.get(stem, 0)
         taken[stem] = count + 1
-        node.name = stem if not count else f"{stem}_{count}"
+        node.name = stem if not count else f"{stem}#{count}"
     for position, value in enumerate(output for node in graph for output in node.outputs):
         value.metadata_props.clear()
         value.type, value.shape = (value.type, value.shape) if value in kept else (None, None)
@@ -174,7 +220,7 @@ def layer_of(node: ir.Node) -> str | None:
     value = node.inputs[1 if node.op_type in _LAYER_NODES else 0]
     while value is not None and not value.is_initializer():
         producer = value.producer()
-        if producer is None or not producer.inputs:
+        if producer is None or (producer.op_type not in _UNPACKING and producer.domain != DOMAIN):
             return None
         value = producer.inputs[0]
     for suffix in (".weight_packed", ".weight_codes", ".weight"):

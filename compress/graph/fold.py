@@ -37,6 +37,8 @@ def _refusal(norm: fx.Node) -> str | None:
         return "its parameters are computed"
     if layer.op != "call_function" or layer.target not in _LAYERS or layer.args[1].op != "get_attr":
         return "no convolution or linear stands before it"
+    if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+        return "it normalises another dimension than the linear before it writes"
     if len(layer.users) > 1:
         return "the layer before it is also read elsewhere"
     if len(layer.args[1].users) > 1:

@@ -100,7 +100,15 @@ def list_layers(traced: TracedModel) -> list[LayerSpec]:
             )
         )
     specs.extend(_refused(traced))
-    return specs
+    order = {layer_name(node): position for position, node in reversed(list(enumerate(_weighted(traced))))}
+    return sorted(specs, key=lambda spec: order[spec.name])
+
+
+def _weighted(traced: TracedModel) -> list[fx.Node]:
+    """Every call of an operator that is, or resembles, a layer."""
+    return [
+        node for node in traced.graph.nodes if node.op == "call_function" and node.target in {*LAYER_KINDS, *_REFUSED}
+    ]
 
 
 def _rows(call: fx.Node) -> int:
@@ -111,16 +119,16 @@ def _rows(call: fx.Node) -> int:
 
 
 def _refused(traced: TracedModel) -> list[LayerSpec]:
-    found = []
-    for node in traced.graph.nodes:
-        if node.op != "call_function":
-            continue
+    found: dict[str, LayerSpec] = {}
+    for node in _weighted(traced):
         kind, reason = _REFUSED.get(node.target, (None, None))
-        if node.target in LAYER_KINDS and node.args[1].op != "get_attr":
+        if node.target in LAYER_KINDS and node.args[1].op != "get_attr" and not is_stored(node.args[1]):
             kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
         if kind is None:
             continue
         weight = node.args[0] if node.target is aten.embedding.default else node.args[1]
         shape = tuple(int(size) for size in weight.meta["val"].shape)
-        found.append(LayerSpec(name=layer_name(node), kind=kind, weight_shape=shape, macs=0, rows=0, refusal=reason))
-    return found
+        name = layer_name(node)
+        calls = found[name].calls + 1 if name in found else 1
+        found[name] = LayerSpec(name=name, kind=kind, weight_shape=shape, macs=0, rows=0, calls=calls, refusal=reason)
+    return list(found.values())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, is_stored, layer_calls
+from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, is_stored, layer_calls, layer_name
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
 from compress.weights import QuantizedWeight
 
 __all__ = ["absorb_activations", "input_quantizer", "layer_bias", "set_bias", "set_grid", "set_weight", "store_biases"]
 
-_INT32 = torch.iinfo(torch.int32)
+_LARGEST_BIAS = 2.0**30  # half of int32: the other half is for the sum
 
 
 def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute: str) -> None:
@@ -77,20 +77,17 @@ def input_quantizer(call: fx.Node) -> fx.Node | None:
 
 def store_biases(traced: TracedModel) -> None:
     """Round the bias of every integer call to its accumulator's int32 grid: input scale times weight scale."""
-    for node in list(traced.graph.nodes):
-        if node.target not in LAYER_KINDS or not is_stored(node.args[1]):
-            continue
-        quantizer = input_quantizer(node)
-        bias_node = node.args[2] if len(node.args) > 2 else None
-        if node.args[1].args[5] != "integer" or quantizer is None or bias_node is None or bias_node.op != "get_attr":
-            continue
+    calls = [node for node in traced.graph.nodes if _adds_integer_bias(node)]
+    # First for all calls: a shared layer's grid must not change after one of its biases is rounded.
+    for node in calls:
+        input_scale = traced.tensor(input_quantizer(node).args[1].target)
+        _make_room(traced, layer_name(node), node.args[1], traced.tensor(node.args[2].target), input_scale)
+    for node in calls:
+        bias_node = node.args[2]
         bias = traced.tensor(bias_node.target)
-        scale_nodes = (quantizer.args[1], node.args[1].args[1])
+        scale_nodes = (input_quantizer(node).args[1], node.args[1].args[1])
         input_scale, weight_scale = (traced.tensor(scale.target) for scale in scale_nodes)
-        # A dead channel's scale can be so small that its bias overflows; float64 keeps the division exact enough.
-        codes = torch.round(bias.double() / (input_scale.double() * weight_scale.double())).clamp(
-            _INT32.min, _INT32.max
-        )
+        codes = torch.round(bias.double() / (input_scale.double() * weight_scale.double()))
         name = f"{bias_node.target}_codes" + ("" if len(bias_node.users) == 1 else f"_{node.name}")
         traced.set_tensor(name, codes.to(torch.int32))
         parts = [traced.attribute(each, before=node) for each in (name, *(scale.target for scale in scale_nodes))]
@@ -99,6 +96,34 @@ def store_biases(traced: TracedModel) -> None:
         stored.meta["val"] = bias
         node.update_arg(2, stored)
     traced.finish()
+
+
+def _adds_integer_bias(node: fx.Node) -> bool:
+    """Whether ``node`` is an integer layer with a float bias and an input on a grid."""
+    if node.target not in LAYER_KINDS or not is_stored(node.args[1]) or node.args[1].args[5] != "integer":
+        return False
+    bias = node.args[2] if len(node.args) > 2 else None
+    return bias is not None and bias.op == "get_attr" and input_quantizer(node) is not None
+
+
+def _make_room(traced: TracedModel, layer: str, stored: fx.Node, bias: Tensor, input_scale: Tensor) -> None:
+    """Widen the weight grid of channels whose bias would not fit into int32 on the accumulator's grid.
+
+    Such a channel is all but dead: its weights are a billion times smaller than its bias, and so is what rounding
+    them on the wider grid costs.
+    """
+    scale = traced.tensor(f"{layer}.weight_scale")
+    needed = bias.abs() / (input_scale * _LARGEST_BIAS)
+    if not bool((scale < needed).any()):
+        return
+    bits, shape, compute = stored.args[3:]
+    parts = {part: traced.tensor(f"{layer}.weight_{part}") for part in ("packed", "scale", "zero_point")}
+    weight = QuantizedWeight.from_tensors(parts, bits, tuple(shape))
+    wider = torch.maximum(scale, needed)
+    per_channel = (-1, *[1] * (weight.codes.dim() - 1))
+    zero = weight.zero_point.reshape(per_channel).float()
+    codes = torch.round((weight.codes.float() - zero) * (scale / wider).reshape(per_channel)) + zero
+    set_weight(traced, layer, QuantizedWeight(codes.to(torch.uint8), wider, weight.zero_point, bits), compute)
 
 
 def absorb_activations(traced: TracedModel) -> None:
@@ -111,7 +136,15 @@ def absorb_activations(traced: TracedModel) -> None:
         zero_point = traced.tensor(node.args[2].target)
         starts_at_zero = int(zero_point) == torch.iinfo(zero_point.dtype).min
         top = float(scale) * ((1 << node.args[3]) - 1)
-        limit = float("inf") if ACTIVATIONS[activation.target] == "relu" else 6.0 * (1 + 1e-6)
-        if starts_at_zero and top <= limit:
+        low, high = _clip_range(activation)
+        if starts_at_zero and low <= 0.0 and top <= high * (1 + 1e-6):
             node.update_arg(0, activation.args[0])
     traced.finish()
+
+
+def _clip_range(activation: fx.Node) -> tuple[float, float]:
+    """What a ReLU or a Hardtanh (a ReLU6 is one from 0 to 6) clips to."""
+    if activation.target is torch.ops.aten.relu.default:
+        return 0.0, float("inf")
+    low, high = (*activation.args[1:], *(-1.0, 1.0)[len(activation.args) - 1 :])
+    return float(low), float(high)

@@ -3,6 +3,8 @@
 1. Nodes that return their input in eval mode go: dropout's clone, contiguous, alias, slices over everything.
 2. ``conv.padding`` with "same" or "valid" becomes a convolution with numbers, where the padding is even on both sides.
 3. A mean over all spatial positions becomes an adaptive average pool to 1, the form integer runtimes know.
+4. Every spelling of ReLU and ReLU6 (relu6, clamp, clamp_min) becomes ``relu`` or ``hardtanh(0, 6)``.
+5. A layer's weight is called ``<layer>.weight``, so that the layer has a name and its bias, codes and scales a place.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from compress.graph.layers import LAYER_KINDS
 from compress.graph.traced import TracedModel
 
 __all__ = ["simplify"]
@@ -26,19 +29,23 @@ _END = 1 << 62
 
 
 def simplify(traced: TracedModel) -> None:
-    """Apply the three rewrites in place."""
+    """Apply the rewrites in place."""
     for node in list(traced.graph.nodes):
         if node.op != "call_function":
             continue
         if _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
+        elif (bounds := _clip_bounds(node)) in ((0.0, 6.0), (0.0, None)):
+            _name_activation(node, bounds)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # a view may need the memory layout that a dropped clone made
         elif node.target in (aten.conv1d.padding, aten.conv2d.padding):
             _number_padding(traced, node)
         elif node.target is aten.mean.dim:
             _pool_mean(traced, node)
+        if node.target in LAYER_KINDS:
+            _name_weight(traced, node.args[1])
     traced.finish()
 
 
@@ -49,6 +56,37 @@ def _is_identity(node: fx.Node) -> bool:
         start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
         return start in (None, 0) and (end is None or (isinstance(end, int) and end >= _END)) and step == 1
     return False
+
+
+def _clip_bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
+    """Lower and upper bound of a clip between numbers, however it is spelled; None for anything else."""
+    low, high = (*node.args[1:], None, None)[:2]
+    if node.target is aten.relu6.default:
+        return 0.0, 6.0
+    if node.target is aten.clamp_min.default:
+        return low, None
+    if node.target is aten.clamp.default:
+        return node.kwargs.get("min", low), node.kwargs.get("max", high)
+    return None
+
+
+def _name_activation(node: fx.Node, bounds: tuple[float | None, float | None]) -> None:
+    node.target = aten.relu.default if bounds[1] is None else aten.hardtanh.default
+    node.args = (node.args[0],) if bounds[1] is None else (node.args[0], 0.0, 6.0)
+    node.kwargs = {}
+
+
+def _name_weight(traced: TracedModel, weight: fx.Node) -> None:
+    """Rename a bare parameter (a functional layer's, ``in_proj_weight``, a root module's own) to ``<it>.weight``."""
+    if weight.op != "get_attr" or str(weight.target).endswith(".weight"):
+        return
+    name, value = str(weight.target), traced.tensor(str(weight.target))
+    owner, _, leaf = name.rpartition(".")
+    delattr(traced.module.get_submodule(owner), leaf)
+    traced.set_tensor(f"{name}.weight", value)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if node.target == name:
+            node.target = f"{name}.weight"
 
 
 def _number_padding(traced: TracedModel, node: fx.Node) -> None:
@@ -73,7 +111,7 @@ def _number_padding(traced: TracedModel, node: fx.Node) -> None:
 def _pool_mean(traced: TracedModel, node: fx.Node) -> None:
     source, dims, keep = (*node.args, False)[:3]
     value = source.meta.get("val")
-    if value is None or value.dim() != 4 or sorted(d % 4 for d in dims) != [2, 3]:
+    if value is None or value.dim() != 4 or dims is None or sorted(d % 4 for d in dims) != [2, 3]:
         return
     with traced.graph.inserting_before(node):
         pooled = traced.graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))

@@ -7,7 +7,10 @@ our own operators; what is exported is this graph again.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -57,9 +60,9 @@ class TracedModel:
 
     def copy(self) -> TracedModel:
         """An independent copy, node names and tensors included."""
-        return TracedModel(
-            copy.deepcopy(self.module), self.example, self.dynamic_batch, dict(self.statistics), list(self.notes)
-        )
+        with _no_copy_warning():
+            module = copy.deepcopy(self.module)
+        return TracedModel(module, self.example, self.dynamic_batch, dict(self.statistics), list(self.notes))
 
     def finish(self) -> None:
         """Drop dead nodes and rebuild the module's code after an edit of the graph."""
@@ -143,7 +146,8 @@ def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
         InputError: the module does not run on ``inputs``, or torch.export cannot follow it; the message names the
             first line of the user's code at fault.
     """
-    module = module.eval()
+    if not isinstance(module, fx.GraphModule):  # an exported one has no modes, and refuses
+        module = module.eval()
     example = example_batch(inputs)
     dynamic = True
     try:
@@ -157,7 +161,8 @@ def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
             program = export_program(module, example, dynamic)
         except InputError:
             raise error from None
-    traced = TracedModel(program.run_decompositions({}).module(check_guards=False), example, dynamic)
+    with _no_copy_warning():
+        traced = TracedModel(program.run_decompositions({}).module(check_guards=False), example, dynamic)
     if not dynamic:
         traced.notes.append("the model fixes its batch size to 1, and so does the exported file")
     return traced
@@ -182,12 +187,34 @@ def export_program(module: torch.nn.Module, example: tuple[Tensor, ...], dynamic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(module, example, dynamic_shapes=shapes)
+            with _quiet_torch():
+                return torch.export.export(module, example, dynamic_shapes=shapes)
         except Exception as error:
             raise InputError(
                 f"torch.export cannot trace the model{_offending_line(error)}: {_first_line(error)} "
                 "Control flow that depends on tensor values has to be rewritten (torch.where, torch.cond)."
             ) from error
+
+
+@contextlib.contextmanager
+def _no_copy_warning() -> Iterator[None]:
+    """torch's own records of a graph's inputs warn when they are copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """torch logs and prints the graph it failed on; the sentence that is raised says what a user can use of it."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from torch import Tensor
 from compress.benchmark import bench
 from compress.calib.calibrate import LayerResult
 from compress.calib.samples import Samples
+from compress.errors import InputError
 from compress.exporters.session import open_session, run_session
 from compress.graph.traced import TracedModel, first_output
+from compress.intake import Intake, check_fits
 from compress.machine import describe_environment
 from compress.records import LayerSpec, Plan
 from compress.report.schema import Latency, LayerRow, Metric, Parity, Report, Size
 
-__all__ = ["build_report", "measure_latency", "measure_metric"]
+__all__ = ["build_report", "check_metric", "measure_latency", "measure_metric"]
 
 _BATCH = 64
 
@@ -58,6 +61,28 @@ def measure_latency(float_file: Path, compressed_file: Path, provider: str) -> L
     """Both files at batch 1 on one thread, interleaved; medians."""
     rows = bench([float_file, compressed_file], provider=provider, memory=False).rows
     return Latency(threads=1, float_ms=rows[0].p50_ms, compressed_ms=rows[1].p50_ms)
+
+
+def check_metric(intake: Intake, samples: Samples) -> None:
+    """Refuse labelled samples that :func:`measure_metric` could not use, before any work is done.
+
+    Raises:
+        InputError: their shape is not the model's, or the labels do not go with its output.
+    """
+    assert samples.labels is not None
+    check_fits(samples, intake.traced)
+    with torch.no_grad():
+        output = first_output(
+            intake.traced.module(*(x[: len(e)] for x, e in zip(samples.inputs, intake.traced.example, strict=True)))
+        )
+    per_sample = tuple(output.shape[1:])
+    if samples.labels.is_floating_point():
+        fits, needed = math.prod(per_sample) == 1, "one number a sample for labels that are fractions"
+    else:
+        fits, needed = len(per_sample) == 1 and per_sample[0] > 1, "one score a class for labels that are whole numbers"
+    if not fits:
+        shape = "x".join(map(str, per_sample)) or "one number"
+        raise InputError(f"{samples.source}: the metric needs {needed}; the model gives {shape} a sample")
 
 
 def measure_metric(
@@ -101,7 +126,7 @@ def _classes(outputs: Tensor) -> Tensor:
 def _row(layer: LayerSpec, plan: Plan, result: LayerResult | None, model: TracedModel) -> LayerRow:
     choice = plan.choice(layer.name)
     skip = next((skip.reason for skip in plan.skipped if skip.layer == layer.name), None)
-    notes = "; ".join(each for each in (result.note if result else None, skip) if each)
+    notes = "; ".join(each for each in (result.note if result else None, choice.reason if choice else None, skip) if each)
     float_bytes = layer.parameters * 4
     weight_bytes = float_bytes
     if choice is not None:
