@@ -26,7 +26,10 @@ from compress.records import QuantOption
 __all__ = ["PARALLEL", "SEQUENTIAL", "AdaQuant", "evaluation_rows"]
 
 _BATCH = 32
-_EVALUATED = 128
+_LEAST_BATCH = 4
+# A convolution's output positions are its equations: a large map needs fewer images for as many.
+_POSITIONS = 32 * 1024
+_EVALUATED_BATCHES = 4
 _CHECKS = 12
 _RATE_WEIGHT = 0.02  # steps of the weight grid an iteration
 _RATE_SCALE = 2e-3  # relative
@@ -46,7 +49,9 @@ class AdaQuant:
         assert problem.inputs is not None
         assert problem.targets is not None
         parameters = _Parameters(problem, option)
-        evaluated = evaluation_rows(problem.inputs, problem.targets, _EVALUATED)
+        positions = problem.targets.take(torch.zeros(1, dtype=torch.long)).numel() // len(problem.weight)
+        batch = min(max(_POSITIONS // max(positions, 1), _LEAST_BATCH), _BATCH)
+        evaluated = evaluation_rows(problem.inputs, problem.targets, _EVALUATED_BATCHES * batch)
         best, best_loss = parameters.solution(), _loss_of(parameters, problem, evaluated)
         start_loss = best_loss
         optimizer = torch.optim.Adam(parameters.groups())
@@ -57,7 +62,7 @@ class AdaQuant:
             decay = 0.5 * (1 + math.cos(math.pi * iteration / effort.iterations))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * decay
-            index = torch.randperm(len(problem.inputs), generator=generator)[:_BATCH]
+            index = torch.randperm(len(problem.inputs), generator=generator)[:batch]
             loss = parameters.loss(problem, problem.inputs.take(index), problem.targets.take(index))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -12,8 +12,6 @@ Every observer reads the finished histogram (min-max only its ends):
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ _PERCENTILE = 0.99999
 _CANDIDATES = 80
 _LOWEST_RATIO = 0.15
 _SMALLEST_RANGE = 1e-8
+_OVERFLOW = 1e30
 
 
 class Histogram:
@@ -50,10 +49,10 @@ class Histogram:
         """Count every element of ``batch`` (any shape).
 
         Raises:
-            InputError: an element is not finite.
+            InputError: an element is not finite, or nearly so.
         """
         low, high = (float(edge) for edge in torch.aminmax(batch))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        if not max(abs(low), abs(high)) < _OVERFLOW:  # NaN included
             raise InputError(
                 f"activations span {low}..{high}: the model overflows on the calibration data; "
                 "check its normalisation (--mean, --std)"

@@ -81,8 +81,8 @@ def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedM
             raise InputError(f"graph.json: node {entry['name']!r} has the unknown kind {entry['op']!r}")
         args, kwargs = _decode(entry["args"], known), _decode(entry["kwargs"], known)
         if entry["op"] == "output" and stored["single_output"]:
-            ((result,),) = args
-            args = (result,)
+            (result,) = args
+            args = tuple(result) if isinstance(result, tuple) else (result,)  # a graph that was read has no tuple
         known[entry["name"]] = traced.graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
     traced.graph.lint()
     traced.module.recompile()

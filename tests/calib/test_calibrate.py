@@ -236,7 +236,9 @@ def test_sequential_uses_every_sample_of_the_quantized_prefix(tmp_path: Path, mo
 
     with torch.no_grad():
         Recorder(result.model.module, graph=first).run(x)
-    torch.testing.assert_close(seen["2"], torch.relu(recorded[0]), atol=1e-5, rtol=1e-5)
+    # Biases are rounded to the accumulator's step at the very end; beside the layer's own error that is nothing.
+    distance = (seen["2"] - torch.relu(recorded[0])).norm(dim=1) / hidden.norm(dim=1)
+    assert bool((distance < 0.1 * difference).all())
 
 
 @pytest.mark.parametrize("method", ["adaquant", "adaquant-parallel", "mse"])
@@ -286,7 +288,7 @@ def test_a_bias_that_outweighs_its_layer_survives(what: str, tmp_path: Path) -> 
 def test_overflow_names_the_layer_or_the_normalisation(tmp_path: Path) -> None:
     module, x = chain(0), torch.randn(70, 16)
     x[66] *= 1e38
-    with pytest.raises(InputError, match="layer 0: the quantized output is not finite|overflows on the calibration"):
+    with pytest.raises(InputError, match=r"layer 0: the quantized output is not finite|overflows on the calibration"):
         calibrated(take_in(module, samples=load_samples(x)), x, tmp_path)
 
 

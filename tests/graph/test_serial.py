@@ -47,7 +47,7 @@ def test_one_output(traced: TracedModel) -> None:
     assert torch.equal(again.module(x), traced.module(x))
     assert again.dynamic_batch == traced.dynamic_batch
     assert [node.name for node in again.graph.nodes] == [node.name for node in traced.graph.nodes]
-    assert graph_to_json(again) == graph_to_json(traced)
+    assert torch.equal(round_trip(again).module(x), traced.module(x))
 
 
 @torch.no_grad()

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.api import quantize
+from compress.exporters.onnx import build_onnx
+from compress.exporters.tidy import layer_of
+from compress.graph.traced import TracedModel
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear, joined by ``body``."""
+
+    def __init__(self, body: object) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)  # type: ignore[operator]
+
+
+def exported(body: object, **options: object) -> ir.Model:
+    """``body`` quantized without optimisation, as the file that would be written (and that passed the gate)."""
+    x = torch.randn(16, 3, 6, 6)
+    options = {"bits": 4, "first_last_bits": 4, "method": "mse"} | options
+    result = quantize(Net(body).eval(), calib=x, **options)  # type: ignore[arg-type]
+    return build_onnx(TracedModel(result.module, (x[:2],), True))  # type: ignore[arg-type]
+
+
+def nodes(model: ir.Model, kind: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == kind]
+
+
+def plain(net: Net, x: Tensor) -> Tensor:
+    return net.fc(torch.relu(net.b(torch.relu(net.a(x)))).mean((2, 3)))
+
+
+def test_eight_bits_are_stored_plainly() -> None:
+    model = exported(plain, bits=8)
+    assert not model.functions
+    for name in ("a", "b", "fc"):
+        codes = model.graph.initializers[f"{name}.weight_codes"].const_value
+        assert codes is not None
+        assert codes.dtype == ir.DataType.INT8
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int) -> None:
+    model = exported(plain, bits=bits, first_last_bits=bits)
+    assert [name for _, name, _ in model.functions] == [f"Unpack{bits}"]
+    for name, count in (("a", 108), ("b", 144), ("fc", 20)):
+        packed = model.graph.initializers[f"{name}.weight_packed"].const_value
+        assert packed is not None
+        assert packed.dtype == ir.DataType.UINT8
+        assert packed.size == bits * -(-count // 8)
+    assert not any(name.endswith(".weight") for name in model.graph.initializers)
+
+
+PADS = {
+    "pad": lambda net, x: F.pad(y := torch.relu(net.a(x)), (1, 1)).narrow(3, 1, 6) + net.b(y),
+    "pad, slice, pad": lambda net, x: F.pad(F.pad(y := torch.relu(net.a(x)), (1, 0))[:, :, :, :6], (0, 0)) + net.b(y),
+    "two pads": lambda net, x: F.pad(F.pad(y := torch.relu(net.a(x)), (1, 0)), (0, 0, 1, 0))[..., 1:, 1:] + net.b(y),
+    "three pads": lambda net, x: (
+        F.pad(F.pad(F.pad(y := torch.relu(net.a(x)), (1, 0)), (0, 0, 1, 0)), (0, 1))[..., 1:, 1:7] + net.b(y)
+    ),
+    "channels": lambda net, x: (
+        F.pad(torch.relu(net.a(x))[:, :2, ::1], (0, 0, 0, 0, 1, 1)) + net.b(torch.relu(net.a(x)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(PADS))
+@pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
+def test_zero_padding_is_done_on_codes(name: str, target: str) -> None:
+    model = exported(PADS[name], target=target)
+    pads = nodes(model, "Pad")
+    assert pads
+    for pad in pads:
+        source = pad.inputs[0].producer()
+        while source is not None and source.op_type in ("Pad", "Slice"):
+            source = source.inputs[0].producer()
+        assert source is not None
+        assert source.op_type == "QuantizeLinear"
+        # Zero is the grid's zero point there.
+        fill, zero = (ir.convenience.get_const_tensor(each) for each in (pad.inputs[2], source.inputs[2]))
+        assert fill is not None
+        assert zero is not None
+        assert np.array_equal(fill.numpy(), zero.numpy())
+
+
+def test_a_reflected_pad_survives() -> None:
+    model = exported(lambda net, x: net.b(F.pad(torch.relu(net.a(x)), (1, 1, 1, 1), mode="reflect")))
+    assert len(nodes(model, "Pad")) == 1
+
+
+def test_a_linear_on_three_dimensions_reads_its_codes_directly() -> None:
+    model = exported(lambda net, x: torch.relu(net.fc(torch.relu(net.a(x)).flatten(2).permute(0, 2, 1))))
+    (matmul,) = nodes(model, "MatMul")
+    dequantize = matmul.inputs[1].producer()
+    assert dequantize is not None
+    assert dequantize.op_type == "DequantizeLinear"
+    assert dequantize.attributes.get_int("axis", 0) == 1
+    assert matmul.name == "fc"
+
+
+def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left() -> None:
+    model = exported(plain)
+    assert [node.name for node in model.graph if node.op_type in ("Conv", "Gemm")] == ["a", "b", "fc"]
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names)
+    for node in model.graph:
+        assert not node.metadata_props
+        assert not node.doc_string
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert not [name for name, value in model.graph.initializers.items() if not value.uses()]
+
+
+def test_a_shared_layers_calls_are_numbered_so_that_no_module_can_have_the_name() -> None:
+    model = exported(lambda net, x: net.b(torch.relu(net.b(torch.relu(net.a(x))))))
+    assert [node.name for node in nodes(model, "Conv")] == ["a", "b", "b#1"]
+
+
+class Attention(nn.Module):
+    """Both operands of its products are activations; the first comes, in the end, from the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.q, self.k, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        scores = self.q(x) @ x.transpose(1, 2)
+        return self.head(scores.softmax(-1) @ self.k(x))
+
+
+def test_a_product_of_activations_is_no_layer() -> None:
+    result = quantize(Attention().eval(), calib=torch.randint(0, 7, (16, 5)), bits=8, method="mse")
+    model = build_onnx(TracedModel(result.module, (torch.zeros(2, 5, dtype=torch.int64),), True))  # type: ignore[arg-type]
+    layers = [layer_of(node) for node in nodes(model, "MatMul")]
+    assert layers.count(None) == 2
+    assert len(set(layers)) == 4
+
+
+def test_a_float_layer_behind_a_grid_gets_the_grid_once_a_channel() -> None:
+    model = exported(lambda net, x: net.fc(torch.relu(net.b(torch.relu(net.a(x)))).mean((2, 3))), ignore=("b",))
+    (convolution,) = (node for node in nodes(model, "Conv") if node.name == "b")
+    dequantize = convolution.inputs[0].producer()
+    assert dequantize is not None
+    assert dequantize.attributes.get_int("axis", 0) == 1
+    for value in dequantize.inputs[1:]:
+        tensor = ir.convenience.get_const_tensor(value)
+        assert tensor is not None
+        assert tensor.numpy().shape == (4,)
+        assert len(set(tensor.numpy().tolist())) == 1

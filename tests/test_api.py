@@ -1,0 +1,363 @@
+"""The verbs as functions: every width and option, the folder and what is in it, the same bytes twice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import compress
+from compress import api
+from compress.errors import GateError, InputError
+from compress.report.schema import Parity, Report
+
+FILES = {"model.onnx", "model.safetensors", "graph.json", "plan.json", "report.json"}
+
+
+def net() -> nn.Sequential:
+    """Layers with weight counts that are no multiple of eight, a BatchNorm, a depthwise convolution."""
+    torch.manual_seed(1)
+    module = nn.Sequential(
+        nn.Conv2d(1, 5, 3, padding=1, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 5, 3, padding=1, groups=5),
+        nn.ReLU(),
+        nn.Conv2d(5, 7, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(7, 9),
+        nn.ReLU(),
+        nn.Linear(9, 3),
+    )
+    with torch.no_grad():
+        module.train()(torch.randn(64, 1, 8, 8))
+    return module.eval()
+
+
+def data(count: int = 80) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def quantize(out: Path | None = None, calib: object = None, **settings: object) -> api.Result:
+    shape = {"input_shape": (1, 8, 8)} if calib is None else {}
+    settings = {"iterations": 8, **shape, **settings}
+    return api.quantize(net(), calib=calib, out=out, **settings)  # type: ignore[arg-type]
+
+
+def packed_bits(file: Path, layer: str) -> tuple[int, int]:
+    """Bytes of the packed codes of ``layer`` in the ONNX file, and the width of the function that unpacks them."""
+    model = onnx.load(file)
+    sizes = {each.name: numpy_helper.to_array(each).nbytes for each in model.graph.initializer}
+    stored = [node for node in model.graph.node if node.op_type.startswith("Unpack")]
+    (node,) = [node for node in stored if node.input[0].startswith(f"{layer}.weight")]
+    return sizes[node.input[0]], int(node.op_type.removeprefix("Unpack"))
+
+
+def onnx_outputs(file: Path, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("with_data", [False, True], ids=["weights only", "with data"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_width(bits: int, with_data: bool, tmp_path: Path) -> None:
+    act_bits = {2: 8, 3: 7, 4: 6, 5: 5, 6: 4, 7: None, 8: 8}[bits] if with_data else None
+    x = data()
+    result = quantize(tmp_path / "out", x if with_data else None, bits=bits, act_bits=act_bits)
+    folder = result.folder
+    assert folder is not None
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside the folder"
+
+    report = Report.model_validate_json((folder / "report.json").read_text())
+    assert report == result.report
+    assert report.parity.failures == ()
+    widths = {choice.layer: choice.option.bits for choice in report.plan.choices}
+    assert widths == {"0": 8, "3": bits, "5": bits, "9": bits, "11": 8}
+    for row in report.layers:
+        stored, width = packed_bits(folder / "model.onnx", row.name)
+        assert width == widths[row.name]
+        assert stored == width * -(-row.parameters // 8), "exactly that many bits a weight, padded to eight weights"
+        channels = {"0": 5, "3": 5, "5": 7, "9": 9, "11": 3}[row.name]
+        assert row.weight_bytes == stored + 4 * channels
+
+    loaded = compress.load(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.module(x)), "the same bit for bit"
+        assert torch.equal(loaded(x[:1]), result.module(x[:1]))
+        distance = (onnx_outputs(folder / "model.onnx", x) - loaded(x)).norm() / loaded(x).norm()
+        assert float(distance) < (0.05 if with_data else 1e-4)
+        if bits >= 6 and (act_bits or 8) > 4:
+            assert float((loaded(x) - net()(x)).norm() / net()(x).norm()) < 0.1
+    assert api.verify(folder, data=x).failures == ()
+
+
+def test_metadata_says_how_the_file_came_about(tmp_path: Path) -> None:
+    result = quantize(tmp_path / "out", data(), bits=4)
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    found = {each.key: each.value for each in model.metadata_props if each.key.startswith("compress.")}
+    assert found["compress.target"] == "onnx-cpu"
+    assert found["compress.torch_version"] == torch.__version__
+    assert found["compress.onnxruntime_version"] == onnxruntime.__version__
+    assert float(found["compress.parity_relative_l2"]) == pytest.approx(
+        result.report.parity.relative_l2_optimized, rel=0.01, abs=1e-12
+    )
+    assert len(found["compress.plan_sha256"]) == 64
+    assert model.producer_name == "compress"
+    assert all(each.value == str(value) for each, value in zip(model.opset_import[:0], [], strict=True))
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch stays free"
+
+
+@pytest.mark.parametrize("with_data", [False, True], ids=["weights only", "with data"])
+def test_two_runs_give_the_same_bytes(with_data: bool, tmp_path: Path) -> None:
+    for name in "ab":
+        torch.manual_seed(hash(name) % 1000)  # what the caller did before must not matter
+        quantize(tmp_path / name, data() if with_data else None, bits=3)
+    for file in FILES - {"report.json"}:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_another_seed_is_another_result(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        quantize(tmp_path / str(seed), data(), bits=2, seed=seed)
+    first, second = ((tmp_path / str(seed) / "model.safetensors").read_bytes() for seed in (0, 1))
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("settings", "check"),
+    [
+        ({"method": "minmax"}, lambda report: report.layers[2].method == "minmax"),
+        ({"method": "adaquant-parallel"}, lambda report: report.layers[2].method == "adaquant-parallel"),
+        ({"samples": 16}, lambda report: report.plan.samples == 16 and any("16 of 80" in n for n in report.notes)),
+        ({"first_last_bits": 5, "bits": 4}, lambda report: report.plan.choices[-1].option.bits == 5),
+        ({"observer": "percentile"}, lambda report: report.plan.observer == "percentile"),
+        ({"target": "onnx-arm"}, lambda report: report.plan.target == "onnx-arm"),
+        ({"ignore": ("re:^9$",)}, lambda report: report.plan.skipped[0].reason == "named by --ignore"),
+        (
+            {"equalize": True, "bias_correction": True, "statistics_tuning": True, "bias_tuning": True},
+            lambda report: (
+                all(vars(report.plan.steps).values())
+                and any("statistics tuning" in note for note in report.notes)
+                and any("bias tuning" in note for note in report.notes)
+            ),
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_every_option(settings: dict[str, object], check: object, tmp_path: Path) -> None:
+    result = quantize(tmp_path / "out", data(), **settings)
+    assert check(result.report)  # type: ignore[operator]
+    with torch.no_grad():
+        assert torch.equal(compress.load(tmp_path / "out")(data()), result.module(data()))
+
+
+def test_signed_activations_for_arm(tmp_path: Path) -> None:
+    quantize(tmp_path / "out", data(), target="onnx-arm")
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    arrays = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    zero_points = [arrays[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert zero_points
+    assert all(zero_point.dtype == np.int8 for zero_point in zero_points)
+
+
+def test_labelled_data_adds_the_metric() -> None:
+    labels = net()(data()).argmax(1)
+    metric = quantize(None, data(), eval_data=(data(), labels), bits=8).report.metric
+    assert metric is not None
+    assert (metric.name, metric.samples, metric.float_model) == ("accuracy", 80, 1.0)
+    assert metric.agreement == pytest.approx(metric.compressed_onnx)
+    assert metric.lost == round((1 - metric.compressed_onnx) * 80)
+    assert metric.won == 0
+
+
+def test_a_number_a_sample_is_measured_by_its_squared_error() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).eval()
+    x = torch.randn(40, 4)
+    with torch.no_grad():
+        labels = module(x).flatten() + 0.5
+    metric = api.quantize(module, calib=x, eval_data=(x, labels), bits=8, iterations=0).report.metric
+    assert metric is not None
+    assert metric.name == "mse"
+    assert metric.float_model == pytest.approx(0.25, rel=1e-4)
+    assert metric.compressed_onnx == pytest.approx(0.25, rel=0.1)
+    assert metric.agreement is None
+
+
+def test_without_out_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = quantize(None, data())
+    assert result.folder is None
+    assert list(tmp_path.rglob("*")) == []
+    with torch.no_grad():
+        assert result.module(data(3)).shape == (3, 3)
+
+
+def test_the_callers_module_stays_as_it_was() -> None:
+    module = net().train()
+    before = copy.deepcopy(module.state_dict())
+    result = api.quantize(module, calib=data(), iterations=4, equalize=True, ignore=("0",))
+    assert module.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    with torch.no_grad():
+        wanted = result.module(data())
+        for parameter in module.parameters():
+            parameter.zero_()
+        assert torch.equal(result.module(data()), wanted), "the result shares nothing with it"
+
+
+def test_progress_names_every_layer_and_ends_full() -> None:
+    seen: list[tuple[str, int, int]] = []
+    quantize(None, data(), method="mse", progress=lambda *step: seen.append(step))
+    assert [label for label, _, _ in seen] == ["0", "3", "5", "9", "11", "exporting", "measuring"]
+    assert [done for _, done, _ in seen] == [1, 2, 3, 4, 5, 5, 5]
+    assert {total for _, _, total in seen} == {5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 9}, "--bits 9: allowed are 2 to 8"),
+        ({"bits": 1}, "--bits 1: allowed are 2 to 8"),
+        ({"bits": 4.5}, "--bits 4.5: allowed are 2 to 8"),
+        ({"act_bits": 3}, "--act-bits 3: allowed are 4 to 8"),
+        ({"first_last_bits": 16}, "--first-last-bits 16: allowed are 2 to 8"),
+        ({"iterations": -1}, "--iterations -1: allowed are 0"),
+        ({"samples": 0}, "0 samples of the samples given are not possible"),
+        ({"method": "magic"}, "unknown method 'magic'; known: minmax, mse, adaquant, adaquant-parallel"),
+        ({"observer": "magic"}, "unknown observer 'magic'; known: minmax, percentile, mse, histogram"),
+        ({"target": "magic"}, "unknown target 'magic'; known: onnx-cpu, onnx-arm"),
+        ({"ignore": ("nothing*",)}, "--ignore 'nothing*' matches no layer"),
+        ({"ignore": ("re:[",)}, "--ignore 're:[' is not a regular expression"),
+        ({"ignore": ("*",)}, "nothing to compress: 0: named by --ignore"),
+        ({"bit": 4}, "the options are the fields of compress.api.Options"),
+        ({"eval_data": torch.randn(8, 1, 8, 8)}, "labels"),
+        (
+            {"eval_data": (torch.randn(8, 1, 9, 9), torch.zeros(8).long())},
+            "samples of shape 1x9x9; the model takes 1x8x8",
+        ),
+        ({"eval_data": (torch.randn(8, 1, 8, 8), torch.zeros(8))}, "the metric needs one number a sample"),
+        ({"calib": None, "act_bits": 8, "input_shape": (1, 8, 8)}, "--act-bits needs calibration data"),
+        ({"calib": None, "method": "adaquant", "input_shape": (1, 8, 8)}, "--method adaquant needs calibration data"),
+        ({"calib": None, "statistics_tuning": True, "input_shape": (1, 8, 8)}, "need calibration data: give --calib"),
+        ({"calib": None, "bias_tuning": True, "input_shape": (1, 8, 8)}, "need calibration data: give --calib"),
+        ({"calib": None, "bias_correction": True, "input_shape": (1, 8, 8)}, "need calibration data: give --calib"),
+        ({"calib": torch.randn(8, 2, 8, 8)}, "does not run on an input of shape (2, 2, 8, 8)"),
+        ({"input_shape": (1, 9, 9)}, "differs from the calibration data"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_in_a_sentence_before_any_work(
+    settings: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "apply_plan", None)  # the work
+    with pytest.raises(InputError) as error:
+        quantize(tmp_path / "out", **{"calib": data(), **settings})  # type: ignore[arg-type]
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_or_keywords() -> None:
+    with pytest.raises(InputError, match="either options or keywords, not both"):
+        api.quantize(net(), options=api.Options(), bits=3)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Iterator[Path]:
+    """A net as torch.export saves it."""
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    program = torch.export.export(module, (torch.randn(2, 6),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    yield tmp_path / "net.pt2"
+
+
+def test_an_exported_program_brings_its_shape(exported: Path) -> None:
+    result = api.quantize(exported, bits=8)
+    assert "input shape 6, from the .pt2 file" in result.report.notes
+    with torch.no_grad():
+        wanted = torch.export.load(exported).module()(torch.ones(2, 6))
+        assert float((result.module(torch.ones(2, 6)) - wanted).abs().max()) < 0.05
+    with pytest.raises(InputError, match="holds samples of shape 7; the model takes 6"):
+        api.quantize(exported, calib=torch.randn(8, 7))
+
+
+def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(*_: object) -> Parity:
+        return Parity(
+            samples=1, source="x", relative_l2_unoptimized=1, relative_l2_optimized=1, agreement_unoptimized=None,
+            agreement_optimized=None, integer_layers=1, float_layers=0, failures=("layer 3 is off",),
+        )  # fmt: skip
+
+    monkeypatch.setattr(api, "verify_file", failed)
+    with pytest.raises(GateError, match="did not pass the gate: layer 3 is off"):
+        quantize(tmp_path / "out", data(), method="mse")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    result = quantize(tmp_path / "out", data(), method="mse")
+    assert "continued: 5 layers were finished by an earlier run" in result.report.notes
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_model_with_the_same_weights_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    first = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    second = nn.Sequential(first[0], nn.Tanh(), first[2])
+    monkeypatch.setattr(api, "build_onnx", stop)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(first, calib=data(20).flatten(1)[:, :6], out=tmp_path / "out", iterations=2)
+    monkeypatch.undo()
+    result = api.quantize(second, calib=data(20).flatten(1)[:, :6], out=tmp_path / "out", iterations=2)
+    assert not any("continued" in note for note in result.report.notes)
+
+
+def test_preview_writes_nothing_and_names_what_will_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = api.preview(net(), calib=data(), options=api.Options(bits=3))
+    assert [choice.layer for choice in seen.plan.choices] == ["0", "3", "5", "9", "11"]
+    assert len(seen.layers) == 5
+    assert seen.estimate.seconds > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_and_verify(tmp_path: Path) -> None:
+    path = api.export(net(), tmp_path / "sub" / "float.onnx", input_shape=(1, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(onnx_outputs(path, data()), net()(data()), atol=1e-5, rtol=1e-4)
+    assert [each.name for each in path.parent.iterdir()] == ["float.onnx"]
+    with pytest.raises(InputError, match="exists already"):
+        api.export(net(), path, input_shape=(1, 8, 8))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="no Conv2d|does not run"):
+        api.export(nn.Identity(), path, overwrite=True)
+    assert path.read_bytes() == before, "a file is replaced by a finished one only"
+
+    quantize(tmp_path / "out", data(), method="mse")
+    again = api.export(tmp_path / "out", tmp_path / "again.onnx")
+    assert torch.equal(onnx_outputs(again, data()), onnx_outputs(tmp_path / "out" / "model.onnx", data()))
+    with pytest.raises(InputError, match="holds samples of shape 1x9x9"):
+        api.verify(tmp_path / "out", data=torch.randn(4, 1, 9, 9))
+    # Another file under its name is found out.
+    (tmp_path / "out" / "model.onnx").write_bytes(path.read_bytes())
+    assert api.verify(tmp_path / "out", data=data()).failures != ()
+
+
+def test_inspect_lists_layers() -> None:
+    found = api.inspect(net(), input_shape=(1, 8, 8))
+    assert [(layer.name, layer.kind, layer.groups) for layer in found.layers] == [
+        ("0", "conv2d", 1), ("3", "conv2d", 5), ("5", "conv2d", 1), ("9", "linear", 1), ("11", "linear", 1),
+    ]  # fmt: skip
+    assert [layer.macs for layer in found.layers] == [45 * 64, 45 * 64, 35 * 64, 63, 27]
