@@ -5,8 +5,12 @@ Names are resolved on first use, so that importing the package (and ``compress -
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# ONNX Runtime's own builds report to their maker unless told not to before they are loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "CompressError",

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from compress.errors import InputError
+from compress.factory import one_line
 from compress.graph.serial import graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
@@ -47,6 +48,17 @@ REPORT_FILE = "report.json"
 _TENSORS = "model.safetensors"
 _GRAPH = "graph.json"
 _PLAN = "plan.json"
+# What a graph that was edited by hand may come to, in reading it or in running it once.
+_DAMAGE = (
+    LookupError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 @contextmanager
@@ -116,9 +128,9 @@ def load_artifact(folder: Path) -> TracedModel:
         traced = json_to_graph(stored, tensors)
         with torch.no_grad():
             _remember_shapes(traced)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except _DAMAGE as error:
         raise InputError(
-            f"{folder / _GRAPH} and {_TENSORS} do not fit together ({error}); compress the model again"
+            f"{folder / _GRAPH} and {_TENSORS} do not fit together ({one_line(error)}); compress the model again"
         ) from error
     return traced
 
@@ -155,7 +167,9 @@ def _remember_shapes(traced: TracedModel) -> None:
             n.meta["val"] = super().run_node(n)
             return n.meta["val"]
 
-    _Recorder(traced.module).run(*traced.example)
+    recorder = _Recorder(traced.module)
+    recorder.extra_traceback = False  # an error's own sentence is enough
+    recorder.run(*traced.example)
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything imports triton, which reads it once: kernels then run in the interpreter, without a GPU.
 # TRITON_INTERPRET=0 in the environment tests them on a real one.
@@ -36,3 +38,26 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the folder ../shared/data beside the checkout (real models and data)")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def compress_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``(module, calibration tensor or None, **options) -> TracedModel``: what ``compress.api.quantize`` exports.
+
+    Rounds to nearest on min-max ranges, unless told otherwise, and measures nothing. ``shape`` is a sample's.
+    """
+    from compress.api import Options, make_plan
+    from compress.apply import apply_plan
+    from compress.calib.resume import ResumeStore
+    from compress.calib.samples import load_samples
+    from compress.intake import take_in
+
+    def run(module: Any, calib: Any, shape: tuple[int, ...] | None = None, **settings: Any) -> Any:
+        options = Options(**({"method": "mse", "observer": "minmax"} | settings))
+        samples = load_samples(calib) if calib is not None else None
+        intake = take_in(module, input_shape=shape, samples=samples)
+        store = ResumeStore(tmp_path_factory.mktemp("store"), "test")
+        inputs = samples.inputs if samples is not None else None
+        return apply_plan(intake.traced, make_plan(intake, options, samples), inputs, store, lambda layer: None).model
+
+    return run

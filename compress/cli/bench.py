@@ -44,6 +44,8 @@ def bench(
 ) -> None:
     """Measure ONNX files side by side: latency, load time, peak memory.
 
+    Example: [bold]compress bench model-fp32.onnx model-w4a8/model.onnx --batch 1 --batch 32[/]
+
     The models run in turn in one process, on generated inputs, so that disturbances meet them alike; the comparison
     with the first model comes with a 95 % interval.
     """

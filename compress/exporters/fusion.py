@@ -30,8 +30,8 @@ def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:
     makers = {value: node for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
     found: dict[str, list[str]] = {}
     for node in graph.node:
-        name = node.name.partition("_token_")[0]
-        if name.endswith("_nchwc"):
+        name = node.name.partition("_token_")[0].removeprefix("fused ")  # a Gemm with its ReLU
+        if name.endswith("_nchwc") and node.op_type in _FLOAT:
             name = _layer_behind(name.removesuffix("_nchwc"), makers)
         found.setdefault(name, []).append(node.op_type)
     return found

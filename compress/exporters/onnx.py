@@ -18,6 +18,7 @@ from compress.errors import InputError
 from compress.exporters.functions import OPSET
 from compress.exporters.lowering import translations
 from compress.exporters.tidy import tidy
+from compress.graph.layers import LAYER_KINDS, is_stored
 from compress.graph.traced import TracedModel, export_program
 
 __all__ = ["build_onnx", "write_onnx"]
@@ -51,10 +52,23 @@ def build_onnx(traced: TracedModel) -> ir.Model:
         raise InputError(f"the model cannot be written as ONNX: {reason}") from error
     assert exported is not None
     model = exported.model
-    tidy(model)
+    tidy(model, _layers(program))
     model.producer_name = "compress"
     model.producer_version = version("compress-toolchain")
     return model
+
+
+def _layers(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Every layer's name by its call's: parameters are inputs of an exported graph, with names in its signature."""
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    found = {}
+    for node in program.graph.nodes:
+        if node.target in LAYER_KINDS:
+            weight = node.args[1].args[0] if is_stored(node.args[1]) else node.args[1]
+            if weight.name in targets:
+                found[node.name] = targets[weight.name].removesuffix(".weight").removesuffix(".weight_packed")
+    return found
 
 
 def write_onnx(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:

@@ -14,6 +14,9 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -28,8 +31,8 @@ _MOVES = ("Slice", "Pad", "Reshape", "Transpose", "Flatten")
 _IR_VERSION = 8  # the first that has model-local functions
 
 
-def tidy(model: ir.Model) -> None:
-    """Apply all passes in place."""
+def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
+    """Apply all passes in place; ``layers`` are the graph's layers by the name of the node that calls them."""
     graph = model.graph
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type == "Unpack8":
@@ -47,7 +50,7 @@ def tidy(model: ir.Model) -> None:
             _keep_float(graph, node)
     _share_constants(graph)
     _remove_unread(graph)
-    _name(graph)
+    _name(graph, layers)
     widths = {node.op_type.removeprefix("Unpack") for node in graph if node.domain == DOMAIN}
     for width in sorted(int(width) for width in widths):
         function = unpack_function(width)
@@ -193,13 +196,17 @@ def _remove_unread(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _name(graph: ir.Graph) -> None:
+def _name(graph: ir.Graph, layers: Mapping[str, str]) -> None:
     kept = {*graph.inputs, *graph.outputs}
     taken: dict[str, int] = {}
     for node in graph:
+        stem = node.op_type
+        if node.op_type in _LAYER_NODES:
+            # The exporter's own trace; folding a transposed weight gives the weight another name.
+            *_, origin = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+            stem = layers.get(origin) or layer_of(node) or stem
         node.metadata_props.clear()
         node.doc_string = None
-        stem = (layer_of(node) if node.op_type in _LAYER_NODES else None) or node.op_type
         count = taken.get(stem, 0)
         taken[stem] = count + 1
         node.name = stem if not count else f"{stem}#{count}"

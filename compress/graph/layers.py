@@ -121,7 +121,7 @@ def _rows(call: fx.Node) -> int:
 def _refused(traced: TracedModel) -> list[LayerSpec]:
     found: dict[str, LayerSpec] = {}
     for node in _weighted(traced):
-        kind, reason = _REFUSED.get(node.target, (None, None))
+        kind, reason = _REFUSED.get(node.target, (None, None))  # type: ignore[call-overload]
         if node.target in LAYER_KINDS and node.args[1].op != "get_attr" and not is_stored(node.args[1]):
             kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
         if kind is None:

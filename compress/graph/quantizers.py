@@ -2,7 +2,8 @@
 
 - On the input of every integer layer, at that layer's width; on both inputs of a residual add, on the inputs of average
   pools, products and concatenations, at 8 bits. An operator is integer when an integer operator feeds it.
-- On the result of every integer operator but a linear: its kernel writes integers.
+- On the result of every integer operator but a linear: its kernel writes integers. A linear's writes floats; but with a
+  ReLU and a float reader behind it, ONNX Runtime would merge the two into a float kernel first.
 - The result of an operator is its ReLU's output when the ReLU alone reads it: the quantizer absorbs the ReLU.
 - Values that only move (reshape, slice, pad with zeros, max pool) keep one shared scale before and after.
 - A value read at several widths is quantized once at the widest, and again, narrower, for layers that ask for less.
@@ -83,7 +84,7 @@ def place_quantizers(traced: TracedModel, act_bits: Mapping[str, int], dtype: to
     widths: dict[fx.Node, set[int]] = defaultdict(set)
     for edge in edges:
         widths[edge.source].add(edge.bits)
-    results = {activation_of(node)[1] for node in integer if node.target is not aten.linear.default}
+    results = {activation_of(node)[1] for node in integer if _writes_integers(node)}
     for result in results:
         if not any(result is source for source in widths):
             widths[result].add(INTEGER_BITS)
@@ -95,6 +96,12 @@ def place_quantizers(traced: TracedModel, act_bits: Mapping[str, int], dtype: to
         placer.connect(edge, max(widths[edge.source]))
     traced.finish()
     return placer.quantizers()
+
+
+def _writes_integers(node: fx.Node) -> bool:
+    if node.target is not aten.linear.default:
+        return True
+    return node.meta["val"].dim() == 2 and activation_of(node)[0] == "relu"
 
 
 def is_zero_pad(node: fx.Node) -> bool:

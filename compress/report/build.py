@@ -126,7 +126,9 @@ def _classes(outputs: Tensor) -> Tensor:
 def _row(layer: LayerSpec, plan: Plan, result: LayerResult | None, model: TracedModel) -> LayerRow:
     choice = plan.choice(layer.name)
     skip = next((skip.reason for skip in plan.skipped if skip.layer == layer.name), None)
-    notes = "; ".join(each for each in (result.note if result else None, choice.reason if choice else None, skip) if each)
+    notes = "; ".join(
+        each for each in (result.note if result else None, choice.reason if choice else None, skip) if each
+    )
     float_bytes = layer.parameters * 4
     weight_bytes = float_bytes
     if choice is not None:

@@ -79,9 +79,8 @@ def output_error(problem: LayerProblem, solution: Solution) -> float:
 
 
 @pytest.fixture(autouse=True)
-def _prepare(seed: None) -> None:
+def _operators() -> None:
     register_operators()
-    torch.set_num_threads(1)  # layers this small only lose time between threads
 
 
 @pytest.fixture(params=list(METHODS))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -7,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.api import quantize
 from compress.exporters.onnx import build_onnx
 from compress.exporters.tidy import layer_of
 from compress.graph.traced import TracedModel
+from compress.targets import TARGETS
+
+WIDTH = max(target.integer_channels for target in TARGETS.values())
 
 
 class Net(nn.Module):
@@ -18,19 +23,30 @@ class Net(nn.Module):
 
     def __init__(self, body: object) -> None:
         super().__init__()
-        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 5)
+        # As wide as the targets want leading convolutions to be before they run on integers.
+        self.a, self.b, self.fc = (
+            nn.Conv2d(3, WIDTH, 3, padding=1),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.Linear(WIDTH, 5),
+        )
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self, x)  # type: ignore[operator]
 
 
-def exported(body: object, **options: object) -> ir.Model:
-    """``body`` quantized without optimisation, as the file that would be written (and that passed the gate)."""
-    x = torch.randn(16, 3, 6, 6)
-    options = {"bits": 4, "first_last_bits": 4, "method": "mse"} | options
-    result = quantize(Net(body).eval(), calib=x, **options)  # type: ignore[arg-type]
-    return build_onnx(TracedModel(result.module, (x[:2],), True))  # type: ignore[arg-type]
+Exported = Callable[..., ir.Model]
+
+
+@pytest.fixture
+def exported(compress_quickly: Callable[..., TracedModel]) -> Exported:
+    """``(body, **options)``: the net quantized, as the file that would be written."""
+
+    def run(body: object, **options: Any) -> ir.Model:
+        options = {"bits": 4, "first_last_bits": 4} | options
+        return build_onnx(compress_quickly(Net(body), torch.randn(16, 3, 6, 6), **options))
+
+    return run
 
 
 def nodes(model: ir.Model, kind: str) -> list[ir.Node]:
@@ -41,7 +57,7 @@ def plain(net: Net, x: Tensor) -> Tensor:
     return net.fc(torch.relu(net.b(torch.relu(net.a(x)))).mean((2, 3)))
 
 
-def test_eight_bits_are_stored_plainly() -> None:
+def test_eight_bits_are_stored_plainly(exported: Exported) -> None:
     model = exported(plain, bits=8)
     assert not model.functions
     for name in ("a", "b", "fc"):
@@ -51,10 +67,10 @@ def test_eight_bits_are_stored_plainly() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int) -> None:
+def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int, exported: Exported) -> None:
     model = exported(plain, bits=bits, first_last_bits=bits)
     assert [name for _, name, _ in model.functions] == [f"Unpack{bits}"]
-    for name, count in (("a", 108), ("b", 144), ("fc", 20)):
+    for name, count in (("a", WIDTH * 27), ("b", WIDTH * WIDTH * 9), ("fc", WIDTH * 5)):
         packed = model.graph.initializers[f"{name}.weight_packed"].const_value
         assert packed is not None
         assert packed.dtype == ir.DataType.UINT8
@@ -69,15 +85,13 @@ PADS = {
     "three pads": lambda net, x: (
         F.pad(F.pad(F.pad(y := torch.relu(net.a(x)), (1, 0)), (0, 0, 1, 0)), (0, 1))[..., 1:, 1:7] + net.b(y)
     ),
-    "channels": lambda net, x: (
-        F.pad(torch.relu(net.a(x))[:, :2, ::1], (0, 0, 0, 0, 1, 1)) + net.b(torch.relu(net.a(x)))
-    ),
+    "channels": lambda net, x: F.pad(torch.relu(net.a(x))[:, 2:], (0, 0, 0, 0, 1, 1)) + net.b(torch.relu(net.a(x))),
 }
 
 
 @pytest.mark.parametrize("name", list(PADS))
 @pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
-def test_zero_padding_is_done_on_codes(name: str, target: str) -> None:
+def test_zero_padding_is_done_on_codes(name: str, target: str, exported: Exported) -> None:
     model = exported(PADS[name], target=target)
     pads = nodes(model, "Pad")
     assert pads
@@ -94,12 +108,12 @@ def test_zero_padding_is_done_on_codes(name: str, target: str) -> None:
         assert np.array_equal(fill.numpy(), zero.numpy())
 
 
-def test_a_reflected_pad_survives() -> None:
+def test_a_reflected_pad_survives(exported: Exported) -> None:
     model = exported(lambda net, x: net.b(F.pad(torch.relu(net.a(x)), (1, 1, 1, 1), mode="reflect")))
     assert len(nodes(model, "Pad")) == 1
 
 
-def test_a_linear_on_three_dimensions_reads_its_codes_directly() -> None:
+def test_a_linear_on_three_dimensions_reads_its_codes_directly(exported: Exported) -> None:
     model = exported(lambda net, x: torch.relu(net.fc(torch.relu(net.a(x)).flatten(2).permute(0, 2, 1))))
     (matmul,) = nodes(model, "MatMul")
     dequantize = matmul.inputs[1].producer()
@@ -109,7 +123,7 @@ def test_a_linear_on_three_dimensions_reads_its_codes_directly() -> None:
     assert matmul.name == "fc"
 
 
-def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left() -> None:
+def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left(exported: Exported) -> None:
     model = exported(plain)
     assert [node.name for node in model.graph if node.op_type in ("Conv", "Gemm")] == ["a", "b", "fc"]
     names = [node.name for node in model.graph]
@@ -121,7 +135,7 @@ def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left() -> None
     assert not [name for name, value in model.graph.initializers.items() if not value.uses()]
 
 
-def test_a_shared_layers_calls_are_numbered_so_that_no_module_can_have_the_name() -> None:
+def test_a_shared_layers_calls_are_numbered_so_that_no_module_can_have_the_name(exported: Exported) -> None:
     model = exported(lambda net, x: net.b(torch.relu(net.b(torch.relu(net.a(x))))))
     assert [node.name for node in nodes(model, "Conv")] == ["a", "b", "b#1"]
 
@@ -140,15 +154,14 @@ class Attention(nn.Module):
         return self.head(scores.softmax(-1) @ self.k(x))
 
 
-def test_a_product_of_activations_is_no_layer() -> None:
-    result = quantize(Attention().eval(), calib=torch.randint(0, 7, (16, 5)), bits=8, method="mse")
-    model = build_onnx(TracedModel(result.module, (torch.zeros(2, 5, dtype=torch.int64),), True))  # type: ignore[arg-type]
+def test_a_product_of_activations_is_no_layer(compress_quickly: Callable[..., TracedModel]) -> None:
+    model = build_onnx(compress_quickly(Attention(), torch.randint(0, 7, (16, 5)), bits=8))
     layers = [layer_of(node) for node in nodes(model, "MatMul")]
     assert layers.count(None) == 2
     assert len(set(layers)) == 4
 
 
-def test_a_float_layer_behind_a_grid_gets_the_grid_once_a_channel() -> None:
+def test_a_float_layer_behind_a_grid_gets_the_grid_once_a_channel(exported: Exported) -> None:
     model = exported(lambda net, x: net.fc(torch.relu(net.b(torch.relu(net.a(x)))).mean((2, 3))), ignore=("b",))
     (convolution,) = (node for node in nodes(model, "Conv") if node.name == "b")
     dequantize = convolution.inputs[0].producer()
@@ -157,5 +170,5 @@ def test_a_float_layer_behind_a_grid_gets_the_grid_once_a_channel() -> None:
     for value in dequantize.inputs[1:]:
         tensor = ir.convenience.get_const_tensor(value)
         assert tensor is not None
-        assert tensor.numpy().shape == (4,)
+        assert tensor.numpy().shape == (WIDTH,)
         assert len(set(tensor.numpy().tolist())) == 1

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from compress.graph.layers import is_stored, layer_calls
 from compress.graph.quantizers import fake_quantize_op, place_quantizers
 from compress.graph.rewrite import (
-    absorb_activations, input_quantizer, layer_bias, set_bias, set_grid, set_weight, store_biases,
+    absorb_activations,
+    input_quantizer,
+    layer_bias,
+    set_bias,
+    set_grid,
+    set_weight,
+    store_biases,
 )  # fmt: skip
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace

@@ -1,0 +1,162 @@
+"""The command as a user runs it: a process of its own, in a folder with a model, a factory and data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NETS = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3),
+    )
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+class Fickle(Own):
+    def forward(self, x):
+        y = self.layer(x)
+        if y.sum() > 0:
+            return y * 2
+        return y
+
+def fickle():
+    return Fickle()
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One thread, a wide terminal, temporary files under ``folder``."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    own = {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **own}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "compress", *map(str, arguments)]
+
+
+def populate(folder: Path) -> Path:
+    """Model, weights, factory, data: ``model.pt``, ``weights.th``, ``nets.py``, ``calib.npz``, ``test.npz``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nets.py").write_text(NETS)
+    scope: dict[str, Callable[[], nn.Module]] = {}
+    exec(NETS, scope)
+    torch.manual_seed(0)
+    module = scope["make"]().train()
+    with torch.no_grad():
+        module(torch.randn(64, 1, 8, 8))
+    module.eval()
+    torch.save(module, folder / "model.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in module.state_dict().items()}},
+        folder / "weights.th",
+    )
+    x = torch.randn(80, 1, 8, 8)
+    with torch.no_grad():
+        labels = module(x).argmax(1)
+    np.savez(folder / "calib.npz", x=x.numpy())
+    np.savez(folder / "test.npz", x=x.numpy(), y=labels.numpy())
+    return folder
+
+
+# Reads one case a line, forks, and runs the command line in the child: exit code, stdout and stderr are the real ones,
+# and torch is imported once for all of them.
+SERVER = """
+import json, os, sys
+import compress.api
+from compress.cli.main import main
+for line in sys.stdin:
+    case = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(case["cwd"])
+        for descriptor, name in ((0, os.devnull), (1, case["stdout"]), (2, case["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+        sys.argv = ["compress", *case["arguments"]]
+        main()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """``python -m compress`` many times, for the price of one start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            cwd=folder, env=environment(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        stdout, stderr = (str(self.folder / name) for name in ("stdout", "stderr"))
+        case = {"cwd": str(cwd), "arguments": list(map(str, arguments)), "stdout": stdout, "stderr": stderr}
+        self.server.stdin.write(json.dumps(case) + "\n")
+        self.server.stdin.flush()
+        code = int(self.server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, Path(stdout).read_text(), Path(stderr).read_text())
+
+    def close(self) -> None:
+        self.server.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """For many short runs; a few others start a process of their own, as a user does."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def quiet_run(workplace: Path) -> subprocess.CompletedProcess[str]:
+    """``compress quantize --quiet``, the folder ``workplace / "quiet"``."""
+    arguments = ("quantize", "model.pt", "--calib", "calib.npz", "--method", "mse", "-q", "-o", "quiet")
+    return subprocess.run(
+        command(*arguments), cwd=workplace, env=environment(workplace), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by tests that write under names of their own."""
+    return populate(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="session")
+def compress() -> Run:
+    """Run ``compress ARGUMENTS`` in ``cwd``."""
+
+    def run(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=300
+        )
+
+    return run

@@ -1,0 +1,110 @@
+"""Ctrl-C and kill -9: nothing looks finished, and the same command goes on to the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
+
+LAYERS = 6
+SAME = ("model.onnx", "model.safetensors", "graph.json", "plan.json")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    layers: list[nn.Module] = []
+    for _ in range(LAYERS - 1):
+        layers += [nn.Linear(64, 64), nn.ReLU()]
+    torch.save(nn.Sequential(*layers, nn.Linear(64, 5)), tmp_path / "model.pt")
+    np.savez(tmp_path / "calib.npz", x=np.random.default_rng(0).standard_normal((256, 64), np.float32))
+    return tmp_path
+
+
+def arguments(out: str, *more: object) -> list[str]:
+    return command(
+        "quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 200, "--out", out, *more
+    )
+
+
+def finish(forks: Forks, folder: Path, out: str, *more: object) -> str:
+    """Run to the end; what was printed."""
+    run = forks.run(folder, *arguments(out, *more))
+    assert run.returncode == 0, run.stderr
+    return str(run.stdout)
+
+
+def stop(folder: Path, out: str, finished: int, how: signal.Signals) -> tuple[int, str]:
+    """Run until ``finished`` layers are on disk, then send ``how``; the exit code and what was said."""
+    process = subprocess.Popen(
+        command(*arguments(out)),
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    work, deadline = folder / f".{out}.work", time.monotonic() + 120
+    while len(list(work.glob("*.safetensors"))) < finished:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Forks) -> None:
+    assert "continued" not in finish(forks, folder, "whole")
+
+    code, said = stop(folder, "out", 1, signal.SIGINT)
+    assert code == 130
+    assert said == "error: stopped; layers that are finished are kept, and the same command continues with them\n"
+    assert not (folder / "out").exists()
+    kept = sorted(path.name for path in (folder / ".out.work").iterdir())
+    assert "fingerprint" in kept
+    assert 1 <= len(kept) - 1 < LAYERS
+    assert all(name == "fingerprint" or name.endswith(".safetensors") for name in kept)
+    shutil.copytree(folder / ".out.work", folder / ".other.work")
+
+    code, _ = stop(folder, "out", 4, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("out", ".out"))) == [".out.work"]
+    finished = len(list((folder / ".out.work").glob("*.safetensors")))
+    assert 4 <= finished < LAYERS
+
+    said = finish(forks, folder, "out")
+    assert f"continued: {finished} layers were finished by an earlier run" in said
+    for name in SAME:
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    assert not (folder / ".out.work").exists()
+    # Other options: what the first run had finished is of no use.
+    assert "continued" not in finish(forks, folder, "other", "--method", "mse")
+
+
+@pytest.mark.slow
+def test_killed_near_the_end(folder: Path, forks: Forks) -> None:
+    process = subprocess.Popen(
+        command(*arguments("out")),
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(list((folder / ".out.work").glob("*.safetensors"))) < LAYERS:
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.1)  # exporting, proving, measuring
+    process.kill()
+    process.wait()
+    assert not (folder / "out").exists()
+    assert f"continued: {LAYERS} layers" in finish(forks, folder, "out")

@@ -1,0 +1,150 @@
+"""What cannot be done: exit code 2, one sentence on stderr that says what to do, nothing written."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cli.conftest import Forks, command, environment, populate  # type: ignore[import-not-found]
+
+CASES = {
+    "missing file": (("nothere.pt",), "There is no file nothere.pt; check the path."),
+    "truncated file": (("cut.pt",), "cut.pt is truncated or damaged"),
+    "foreign class": (("foreign.pt",), "--allow nets.Own"),
+    "weights without a model": (("weights.th",), "--model package.module:factory"),
+    "no such factory": (("weights.th", "--model", "nets:nothing"), "nothing"),
+    "control flow": (("fickle.th", "--model", "nets:fickle"), "nets.py:22 (if y.sum() > 0:)"),
+    "NaN in the data": (("model.pt", "--calib", "nan.npz"), "nan.npz"),
+    "wrong shape of the data": (("model.pt", "--calib", "wide.npz"), "2x8x8"),
+    "wrong input shape": (("model.pt", "--input-shape", "3,8,8"), "expects 1 channels"),
+    "no shape": (("model.pt", "--input-shape", "big"), "write the shape of one input without the batch, as 3,32,32"),
+    "existing folder": (("model.pt", "--out", "taken"), "taken exists already; choose another --out, or replace it"),
+    "somebody else's folder": (("model.pt", "--out", "taken", "--overwrite"), "so --overwrite leaves it alone"),
+    "too many bits": (("model.pt", "--bits", "9"), "--bits 9: allowed are 2 to 8"),
+    "activations without data": (("model.pt", "--act-bits", "8"), "--act-bits needs calibration data: give --calib"),
+    "unknown method": (("model.pt", "--method", "magic"), "unknown method 'magic'; known: minmax, mse, adaquant"),
+    "unknown target": (("model.pt", "--target", "magic"), "unknown target 'magic'; known: onnx-cpu, onnx-arm"),
+    "unknown observer": (("model.pt", "--observer", "magic"), "unknown observer 'magic'; known: minmax, percentile"),
+    "bad normalisation": (("model.pt", "--calib", "calib.npz", "--mean", "a,b"), "--mean 'a,b': numbers separated"),
+    "labels missing": (("model.pt", "--calib", "calib.npz", "--eval", "calib.npz"), "labels"),
+    "unwritable folder": (("model.pt", "--out", "nets.py/out", "--input-shape", "1,8,8"), "Not a directory"),
+}  # fmt: skip
+
+
+def listing(folder: Path) -> set[str]:
+    ours = (path.relative_to(folder) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {str(path) for path in ours if path.parts[0] != "tmp"}
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that can go wrong."""
+    folder = populate(tmp_path_factory.mktemp("refusals"))
+    whole = (folder / "model.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.tex").write_text("years of work")
+    x = np.zeros((8, 1, 8, 8), np.float32)
+    np.savez(folder / "wide.npz", x=np.concatenate([x, x], 1))
+    x[3, 0, 2, 1] = np.nan
+    np.savez(folder / "nan.npz", x=x)
+    layer = torch.nn.Linear(8, 4)
+    torch.save({f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}, folder / "fickle.th")
+    code = "import nets, torch; torch.save(nets.Own(), 'foreign.pt')"
+    subprocess.run([*command()[:1], "-c", code], cwd=folder, check=True)
+    return folder
+
+
+def assert_refused(run: subprocess.CompletedProcess[str], wanted: str) -> None:
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert wanted in run.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_and_nothing_written(forks: Forks, crowded: Path, case: str) -> None:
+    before = listing(crowded)
+    arguments, wanted = CASES[case]
+    assert_refused(forks.run(crowded, "quantize", *arguments), wanted)
+    assert listing(crowded) == before, "files were left behind"
+    assert (crowded / "taken" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("case", ["missing file", "control flow", "NaN in the data"])
+def test_the_same_in_a_process_of_its_own(crowded: Path, case: str) -> None:
+    # Warnings and logs of a fresh start, which a fork of a running program does not show.
+    arguments, wanted = CASES[case]
+    run = subprocess.run(
+        command("quantize", *arguments), cwd=crowded, env=environment(crowded), capture_output=True, text=True
+    )
+    assert_refused(run, wanted)
+
+
+def test_an_option_that_is_none(tmp_path: Path) -> None:
+    run = subprocess.run(command("quantize", "model.pt", "--bit", "4"), cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "No such option" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of so many bytes, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = f"size={request.param}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tiny_disk", "arguments"),
+    [
+        ("16k", ("--calib", "calib.npz", "--method", "mse")),  # not even room for the activations
+        ("8k", ("--input-shape", "1,8,8")),  # nor for the layers
+        ("28k", ("--input-shape", "1,8,8")),  # for the layers, but not for the folder
+    ],
+    indirect=["tiny_disk"],
+    ids=["activations", "layers", "folder"],
+)
+def test_a_full_disk(tmp_path: Path, tiny_disk: Path, arguments: tuple[str, ...]) -> None:
+    folder = populate(tmp_path / "work")
+    run = subprocess.run(
+        command("quantize", "model.pt", "--out", tiny_disk / "out", *arguments),
+        cwd=folder, env=environment(folder), capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert "No space left on device" in run.stderr
+    assert "free some space" in run.stderr
+    assert not (tiny_disk / "out").exists()
+    assert not list(tiny_disk.glob("*.partial"))
+    assert not list(tiny_disk.rglob("*.samples"))
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow(tmp_path: Path) -> None:
+    # As a full disk, but without a file system of its own: any file over 3 kB is refused.
+    folder = populate(tmp_path / "work")
+    run = subprocess.run(
+        command("quantize", "model.pt", "--out", "out", "--calib", "calib.npz", "--method", "mse"),
+        cwd=folder, env={**environment(folder), "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+    )  # fmt: skip
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert "File too large; free some space" in run.stderr
+    assert not (folder / "out").exists()
+    assert not (folder / ".out.work").exists(), "no layer was finished"

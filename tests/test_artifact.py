@@ -1,0 +1,204 @@
+"""The folder a run leaves: whole or not there, and a sentence for every way it can be damaged."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from compress import api
+from compress.artifact import check_folder, load_artifact, load_plan, new_folder, sum_tensor_bytes
+from compress.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished artifact; tests damage copies of it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    folder = tmp_path_factory.mktemp("artifact") / "out"
+    api.quantize(module, calib=torch.randn(16, 2, 4, 4), method="mse", out=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(InputError) as error:
+        api.load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_untouched_copy_loads(folder: Path) -> None:
+    traced = load_artifact(folder)
+    with torch.no_grad():
+        assert traced.module(torch.randn(5, 2, 4, 4)).shape == (5, 3)
+    assert sum_tensor_bytes(traced) == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("name", ["graph.json", "model.safetensors"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert f"holds no {name}; give a folder that `compress quantize` has written" in refused(folder)
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    assert "holds no graph.json" in refused(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"holds no plan\.json"):
+        load_plan(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 200, -1])
+def test_tensors_cut_short(folder: Path, size: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    assert "model.safetensors is damaged" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1}', '{"version": 99}', "\x00\x01"])
+def test_a_graph_that_is_no_graph(folder: Path, text: str) -> None:
+    (folder / "graph.json").write_text(text)
+    assert "graph.json" in refused(folder)
+
+
+def test_a_graph_in_another_encoding(folder: Path) -> None:
+    (folder / "graph.json").write_bytes(b"\xff\xfe{\x00}\x00")
+    assert "graph.json is not JSON" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("0.weight_packed"),
+        lambda tensors: tensors.update({"0.weight_packed": tensors["0.weight_packed"][:, :-1].contiguous()}),
+        lambda tensors: tensors.update({"0.weight_scale": tensors["0.weight_scale"][:-1].contiguous()}),
+    ],
+    ids=["missing", "too few codes", "too few scales"],
+)
+def test_tensors_that_do_not_fit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder)
+
+
+@pytest.mark.parametrize("target", ["os.system", "aten.nothing.default", "builtins.eval", "aten.__class__.x", "torch"])
+def test_a_graph_may_call_operators_only(folder: Path, target: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        next(node for node in content["nodes"] if node["op"] == "call_function")["target"] = target
+
+    edit_json(folder / "graph.json", change)
+    assert f"graph.json calls {target!r}, which is not an operator" in refused(folder)
+
+
+def mutate(value: Any, dice: random.Random) -> Any:
+    """The same JSON with one value somewhere in it replaced."""
+    replacements = [None, -1, 0, 1.5, "", "x", [], {}, {"node": "x"}, {"dtype": "float99"}, 10**12, True]
+    if isinstance(value, dict) and value and dice.random() < 0.9:
+        key = dice.choice(list(value))
+        return {**value, key: mutate(value[key], dice)}
+    if isinstance(value, list) and value and dice.random() < 0.9:
+        position = dice.randrange(len(value))
+        return [*value[:position], mutate(value[position], dice), *value[position + 1 :]]
+    return dice.choice(replacements)
+
+
+def test_a_tampered_graph_is_refused_or_runs_but_never_breaks(folder: Path) -> None:
+    content = json.loads((folder / "graph.json").read_text())
+    dice, refusals, broken = random.Random(0), 0, []
+    for _ in range(400):
+        tampered = mutate(content, dice)
+        (folder / "graph.json").write_text(json.dumps(tampered))
+        try:
+            load_artifact(folder)
+        except InputError:
+            refusals += 1
+        except Exception as error:  # noqa: BLE001 - what is looked for
+            broken.append(f"{type(error).__name__}: {error}")
+    assert broken == []
+    assert refusals > 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.pop("target"), "target: Field required"),
+        (lambda plan: plan.update(surprise=1), "surprise: Extra inputs are not permitted"),
+        (lambda plan: plan.update(schema_version=2), "has version 2; this program reads 1"),
+        (lambda plan: plan["choices"][0]["option"].update(bits=9), "choices.0.option.bits: Input should be less"),
+    ],
+    ids=["field missing", "field too many", "another version", "width out of range"],
+)
+def test_a_plan_that_is_none(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit_json(folder / "plan.json", change)
+    with pytest.raises(InputError) as error:
+        api.verify(folder)
+    assert message in str(error.value)
+
+
+def test_a_plan_comes_back_as_it_was(folder: Path) -> None:
+    plan = load_plan(folder)
+    assert [choice.layer for choice in plan.choices] == ["0", "3"]
+    assert plan.model_dump_json(indent=2) == (folder / "plan.json").read_text()
+
+
+def write(path: Path, overwrite: bool, content: str, error: Exception | None = None) -> None:
+    with new_folder(path, overwrite) as partial:
+        assert partial.parent == path.parent
+        assert not (path / "plan.json").exists() or overwrite
+        (partial / "plan.json").write_text(content)
+        if error is not None:
+            raise error
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "out", False, "one")
+    assert (tmp_path / "deep" / "out" / "plan.json").read_text() == "one"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    with pytest.raises(InputError, match="exists already"):
+        write(tmp_path / "deep" / "out", False, "two")
+    write(tmp_path / "deep" / "out", True, "two")
+    assert (tmp_path / "deep" / "out" / "plan.json").read_text() == "two"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError(), OSError(28, "No space left on device")])
+def test_a_failure_leaves_what_was_there(tmp_path: Path, error: Exception, overwrite: bool) -> None:
+    if overwrite:
+        write(tmp_path / "out", False, "old")
+    expected = InputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match=r"No space left.*free some space" if expected is InputError else None):
+        write(tmp_path / "out", overwrite, "new", error)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert names == (["out"] if overwrite else [])
+    assert not overwrite or (tmp_path / "out" / "plan.json").read_text() == "old"
+
+
+def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:
+    precious = tmp_path / "project"
+    precious.mkdir()
+    check_folder(precious, overwrite=True)  # empty: nothing to lose
+    (precious / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not a folder that `compress quantize` has written"):
+        write(precious, True, "new")
+    with pytest.raises(InputError, match="is not a folder that `compress quantize` has written"):
+        write(precious / "thesis.tex", True, "new")
+    assert (precious / "thesis.tex").read_text() == "years of work"

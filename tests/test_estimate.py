@@ -1,0 +1,59 @@
+"""The estimate before a run: grows with what is asked for, and never costs much itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compress import api
+from compress.estimate import Estimate, estimate
+from compress.intake import take_in
+
+
+class Clock:
+    """A clock that advances a millisecond whenever it is read: estimates become exact."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+def estimated(monkeypatch: object, samples: int, **options: object) -> Estimate:
+    intake = take_in(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), input_shape=(3, 16, 16))
+    monkeypatch.setattr("compress.estimate.time", Clock())  # type: ignore[attr-defined]
+    data = api.load_samples(torch.zeros(max(samples, 1), 3, 16, 16)) if samples else None
+    return estimate(intake.traced, api.make_plan(intake, api.Options(**options), data), samples)  # type: ignore[arg-type]
+
+
+def test_time_follows_samples_and_iterations(monkeypatch: object) -> None:
+    few, many = (estimated(monkeypatch, count, method="mse").seconds for count in (32, 320))
+    assert many == few * 10
+    short, long = (estimated(monkeypatch, 32, iterations=count).seconds for count in (100, 200))
+    assert long > short > few
+    assert abs((long - few) / (short - few) - 2) < 1e-6
+
+
+def test_memory_holds_the_samples_and_little_more(monkeypatch: object) -> None:
+    few, many = (estimated(monkeypatch, count).memory_bytes for count in (64, 640))
+    assert many - few == 576 * 3 * 16 * 16 * 4
+    assert few > 64 * 3 * 16 * 16 * 4
+
+
+def test_without_data_it_is_quick(monkeypatch: object) -> None:
+    assert estimated(monkeypatch, 0).seconds <= 2
+
+
+def test_a_fixed_batch_is_kept() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).reshape(1, 4)
+
+    seen = api.preview(Fixed(), calib=torch.zeros(10, 4))
+    assert seen.estimate.seconds > 0
