@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     case = ZOO[arguments.model]()
     with tempfile.TemporaryDirectory() as scratch:
-        result = measure(case, arguments.only, Path(scratch), arguments.nncf_python)
+        result = measure(arguments.model, case, arguments.only, Path(scratch), arguments.nncf_python)
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"accuracy-{arguments.model}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
@@ -59,7 +59,7 @@ def main() -> None:
     print(table(result))
 
 
-def measure(case: Case, settings: list[str], scratch: Path, nncf_python: str | None) -> dict[str, Any]:
+def measure(key: str, case: Case, settings: list[str], scratch: Path, nncf_python: str | None) -> dict[str, Any]:
     """All rows of one model."""
     chosen = torch.randperm(len(case.calibration), generator=torch.Generator().manual_seed(0))[:SAMPLES].sort().values
     calibration = case.calibration[chosen].contiguous()
@@ -105,7 +105,7 @@ def measure(case: Case, settings: list[str], scratch: Path, nncf_python: str | N
             interval = [row.ratio.value, row.ratio.low, row.ratio.high]
             rows[names[row.model]][f"ratio_to_float_batch_{row.batch}"] = interval
     return {
-        "command": f"python -m benchmarks.accuracy {case.name}",
+        "command": f"python -m benchmarks.accuracy {key}",
         "model": case.name,
         "calibration_samples": len(calibration),
         "test_samples": len(case.test),
@@ -127,8 +127,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['model']}",
         "",
-        f"`{result['command']}`: {result['calibration_samples']} calibration samples, {result['test_samples']} test samples,",
-        f"{environment['cpu']} ({', '.join(environment['cpu_flags'])}), one thread, onnxruntime {environment['onnxruntime']}.",
+        f"`{result['command']}`: {result['calibration_samples']} calibration, {result['test_samples']} test samples,",
+        f"{environment['cpu']}, one thread, onnxruntime {environment['onnxruntime']}. Flags: "
+        f"{', '.join(environment['cpu_flags'])}.",
         "",
         "| model | accuracy % | drop | lost / won | agreement % | file kB | batch 1 ms | batch 32 ms | seconds |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -45,7 +45,9 @@ class _Reader(CalibrationDataReader):
         return next(self._batches, None)
 
 
-def peer_files(float_file: Path, input_name: str, samples: Tensor, folder: Path, nncf_python: str | None) -> dict[str, Path]:
+def peer_files(
+    float_file: Path, input_name: str, samples: Tensor, folder: Path, nncf_python: str | None
+) -> dict[str, Path]:
     """ONNX files by the peers' names, written into ``folder``."""
     prepared = folder / "prepared.onnx"
     quant_pre_process(str(float_file), str(prepared))

@@ -82,7 +82,12 @@ def take_in(
         )
         inputs = (torch.zeros((1, *found.shape)),)
         notes.append(f"input shape {_shapes(inputs)}, {found.source}")
-    traced = trace(loaded.module, inputs)
+    try:
+        traced = trace(loaded.module, inputs)
+    except InputError:
+        if samples is not None:  # where their shape is at fault, this says what the first layer expects
+            find_input_shape(loaded.module, data_shape=samples.inputs[0].shape[1:])
+        raise
     simplify(traced)
     fold_batch_norm(traced)
     if samples is not None:

@@ -84,7 +84,7 @@ def list_layers(traced: TracedModel) -> list[LayerSpec]:
     for name, calls in layer_calls(traced).items():
         call = calls[0]
         shape = tuple(call.args[1].meta["val"].shape)
-        rows = sum(_rows(node) for node in calls)
+        rows = sum(_rows(node) for node in calls) // len(traced.example[0])
         groups = call.args[6] if len(call.args) > 6 else 1
         specs.append(
             LayerSpec(
@@ -112,10 +112,15 @@ def _weighted(traced: TracedModel) -> list[fx.Node]:
 
 
 def _rows(call: fx.Node) -> int:
-    """Output positions per sample: spatial ones of a convolution, sequence ones of a linear."""
-    shape = call.meta["val"].shape
-    positions = shape[2:] if call.target is not aten.linear.default else shape[1:-1]
-    return math.prod(int(size) for size in positions)
+    """Output positions of the example batch: spatial ones of a convolution, sequence ones of a linear."""
+    sizes = _sizes(call)
+    channels = sizes[-1] if call.target is aten.linear.default else sizes[1]
+    return math.prod(sizes) // channels
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    """The node's shape for the example batch; ``int`` of a symbolic size would fix the batch in the whole graph."""
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
 
 
 def _refused(traced: TracedModel) -> list[LayerSpec]:
@@ -127,7 +132,7 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
         if kind is None:
             continue
         weight = node.args[0] if node.target is aten.embedding.default else node.args[1]
-        shape = tuple(int(size) for size in weight.meta["val"].shape)
+        shape = _sizes(weight)
         name = layer_name(node)
         calls = found[name].calls + 1 if name in found else 1
         found[name] = LayerSpec(name=name, kind=kind, weight_shape=shape, macs=0, rows=0, calls=calls, refusal=reason)

@@ -29,10 +29,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def arguments(out: str, *more: object) -> list[str]:
-    return command(
-        "quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 200, "--out", out, *more
-    )
+def arguments(out: str, *more: object) -> list[object]:
+    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 80, "--out", out]
+    return [*fixed, *more]
 
 
 def finish(forks: Forks, folder: Path, out: str, *more: object) -> str:

@@ -53,6 +53,7 @@ def test_version(compress: Run, tmp_path: Path) -> None:
     assert compress(tmp_path, "--version").stdout.startswith("compress 0.")
 
 
+@pytest.mark.slow
 def test_weights_and_a_factory_with_data_and_labels(compress: Run, workplace: Path) -> None:
     run = compress(
         workplace, "quantize", "weights.th", "--model", "nets:make", "--bits", 4, "--calib", "calib.npz",
@@ -70,6 +71,7 @@ def test_weights_and_a_factory_with_data_and_labels(compress: Run, workplace: Pa
     assert list((workplace / "tmp").glob("compress-*")) == []
 
 
+@pytest.mark.slow
 def test_the_shortest_command_quantizes_the_weights(compress: Run, workplace: Path) -> None:
     run = compress(workplace, "quantize", "model.pt", "--bits", 4)
     assert run.returncode == 0, run.stderr
@@ -80,6 +82,7 @@ def test_the_shortest_command_quantizes_the_weights(compress: Run, workplace: Pa
     assert {path.name for path in (workplace / "model-w4").iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_json_is_the_report_and_nothing_else(compress: Run, workplace: Path) -> None:
     run = compress(workplace, "quantize", "model.pt", "--calib", "calib.npz", "--method", "mse", "--json", "-o", "json")
     assert run.returncode == 0, run.stderr
@@ -87,6 +90,7 @@ def test_json_is_the_report_and_nothing_else(compress: Run, workplace: Path) -> 
     assert report == Report.model_validate_json((workplace / "json" / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet(quiet_run: subprocess.CompletedProcess[str], workplace: Path) -> None:
     run = quiet_run
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
@@ -111,12 +115,14 @@ def test_dry_run_writes_nothing(forks: Forks, workplace: Path, as_json: bool) ->
         assert "Estimated: " in run.stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_to_anyone(quiet_run: subprocess.CompletedProcess[str], workplace: Path) -> None:
     # ONNX Runtime's builds leave the number of their reporting session in the folder for temporary files.
     assert quiet_run.returncode == 0
     assert [path.name for path in (workplace / "tmp").iterdir() if "torchinductor" not in path.name] == []
 
 
+@pytest.mark.slow
 def test_inspect_export_verify(forks: Forks, quiet_run: subprocess.CompletedProcess[str], workplace: Path) -> None:
     compress = forks.run
     assert quiet_run.returncode == 0

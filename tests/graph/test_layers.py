@@ -45,6 +45,24 @@ def test_multiplications_by_hand(layer: nn.Module, shape: tuple[int, ...], rows:
     assert spec.refusal is None
 
 
+class SequenceFirst(nn.Module):
+    """A linear that sees [L, N, I], as inside nn.MultiheadAttention, and one that sees [N * L, I]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.transpose(0, 1)).transpose(0, 1).reshape(-1, 5)).reshape(-1, 7, 4)
+
+
+def test_the_batch_may_be_in_any_dimension_and_stays_dynamic() -> None:
+    traced = traced_of(SequenceFirst(), torch.randn(3, 7, 6))
+    assert [(spec.rows, spec.macs) for spec in list_layers(traced)] == [(7, 7 * 30), (7, 7 * 20)]
+    # Asking for sizes must not have tied the graph to the example's batch.
+    assert traced.module(torch.randn(5, 7, 6)).shape == (5, 7, 4)
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +124,8 @@ class Words(nn.Module):
 
 
 def test_embeddings_and_computed_weights_are_refused_with_a_reason() -> None:
-    found = specs(Words(), torch.randint(0, 11, (4, 7)))
+    traced = traced_of(Words(), torch.randint(0, 11, (4, 7)))
+    found = {spec.name: spec for spec in list_layers(traced)}
     assert "embeddings are not compressed" in str(found["words"].refusal)
     assert found["words"].weight_shape == (11, 6)
     assert found["head"].refusal is None
