@@ -28,7 +28,6 @@ from compress.graph.rewrite import input_quantizer, layer_bias, set_bias, set_gr
 from compress.graph.traced import TracedModel
 from compress.methods import METHODS
 from compress.problem import ActivationGrid, Effort, LayerProblem, Method, RowSource, Solution
-from compress.quant.grid import quantize
 from compress.records import Choice, Plan
 from compress.registry import resolve
 from compress.weights import QuantizedWeight
@@ -36,7 +35,6 @@ from compress.weights import QuantizedWeight
 __all__ = ["LayerResult", "TensorRows", "calibrate"]
 
 _EVALUATED = 128
-_BIAS_STEPS = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -162,10 +160,8 @@ class _Walk:
             solution = method.solve(problem, choice.option, effort)
             # Whatever the method learned on: corrected and measured on what the layer will be given.
             problem = replace(problem, inputs=prefix)
-            if self.plan.steps.bias_correction and problem.inputs is not None:
+            if self.plan.steps.bias_correction and problem.inputs is not None and len(calls) == 1:
                 solution = replace(solution, bias=corrected_bias(problem, solution))
-            if self.computes[choice.layer] == "integer":
-                solution = _with_room_for_bias(problem, solution)
             self._save(choice, solution)
         result = self._measure(choice, replace(problem, inputs=prefix), solution, note)
         set_weight(self.model, choice.layer, solution.weight, self.computes[choice.layer])
@@ -277,22 +273,6 @@ def _forward_of(call: fx.Node) -> Callable[[Tensor, Tensor, Tensor | None], Tens
         return target(x, weight, bias, *rest, **kwargs)
 
     return forward
-
-
-def _with_room_for_bias(problem: LayerProblem, solution: Solution) -> Solution:
-    """``solution`` with coarser weights in channels so small that their bias would not fit the accumulator's int32.
-
-    Such a channel's weights are next to nothing beside its bias (a dead channel: zeros, and what BatchNorm left).
-    """
-    grid = solution.grid if solution.grid is not None else problem.grid
-    bias = solution.bias if solution.bias is not None else problem.bias
-    if grid is None or bias is None:
-        return solution
-    weight, least = solution.weight, bias.abs() / grid.scale / _BIAS_STEPS
-    if bool((weight.scale >= least).all()):
-        return solution
-    scale = torch.maximum(weight.scale, least)
-    return replace(solution, weight=quantize(weight.dequantize(), scale, weight.zero_point.float(), weight.bits))
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:

@@ -151,7 +151,7 @@ def _choose(count: int, n: int | None, seed: int, name: str) -> tuple[torch.Tens
     if n is None or n == count:
         return None, ()
     if n > count:
-        return None, (f"{n} samples were asked for and {name} has {count}: all were used",)
+        return None, (f"all {count} samples were used",)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:n].sort().values, (f"{n} of {count} samples, chosen with seed {seed}",)
 

@@ -75,12 +75,12 @@ def summary_lines(report: Report) -> list[str]:
     size = report.size
     lines = [
         f"Size: {size.float_bytes / 1e3:,.1f} kB float, {size.compressed_bytes / 1e3:,.1f} kB compressed "
-        f"({size.float_bytes / size.compressed_bytes:.2f}x smaller)"
+        f"({size.compressed_bytes / size.float_bytes:.2f}x the float file)"
     ]
     if latency := report.latency:
         lines.append(
             f"Latency (batch 1, {latency.threads} thread): {latency.float_ms:.3f} ms float, "
-            f"{latency.compressed_ms:.3f} ms compressed ({latency.float_ms / latency.compressed_ms:.2f}x as fast)"
+            f"{latency.compressed_ms:.3f} ms compressed ({latency.compressed_ms / latency.float_ms:.2f}x the float model's time)"
         )
     if report.metric:
         lines.append(_metric_line(report.metric))
