@@ -52,7 +52,8 @@ def verify(
         source: what the samples are, for the report.
     """
     size = _BATCH if traced.dynamic_batch else len(traced.example[0])
-    count = len(inputs[0]) // size * size or len(inputs[0])
+    # A graph with a fixed batch takes whole batches only.
+    count = len(inputs[0]) if traced.dynamic_batch else len(inputs[0]) // size * size
     inputs = tuple(x[:count] for x in inputs)
     wanted = _run(traced, _batches(inputs, size))
     plain, optimized = (

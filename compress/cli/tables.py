@@ -80,7 +80,8 @@ def summary_lines(report: Report) -> list[str]:
     if latency := report.latency:
         lines.append(
             f"Latency (batch 1, {latency.threads} thread): {latency.float_ms:.3f} ms float, "
-            f"{latency.compressed_ms:.3f} ms compressed ({latency.compressed_ms / latency.float_ms:.2f}x the float model's time)"
+            f"{latency.compressed_ms:.3f} ms compressed "
+            f"({latency.compressed_ms / latency.float_ms:.2f}x the float model's time)"
         )
     if report.metric:
         lines.append(_metric_line(report.metric))

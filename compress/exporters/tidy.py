@@ -149,7 +149,11 @@ def _pool_globally(graph: ir.Graph, mean: ir.Node) -> None:
 
 
 def _keep_float(graph: ir.Graph, layer: ir.Node) -> None:
-    dequantize, weight = layer.inputs[0].producer(), layer.inputs[1].producer()
+    moves: list[ir.Node] = []
+    value, weight = layer.inputs[0], layer.inputs[1].producer()
+    while (dequantize := value.producer()) is not None and dequantize.op_type in ("Reshape", "Flatten"):
+        moves.insert(0, dequantize)
+        value = dequantize.inputs[0]
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or layer_of(dequantize) is not None:
         return
     grid = [_constant(value) for value in dequantize.inputs[1:3]]
@@ -166,7 +170,12 @@ def _keep_float(graph: ir.Graph, layer: ir.Node) -> None:
         repeated.append(
             known if known is not None else _initialise(graph, name, np.repeat(array.reshape(-1), channels))
         )
-    own = ir.Node("", "DequantizeLinear", [dequantize.inputs[0], *repeated], [ir.AttrInt64("axis", 1)])
+    codes = dequantize.inputs[0]
+    for move in moves:  # the codes move, so that the grid stands right before the layer
+        moved = ir.Node("", move.op_type, [codes, *move.inputs[1:]], move.attributes.values())
+        graph.insert_before(layer, moved)
+        codes = moved.outputs[0]
+    own = ir.Node("", "DequantizeLinear", [codes, *repeated], [ir.AttrInt64("axis", 1)])
     graph.insert_before(layer, own)
     layer.replace_input_with(0, own.outputs[0])
 

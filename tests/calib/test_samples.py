@@ -103,9 +103,7 @@ def test_limit_take_and_batches() -> None:
     assert again.take(10, 4).fingerprint == again.fingerprint
     assert again.take(5, 0).fingerprint != again.fingerprint
     assert [len(b[0]) for b in samples.batches(4)] == [4, 4, 2]
-    assert load_samples(FLOATS, limit=100).notes == (
-        "all 6 samples were used",
-    )
+    assert load_samples(FLOATS, limit=100).notes == ("all 6 samples were used",)
     assert len(load_samples(samples, limit=4)) == 4
     with pytest.raises(InputError, match="at least 1"):
         samples.take(0, 0)
