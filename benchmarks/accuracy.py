@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -105,7 +107,7 @@ def measure(key: str, case: Case, settings: list[str], scratch: Path, nncf_pytho
             interval = [row.ratio.value, row.ratio.low, row.ratio.high]
             rows[names[row.model]][f"ratio_to_float_batch_{row.batch}"] = interval
     return {
-        "command": f"python -m benchmarks.accuracy {key}",
+        "command": shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
         "model": case.name,
         "calibration_samples": len(calibration),
         "test_samples": len(case.test),

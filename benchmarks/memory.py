@@ -8,38 +8,54 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.zoo import ZOO
+from compress.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 
 _RUN = """
 import sys
-from benchmarks.zoo import ZOO
+import torch
 import compress
-case = ZOO["resnet20"]()
-count = int(sys.argv[1])
-calibration = case.calibration[:count].clone()
-case = case.module
-report = compress.quantize(case, calib=calibration, bits=4, act_bits=4, samples=count, iterations=20).report
+module = torch.load(sys.argv[1], weights_only=False)
+report = compress.quantize(
+    module, calib=sys.argv[2], bits=4, act_bits=4, samples=1 << 20, iterations=20
+).report
 print(report.peak_memory_bytes)
 """
 
 
 def main() -> None:
-    """Run from the command line."""
-    peaks = {}
-    for count in (1024, 4096):
-        done = subprocess.run([sys.executable, "-c", _RUN, str(count)], capture_output=True, text=True, check=True)
-        peaks[count] = int(done.stdout.split()[-1])
+    """Run from the command line; fails when memory grows by more than the samples do."""
+    case = ZOO["resnet20"]()
+    peaks, sizes = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.pt"
+        torch.save(case.module, model)
+        for count in (1024, 4096):
+            samples = Path(folder) / f"{count}.npy"
+            np.save(samples, case.calibration[:count].numpy())
+            command = [sys.executable, "-c", _RUN, str(model), str(samples)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[count], sizes[count] = int(done.stdout.split()[-1]), samples.stat().st_size
     result = {
         "command": "python -m benchmarks.memory",
+        "environment": describe_environment().model_dump(),
         "peak_bytes": peaks,
         "growth_bytes": peaks[4096] - peaks[1024],
-        "samples_growth_bytes": (4096 - 1024) * 3 * 32 * 32 * 4,
+        "samples_growth_bytes": sizes[4096] - sizes[1024],
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    if result["growth_bytes"] > result["samples_growth_bytes"]:
+        sys.exit("peak memory grew by more than the samples themselves")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def quantize(
 
         float_model = intake.traced.copy()
         compressed = apply_plan(float_model, plan, samples.inputs if samples else None, store, layer_done)
+        calibrated = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
             staging = Path(scratch)
             report_progress("exporting", len(plan.choices), len(plan.choices))
@@ -182,8 +183,14 @@ def quantize(
                 metric=measure_metric(intake.original, compressed.model, file, labelled, target.provider)
                 if labelled
                 else None,
-                started=started,
-                notes=[*intake.notes, *(samples.notes if samples else ()), *compressed.notes, *continued],
+                calibration_seconds=calibrated - started,
+                notes=[
+                    *intake.notes,
+                    *(samples.notes if samples else ()),
+                    *_evaluation_notes(labelled),
+                    *compressed.notes,
+                    *continued,
+                ],
             )
             if folder is not None:
                 with new_folder(folder, overwrite) as partial:
@@ -380,6 +387,10 @@ def _options(options: Options | None, settings: dict[str, object]) -> Options:
         return options or Options(**settings)  # type: ignore[arg-type]
     except TypeError as error:
         raise InputError(f"quantize: {error}; the options are the fields of compress.api.Options") from error
+
+
+def _evaluation_notes(labelled: Samples | None) -> list[str]:
+    return [f"evaluation data: {note}" for note in labelled.notes] if labelled is not None else []
 
 
 def _silent(label: str, done: int, total: int) -> None:

@@ -29,6 +29,7 @@ from compress.transform.table import apply_transform
 __all__ = ["Compressed", "apply_plan", "plan_fingerprint"]
 
 BIAS_TUNING_STEPS = 300
+_CONTRACT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def apply_plan(
         inputs = tuple(x[:whole] for x in inputs)
     notes = []
     if plan.steps.equalize:
-        notes += apply_transform("equalize", float_model, inputs)
+        size = _CONTRACT_BATCH if float_model.dynamic_batch else len(float_model.example[0])
+        batch = tuple(x[:size] for x in inputs) if inputs is not None else None
+        notes += apply_transform("equalize", float_model, batch)
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
     act_bits = {choice.layer: choice.option.act_bits for choice in plan.choices if choice.option.act_bits is not None}
     model = float_model.copy()

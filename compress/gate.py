@@ -7,6 +7,7 @@ room for single steps of the activation grids; a float file has to agree to floa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import GateError
-from compress.exporters.fusion import fused_operators, misplaced_layers
+from compress.exporters.fusion import FLOAT_ISLANDS, fused_operators, misplaced_layers
 from compress.exporters.session import open_session, run_session
 from compress.graph.layers import LAYER_KINDS, layer_computes, layer_name
 from compress.graph.traced import TracedModel, first_output
@@ -78,7 +79,11 @@ def verify(
         failures.append(
             f"the largest step away from the PyTorch graph is at layer {layer}: relative L2 {difference:.2%}"
         )
-    failures += misplaced_layers(fused_operators(path, provider), computes)
+    operators = fused_operators(path, provider)
+    failures += misplaced_layers(operators, computes)
+    if "integer" in computes.values():
+        kinds = Counter(kind for kinds in operators.values() for kind in kinds if kind in FLOAT_ISLANDS)
+        parity = parity.model_copy(update={"float_operators": dict(kinds)})
     return parity.model_copy(update={"failures": tuple(failures)})
 
 

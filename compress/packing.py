@@ -9,7 +9,7 @@ a multiple of eight, is stored as a uint8 array of shape ``[b, ceil(n / 8)]``: e
   codes' bits, the first code in the lowest bits (low nibble first for 4 bits).
 
 The planes make every width unpackable with shifts and masks alone, which ONNX Runtime folds at load time
-(export/functions.py), and a row per bit makes the offsets independent of the tensor's size.
+(exporters/functions.py), and a row per bit makes the offsets independent of the tensor's size.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from compress.api import Preview
     from compress.report.schema import Report
 
-Numbers = Annotated[str | None, typer.Option(metavar="R,G,B")]
-
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Model file: .pt, .pth, .th (torch.save), .pt2, .safetensors")],

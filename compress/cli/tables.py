@@ -99,11 +99,12 @@ def summary_lines(report: Report) -> list[str]:
 
 def parity_text(parity: Parity) -> str:
     """How far the file is from the PyTorch graph, and what its layers run as."""
+    islands = ", ".join(f"{count} {kind}" for kind, count in parity.float_operators.items())
     same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
     return (
         f"relative L2 {parity.relative_l2_unoptimized:.2%} unoptimised, {parity.relative_l2_optimized:.2%} optimised"
         f"{same}, on {parity.samples} samples ({parity.source}); {parity.integer_layers} layers run on integers and "
-        f"{parity.float_layers} on floats"
+        f"{parity.float_layers} on floats" + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
     )
 
 

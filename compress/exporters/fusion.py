@@ -14,9 +14,11 @@ import onnx
 
 from compress.exporters.session import open_session
 
-__all__ = ["fused_operators", "misplaced_layers"]
+__all__ = ["FLOAT_ISLANDS", "fused_operators", "misplaced_layers"]
 
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"}
+# Operators that have an integer kernel; a float one between integer layers costs two casts and often a layout change.
+FLOAT_ISLANDS = {"Add", "AveragePool", "GlobalAveragePool", "Concat", "ReduceMean"}
 _FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 

@@ -154,18 +154,25 @@ def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
         _check_runs(module, example)
         program = export_program(module, example, dynamic)
     except InputError as error:
-        # A model that fixes its batch (a reshape to a literal size) can still be traced for a batch of one.
-        example, dynamic = tuple(x[:1].contiguous() for x in inputs), False
-        try:
-            _check_runs(module, example)
-            program = export_program(module, example, dynamic)
-        except InputError:
-            raise error from None
+        # A model that fixes its batch can still be traced: for one sample, or for as many as came with it.
+        example, program, dynamic = *_fixed_batch(module, inputs, error), False
     with _no_copy_warning():
         traced = TracedModel(program.run_decompositions({}).module(check_guards=False), example, dynamic)
     if not dynamic:
-        traced.notes.append("the model fixes its batch size to 1, and so does the exported file")
+        traced.notes.append(f"the model fixes its batch size to {len(example[0])}, and so does the exported file")
     return traced
+
+
+def _fixed_batch(
+    module: torch.nn.Module, inputs: tuple[Tensor, ...], first: InputError
+) -> tuple[tuple[Tensor, ...], torch.export.ExportedProgram]:
+    for example in (tuple(x[:1].contiguous() for x in inputs), inputs):
+        try:
+            _check_runs(module, example)
+            return example, export_program(module, example, dynamic=False)
+        except InputError:
+            continue
+    raise first
 
 
 def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...]) -> None:

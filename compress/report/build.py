@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,10 +37,10 @@ def build_report(
     parity: Parity,
     latency: Latency | None,
     metric: Metric | None,
-    started: float,
+    calibration_seconds: float,
     notes: Sequence[str],
 ) -> Report:
-    """Put the pieces together; ``started`` is the ``time.monotonic()`` at which calibration began."""
+    """Put the pieces together; ``calibration_seconds`` covers everything between the plan and the export."""
     by_layer = {result.layer: result for result in results}
     return Report(
         plan=plan,
@@ -50,7 +49,7 @@ def build_report(
         parity=parity,
         latency=latency,
         metric=metric,
-        calibration_seconds=round(time.monotonic() - started, 3),
+        calibration_seconds=round(calibration_seconds, 3),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         notes=tuple(notes),
         environment=describe_environment(),
@@ -80,6 +79,13 @@ def check_metric(intake: Intake, samples: Samples) -> None:
         fits, needed = math.prod(per_sample) == 1, "one number a sample for labels that are fractions"
     else:
         fits, needed = len(per_sample) == 1 and per_sample[0] > 1, "one score a class for labels that are whole numbers"
+    if fits and not samples.labels.is_floating_point():
+        low, high = int(samples.labels.min()), int(samples.labels.max())
+        if low < 0 or high >= per_sample[0]:
+            raise InputError(
+                f"{samples.source}: labels run from {low} to {high}, the model has classes 0 to {per_sample[0] - 1}; "
+                "check that both count the same classes from 0"
+            )
     if not fits:
         shape = "x".join(map(str, per_sample)) or "one number"
         raise InputError(f"{samples.source}: the metric needs {needed}; the model gives {shape} a sample")

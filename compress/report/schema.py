@@ -69,6 +69,9 @@ class Parity(Record):
     agreement_optimized: float | None
     integer_layers: int
     float_layers: int
+    float_operators: dict[str, int] = Field(
+        default_factory=dict, description="adds, pools and concatenations that an integer plan left on floats, by kind"
+    )
     failures: tuple[str, ...] = ()
 
 

@@ -169,7 +169,7 @@ def _partner(
             return _Pair(layers[call], name, channels.repeat, _groups(user), tuple(clips))
         if is_relu6(user):
             if not through_relu6:
-                return "a ReLU6 follows, which is not homogeneous (relu6='replace' makes it a ReLU)"
+                return "a ReLU6 follows, which is not homogeneous"
             clips.append(user)
         else:
             step: Channels | str = pass_through(user, value, channels)

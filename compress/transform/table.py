@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
+from compress.errors import GateError
 from compress.graph.traced import TracedModel
 from compress.registry import resolve
 
@@ -50,7 +50,7 @@ def apply_transform(
 
     Raises:
         InputError: no transform is called ``name``, or it refuses the value of an option.
-        CompressError: an output differs by more than ``tolerance``.
+        GateError: an output differs by more than ``tolerance``.
     """
     transform = resolve(TRANSFORMS, name, "transform")
     batch = inputs if inputs is not None else _noise(traced.example)
@@ -64,7 +64,7 @@ def apply_transform(
         difference = _difference(before, _outputs(traced, batch))
         # Written so that a difference that is not a number fails.
         if not difference <= tolerance:
-            raise CompressError(
+            raise GateError(
                 f"transform {name!r} changed the model's outputs by {difference:.3g} (relative L2), allowed is "
                 f"{tolerance:.3g}; it was undone. Leave it out, and please report the model."
             )
