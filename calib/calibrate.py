@@ -123,7 +123,7 @@ class _Walk:
         self.ahead: Frontier | None = None
         self.reference: Frontier | None = None
         if inputs is not None:
-            scratch = store.scratch
+            scratch = store.fresh_scratch()
             self.ahead = Frontier(model, inputs, scratch / "quantized")
             self.reference = Frontier(float_model, inputs, scratch / "float")
 

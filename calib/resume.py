@@ -52,9 +52,8 @@ class ResumeStore:
         marker.write_text(fingerprint)
         self.found = len(list(folder.glob("*.safetensors")))
 
-    @property
-    def scratch(self) -> Path:
-        """Folder for files that do not outlive the run; emptied at its start."""
+    def fresh_scratch(self) -> Path:
+        """An empty folder for files that do not outlive a step; what an earlier call gave is deleted."""
         path = self.folder / "scratch"
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()

@@ -80,7 +80,7 @@ def apply_plan(
     quantizers = place_quantizers(model, act_bits, dtype) if act_bits else []
     layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
     if plan.steps.statistics_tuning and inputs is not None:
-        changed = tune_statistics(float_model, model, list(computes), inputs, store.scratch)
+        changed = tune_statistics(float_model, model, list(computes), inputs, store.fresh_scratch())
         notes.append(f"statistics tuning: mean and deviation restored in {len(changed)} layers")
         progress("statistics tuning")
     if plan.steps.bias_tuning and inputs is not None:

@@ -7,22 +7,15 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.inputs import Allow, Factory, InputShape, shape
+
 
 def export(
     model: Annotated[str, typer.Argument(help="A folder that quantize wrote, or a float model's file")],
     out: Annotated[Path, typer.Option("--out", "-o", help="ONNX file to write")],
-    factory: Annotated[
-        str | None,
-        typer.Option(
-            "--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module when the file holds weights only"
-        ),
-    ] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
-    ] = None,
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: tried]")
-    ] = None,
+    factory: Factory = None,
+    allow: Allow = None,
+    input_shape: InputShape = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file")] = False,
 ) -> None:
     """Write a model as ONNX and check that ONNX Runtime computes the same.
@@ -32,7 +25,6 @@ def export(
     from rich.console import Console
 
     from compress import api
-    from compress.cli.inputs import shape
 
     path = api.export(
         model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), input_shape=shape(input_shape)

@@ -1,10 +1,32 @@
-"""Options that are lists of numbers."""
+"""Options that several verbs share, and those that are lists of numbers."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from compress.errors import InputError
 
-__all__ = ["numbers", "shape"]
+__all__ = ["Allow", "Factory", "InputShape", "Mean", "Size", "Std", "numbers", "shape"]
+
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module when the file holds weights only"
+    ),
+]
+Allow = Annotated[
+    list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+]
+InputShape = Annotated[
+    str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: from file or data, or tried]")
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Subtracted from images, after bytes are scaled to 0..1")
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Divides them after that")]
+Size = Annotated[int | None, typer.Option(help="Crop size for a folder of images")]
 
 
 def numbers(text: str | None, option: str) -> list[float] | None:

@@ -6,21 +6,14 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.inputs import Allow, Factory, InputShape, shape
+
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Model file: .pt, .pth, .th (torch.save), .pt2, .safetensors")],
-    factory: Annotated[
-        str | None,
-        typer.Option(
-            "--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module when the file holds weights only"
-        ),
-    ] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
-    ] = None,
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: tried]")
-    ] = None,
+    factory: Factory = None,
+    allow: Allow = None,
+    input_shape: InputShape = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
     """List a model's layers, shapes and multiply-accumulates, what can be compressed, and why not the rest.
@@ -28,7 +21,6 @@ def inspect(
     Example: [bold]compress inspect model.pt[/]
     """
     from compress import api
-    from compress.cli.inputs import shape
 
     found = api.inspect(model, model_factory=factory, allow=allow or (), input_shape=shape(input_shape))
     if json:

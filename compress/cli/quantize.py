@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli.inputs import Allow, Factory, InputShape, Mean, Size, Std, numbers, shape
+
 if TYPE_CHECKING:
     from compress.api import Preview
     from compress.report.schema import Report
@@ -48,23 +50,12 @@ def quantize(
         bool, typer.Option(help="Learn all biases from the float model's outputs afterwards")
     ] = False,
     target: Annotated[str, typer.Option(help="onnx-cpu (x86, U8S8) or onnx-arm (S8S8)")] = "onnx-cpu",
-    factory: Annotated[
-        str | None,
-        typer.Option(
-            "--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module when the file holds weights only"
-        ),
-    ] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
-    ] = None,
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: from the data, or tried]")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Subtracted from images given as bytes, after scaling to 0..1")
-    ] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Divides them after that")] = None,
-    size: Annotated[int | None, typer.Option(help="Crop size for a folder of images")] = None,
+    factory: Factory = None,
+    allow: Allow = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and an estimate of time and memory, and stop")] = False,
@@ -78,7 +69,6 @@ def quantize(
     Without --calib only the weights are quantized; no data is needed, and the file is never slower than the float one.
     """
     from compress import api
-    from compress.cli.inputs import numbers, shape
     from compress.cli.progress import ProgressBar
 
     options = api.Options(

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.inputs import Mean, Size, Std, numbers
+
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that quantize wrote")],
     data: Annotated[str | None, typer.Option(help="Samples to compare on, as for --calib  [default: noise]")] = None,
-    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Subtracted from images given as bytes")] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Divides them after that")] = None,
-    size: Annotated[int | None, typer.Option(help="Crop size for a folder of images")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
     """Compare the ONNX file in a folder with the PyTorch graph beside it, and look at what ONNX Runtime fused.
@@ -21,7 +23,6 @@ def verify(
     Example: [bold]compress verify model-w4a8 --data test.npz[/]
     """
     from compress import api
-    from compress.cli.inputs import numbers
     from compress.errors import GateError
 
     parity = api.verify(folder, data=data, mean=numbers(mean, "--mean"), std=numbers(std, "--std"), size=size)

@@ -81,8 +81,8 @@ def test_names_that_differ_only_in_signs_stay_apart(tmp_path: Path) -> None:
 
 def test_scratch_starts_empty(tmp_path: Path) -> None:
     store = ResumeStore(tmp_path, "a")
-    (store.scratch / "old").write_text("x")
-    assert list(store.scratch.iterdir()) == []
+    (store.fresh_scratch() / "old").write_text("x")
+    assert list(store.fresh_scratch().iterdir()) == []
 
 
 def test_the_folder_goes_when_the_run_ends_well(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_folder_goes_when_the_run_ends_well(tmp_path: Path) -> None:
 def test_an_interrupted_run_keeps_its_layers_and_nothing_else(tmp_path: Path, finished: int) -> None:
     def run() -> None:
         with open_store(tmp_path / "work", "a") as store:
-            (store.scratch / "large").write_text("x")
+            (store.fresh_scratch() / "large").write_text("x")
             for layer in range(finished):
                 store.save(f"layer{layer}", tensors(), {})
             raise KeyboardInterrupt
