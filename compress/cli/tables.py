@@ -102,7 +102,7 @@ def parity_text(parity: Parity) -> str:
     islands = ", ".join(f"{count} {kind}" for kind, count in parity.float_operators.items())
     same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
     return (
-        f"relative L2 {parity.relative_l2_unoptimized:.2%} unoptimised, {parity.relative_l2_optimized:.2%} optimised"
+        f"relative L2 {_distance(parity.relative_l2_unoptimized)} unoptimised, {_distance(parity.relative_l2_optimized)} optimised"
         f"{same}, on {parity.samples} samples ({parity.source}); {parity.integer_layers} layers run on integers and "
         f"{parity.float_layers} on floats" + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
     )
@@ -119,6 +119,11 @@ def _metric_line(metric: Metric) -> str:
         f"compressed in ONNX Runtime ({metric.compressed_torch:.2%} in PyTorch); {metric.lost} samples lost, "
         f"{metric.won} won, same class on {metric.agreement:.2%}"
     )
+
+
+def _distance(value: float) -> str:
+    """0.42%, or 2e-07 where a percentage would read as nothing."""
+    return f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.0e}"
 
 
 def _percent(value: float | None) -> str:
