@@ -103,7 +103,8 @@ def parity_text(parity: Parity) -> str:
     same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
     return (
         f"relative L2 {_distance(parity.relative_l2_unoptimized)} unoptimised, "
-        f"{_distance(parity.relative_l2_optimized)} optimised{same}, on {parity.samples} samples ({parity.source}); {parity.integer_layers} layers run on integers and "
+        f"{_distance(parity.relative_l2_optimized)} optimised{same}, on {parity.samples} samples ({parity.source}); "
+        f"{parity.integer_layers} layers run on integers and "
         f"{parity.float_layers} on floats" + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
     )
 
