@@ -141,28 +141,31 @@ class Frontier:
 
     def _run(self, nodes: list[fx.Node], index: Tensor) -> dict[str, Any]:
         known: dict[str, Any] = {}
-        placeholders = {node.name: position for position, node in enumerate(self._traced.inputs())}
-
-        def value(node: fx.Node) -> Any:
-            if node.name not in known:
-                if node.op == "get_attr":
-                    known[node.name] = self._traced.tensor(str(node.target))
-                elif node.name in placeholders:
-                    known[node.name] = self._inputs[placeholders[node.name]][index[0] : index[-1] + 1]
-                elif node.name in self._values:
-                    known[node.name] = self._stored(node.name, index)
-                else:  # a size, or the same for every sample: cheap, and not worth a file
-                    known[node.name] = compute(node)
-            return known[node.name]
-
-        def compute(node: fx.Node) -> Any:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            return node.target(*args, **kwargs)
-
         with torch.no_grad():
             for node in nodes:
-                known[node.name] = value(node) if node.op == "placeholder" else compute(node)
+                known[node.name] = (
+                    self._value(node, known, index) if node.op == "placeholder" else self._compute(node, known, index)
+                )
         return known
+
+    # Methods, not closures: two functions that call each other are a cycle, and would keep every batch's values alive
+    # until the garbage collector happens to run.
+    def _value(self, node: fx.Node, known: dict[str, Any], index: Tensor) -> Any:
+        if node.name not in known:
+            if node.op == "get_attr":
+                known[node.name] = self._traced.tensor(str(node.target))
+            elif node.op == "placeholder":
+                position = self._traced.inputs().index(node)
+                known[node.name] = self._inputs[position][index[0] : index[-1] + 1]
+            elif node.name in self._values:
+                known[node.name] = self._stored(node.name, index)
+            else:  # a size, or the same for every sample: cheap, and not worth a file
+                known[node.name] = self._compute(node, known, index)
+        return known[node.name]
+
+    def _compute(self, node: fx.Node, known: dict[str, Any], index: Tensor) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, known, index))
+        return node.target(*args, **kwargs)
 
 
 def _is_tensor(node: fx.Node) -> bool:
