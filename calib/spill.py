@@ -38,6 +38,10 @@ class SpilledSamples:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
     def append(self, batch: Tensor) -> None:
         """Add ``batch`` [n, ...]; every batch has the same trailing shape and type."""
         self._shape, self._dtype = tuple(batch.shape[1:]), batch.dtype

@@ -32,6 +32,7 @@ __all__ = [
     "make_inputs",
     "measure_alone",
     "open_model",
+    "peak_bytes",
     "resolve_shapes",
     "start_runtime",
 ]
@@ -298,7 +299,7 @@ def measure_alone(
     return Alone(load_ms=answer["load_ms"], peak_memory_bytes=answer["peak_memory_bytes"])
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Largest resident size of this process so far."""
     status = Path("/proc/self/status")
     if status.is_file():
@@ -330,7 +331,7 @@ def _main(request: dict[str, Any]) -> dict[str, Any]:
     # numpy loads it on first use, and it is not the model's.
     np.random.default_rng(0)
     _forget_peak()
-    before = _peak_bytes()
+    before = peak_bytes()
     try:
         model = open_model(request["path"], **how)
         shapes = resolve_shapes(model.path, model.inputs, batch=request["batch"], dims=request["dims"])
@@ -340,7 +341,7 @@ def _main(request: dict[str, Any]) -> dict[str, Any]:
             model.try_run(feeds)
     except InputError as error:
         return {"error": str(error)}
-    peak_memory_bytes = _peak_bytes() - before
+    peak_memory_bytes = peak_bytes() - before
     load_ms = model.load_ms
     del model
     if load_ms < _LONG_LOAD_MS:

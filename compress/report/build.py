@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.benchmark import bench
+from compress.benchmark_session import peak_bytes
 from compress.calib.calibrate import LayerResult
 from compress.calib.samples import Samples
 from compress.errors import InputError
@@ -50,7 +50,7 @@ def build_report(
         latency=latency,
         metric=metric,
         calibration_seconds=round(calibration_seconds, 3),
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=peak_bytes(),
         notes=tuple(notes),
         environment=describe_environment(),
     )
