@@ -7,7 +7,7 @@ just the values that cross it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,28 @@ class Frontier:
             self.advance(segment[-2].name)
         for index in self._batches():
             look(self._run(segment[-1:], index)[name])
+
+    def finish(self, instead: Mapping[str, Callable[[Tensor], Tensor]], index: Tensor) -> Any:
+        """What the graph returns for the samples at ``index``, from the position on; the frontier stays where it is.
+
+        Args:
+            instead: functions of a layer's input that take the place of the calls of these names.
+            index: consecutive samples, [n] int64.
+        """
+        known: dict[str, Any] = {}
+        with torch.no_grad():
+            for node in self._traced.graph.nodes:
+                if node.op == "output":
+                    return fx.map_arg(node.args[0], lambda source: self._value(source, known, index))
+                if node.op == "get_attr" or node.name in self._done or node.name in known:
+                    continue
+                if node.name in instead:
+                    source = node.args[0]
+                    assert isinstance(source, fx.Node)
+                    known[node.name] = instead[node.name](self._value(source, known, index))
+                elif node.op != "placeholder":
+                    known[node.name] = self._compute(node, known, index)
+        raise AssertionError("a graph ends with its output")
 
     def samples(self, name: str) -> SpilledSamples:
         """All samples of the value called ``name``, kept or still needed, along the first dimension.

@@ -40,6 +40,7 @@ __all__ = [
     "load_plan",
     "new_folder",
     "save_artifact",
+    "save_plan",
     "sum_tensor_bytes",
 ]
 
@@ -135,22 +136,31 @@ def load_artifact(folder: Path) -> TracedModel:
     return traced
 
 
-def load_plan(folder: Path) -> Plan:
-    """The plan stored in ``folder``.
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write ``plan`` to the file ``path``, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(plan.model_dump_json(indent=2))
+    os.replace(temporary, path)
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in ``path``: a JSON file, or a folder with a ``plan.json``.
 
     Raises:
         InputError: it is missing or not a plan of this version.
     """
-    content = _read_json(folder, _PLAN)
+    file = path / _PLAN if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; `compress allocate` writes a plan, and so does `compress quantize`")
+    content = _read_json(file.parent, file.name)
     if content.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(
-            f"{folder / _PLAN} has version {content.get('schema_version')!r}; this program reads {SCHEMA_VERSION}"
-        )
+        raise InputError(f"{file} has version {content.get('schema_version')!r}; this program reads {SCHEMA_VERSION}")
     try:
         return Plan.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{folder / _PLAN}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise InputError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def sum_tensor_bytes(traced: TracedModel) -> int:

@@ -6,7 +6,7 @@ command line prints it as it stands.
 
 from __future__ import annotations
 
-__all__ = ["CompressError", "GateError", "InfeasibleBudget", "InputError"]
+__all__ = ["CompressError", "GateError", "InfeasibleBudget", "InputError", "SolverError"]
 
 
 class CompressError(Exception):
@@ -31,3 +31,9 @@ class GateError(CompressError):
     """The exported file does not compute, or does not run, what was calibrated."""
 
     exit_code = 4
+
+
+class SolverError(CompressError):
+    """The integer program's solver is missing, died, or found nothing in its time."""
+
+    exit_code = 2

@@ -1,13 +1,29 @@
 """The small frozen records that pass between stages; each is a JSON file on request.
 
-``Plan`` says what is to be done, enough to do it again; ``Report`` (compress/report/schema.py) says what came out.
+``Plan`` says what is to be done, enough to do it again, and ``Allocation``, inside it, why just that; ``Report``
+(compress/report/schema.py) says what came out.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["SCHEMA_VERSION", "Choice", "LayerSpec", "Plan", "QuantOption", "Record", "Skip", "Steps"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Allocation",
+    "Budget",
+    "Candidate",
+    "Choice",
+    "Cost",
+    "LayerSpec",
+    "Plan",
+    "QuantOption",
+    "Record",
+    "Skip",
+    "Steps",
+]
 
 SCHEMA_VERSION = 1
 
@@ -62,6 +78,63 @@ class Choice(Record):
     reason: str | None = Field(default=None, description="why not what was asked for; None when it is")
 
 
+class Cost(Record):
+    """What one candidate takes of every quantity that a budget may limit."""
+
+    size_bytes: int = Field(description="the layer as it stands in the file")
+    macs: int
+    bops: int = Field(description="MACs times bits of weight and activation, 32 for a float one")
+    latency_us: float | None = Field(None, description="the exported operator alone; None when latency does not matter")
+
+
+class Candidate(Record):
+    """One way to do one layer: what it costs and how much it hurts; ``option`` None leaves the layer float."""
+
+    layer: str
+    method: str | None = None
+    option: QuantOption | None = None
+    format: str = "float"
+    cost: Cost
+    error: float = Field(description="added to the model's error, in the unit of the allocation's sensitivity")
+
+    def __str__(self) -> str:
+        if self.option is None:
+            return "float"
+        return f"{self.option} on floats" if self.option.act_bits is None else str(self.option)
+
+
+class Budget(Record):
+    """The largest allowed value of one quantity: bytes, microseconds, points of accuracy, or bit operations."""
+
+    quantity: Literal["size", "latency", "drop", "bops"]
+    limit: float
+    relative: bool = Field(False, description="a multiple of the float model's value, not a value")
+
+
+class Allocation(Record):
+    """Why a plan is what it is: the budgets, what was predicted for it, and how far from the best it can be.
+
+    ``predicted`` and ``measured`` hold totals of the whole model by quantity: ``size`` (bytes), ``latency``
+    (microseconds), ``bops``, ``error``. The certificate is ``value``, ``bound`` and ``gap``: no choice of candidates
+    within the budgets has an objective below ``bound``.
+    """
+
+    budgets: tuple[Budget, ...]
+    sensitivity: str = Field(description="what a candidate's error is measured by")
+    objective: str = Field(description="the quantity that was minimised")
+    value: float
+    bound: float
+    gap: float = Field(description="(value - bound) / |value|")
+    status: Literal["optimal", "feasible"] = Field(description="optimal only when proven")
+    solver: str
+    seconds: float = Field(description="in the solver")
+    predicted: dict[str, float]
+    measured: dict[str, float] = Field(default_factory=dict, description="of the exported file, before calibration")
+    float_totals: dict[str, float] = Field(default_factory=dict, description="of the float model")
+    chosen: tuple[Candidate, ...] = Field(description="one a layer, those left float included")
+    notes: tuple[str, ...] = ()
+
+
 class Skip(Record):
     """A layer left in floating point, and why."""
 
@@ -92,6 +165,7 @@ class Plan(Record):
     samples: int = Field(0, description="calibration samples used; 0 without data")
     model_fingerprint: str
     data_fingerprint: str | None = None
+    allocation: Allocation | None = Field(None, description="None for a uniform plan, or one edited since")
 
     def choice(self, layer: str) -> Choice | None:
         """The choice for ``layer``, None when it stays float."""

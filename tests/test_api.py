@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 import compress
 from compress import api
 from compress.errors import GateError, InputError
+from compress.options import Options, Search, Settings, Source
+from compress.realize import Result
 from compress.report.schema import Parity, Report
 
 FILES = {"model.onnx", "model.safetensors", "graph.json", "plan.json", "report.json"}
@@ -47,7 +50,7 @@ def data(count: int = 80) -> Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-def quantize(out: Path | None = None, calib: object = None, **settings: object) -> api.Result:
+def quantize(out: Path | None = None, calib: object = None, **settings: object) -> Result:
     shape = {"input_shape": (1, 8, 8)} if calib is None else {}
     settings = {"iterations": 8, **shape, **settings}
     return api.quantize(net(), calib=calib, out=out, **settings)  # type: ignore[arg-type]
@@ -252,7 +255,7 @@ def test_progress_names_every_layer_and_ends_full() -> None:
         ({"ignore": ("nothing*",)}, "--ignore 'nothing*' matches no layer"),
         ({"ignore": ("re:[",)}, "--ignore 're:[' is not a regular expression"),
         ({"ignore": ("*",)}, "nothing to compress: 0: named by --ignore"),
-        ({"bit": 4}, "the options are the fields of compress.api.Options"),
+        ({"bit": 4}, "the options are the fields of compress.Options"),
         ({"eval_data": torch.randn(8, 1, 8, 8)}, "labels"),
         (
             {"eval_data": (torch.randn(8, 1, 9, 9), torch.zeros(8).long())},
@@ -275,7 +278,7 @@ def test_progress_names_every_layer_and_ends_full() -> None:
 def test_what_cannot_be_is_refused_in_a_sentence_before_any_work(
     settings: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "apply_plan", None)  # the work
+    monkeypatch.setattr("compress.realize.apply_plan", None)  # the work
     with pytest.raises(InputError) as error:
         quantize(tmp_path / "out", **{"calib": data(), **settings})  # type: ignore[arg-type]
     assert message in str(error.value)
@@ -283,9 +286,14 @@ def test_what_cannot_be_is_refused_in_a_sentence_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_option_is_a_keyword() -> None:
+    owned = {each.name for record in (Options, Search, Source) for each in dataclasses.fields(record)}
+    assert set(Settings.__annotations__) == owned | {"options"}
+
+
 def test_options_or_keywords() -> None:
     with pytest.raises(InputError, match="either options or keywords, not both"):
-        api.quantize(net(), options=api.Options(), bits=3)
+        api.quantize(net(), options=Options(), bits=3)
 
 
 @pytest.fixture
@@ -315,7 +323,7 @@ def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monke
             agreement_optimized=None, integer_layers=1, float_layers=0, failures=("layer 3 is off",),
         )  # fmt: skip
 
-    monkeypatch.setattr(api, "verify_file", failed)
+    monkeypatch.setattr("compress.realize.verify", failed)
     with pytest.raises(GateError, match="did not pass the gate: layer 3 is off"):
         quantize(tmp_path / "out", data(), method="mse")
     assert not (tmp_path / "out").exists()
@@ -331,7 +339,7 @@ def test_another_model_with_the_same_weights_starts_anew(tmp_path: Path, monkeyp
 
     first = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     second = nn.Sequential(first[0], nn.Tanh(), first[2])
-    monkeypatch.setattr(api, "build_onnx", stop)
+    monkeypatch.setattr("compress.realize.build_onnx", stop)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(first, calib=data(20).flatten(1)[:, :6], out=tmp_path / "out", iterations=2)
     monkeypatch.undo()
@@ -341,7 +349,7 @@ def test_another_model_with_the_same_weights_starts_anew(tmp_path: Path, monkeyp
 
 def test_preview_writes_nothing_and_names_what_will_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    seen = api.preview(net(), calib=data(), options=api.Options(bits=3))
+    seen = api.preview(net(), calib=data(), options=Options(bits=3))
     assert [choice.layer for choice in seen.plan.choices] == ["0", "3", "5", "9", "11"]
     assert len(seen.layers) == 5
     assert seen.estimate.seconds > 0

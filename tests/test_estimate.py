@@ -8,6 +8,8 @@ from torch import nn
 from compress import api
 from compress.estimate import Estimate, estimate
 from compress.intake import take_in
+from compress.options import Options
+from compress.planning import make_plan
 
 
 class Clock:
@@ -25,7 +27,7 @@ def estimated(monkeypatch: object, samples: int, **options: object) -> Estimate:
     intake = take_in(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), input_shape=(3, 16, 16))
     monkeypatch.setattr("compress.estimate.time", Clock())  # type: ignore[attr-defined]
     data = api.load_samples(torch.zeros(max(samples, 1), 3, 16, 16)) if samples else None
-    return estimate(intake.traced, api.make_plan(intake, api.Options(**options), data), samples)  # type: ignore[arg-type]
+    return estimate(intake.traced, make_plan(intake, Options(**options), data), samples)  # type: ignore[arg-type]
 
 
 def test_time_follows_samples_and_iterations(monkeypatch: object) -> None:

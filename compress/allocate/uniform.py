@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
-import re
 from collections.abc import Sequence
 
+from compress.allocate.eligibility import ends, find_format_for, ignored, slow_on_integers
 from compress.errors import InputError
-from compress.formats import FORMATS
 from compress.records import Choice, LayerSpec, QuantOption, Skip
 from compress.targets import Target
 
@@ -35,23 +32,20 @@ def uniform_choices(
     Raises:
         InputError: nothing is left to compress, or a pattern matches no layer.
     """
-    for pattern in ignore:
-        if not any(_matches(layer.name, pattern) for layer in layers):
-            raise InputError(f"--ignore {pattern!r} matches no layer; `compress inspect` lists them")
-    usable = [layer for layer in layers if not layer.refusal]
-    ends = {usable[0].name, usable[-1].name} if usable else set()
+    kept = ignored(layers, ignore)
+    outer = ends(layers)
     choices, skipped = [], []
-    leading = _slow_on_integers(usable, target) if act_bits is not None else set()
+    leading = slow_on_integers(layers, target) if act_bits is not None else set()
     for layer in layers:
-        wide = first_last_bits if layer.name in ends else 0
+        wide = first_last_bits if layer.name in outer else 0
         option = QuantOption(
             bits=max(bits, wide),
             act_bits=None if act_bits is None or layer.name in leading else max(act_bits, wide),
             # Integer kernels take one zero point a tensor; a float weight may have one a channel, which fits better.
             symmetric=act_bits is not None and layer.name not in leading,
         )
-        format_name, reason = _format_for(layer, option, target)
-        if any(_matches(layer.name, pattern) for pattern in ignore):
+        format_name, reason = find_format_for(layer, option, target)
+        if layer.name in kept:
             reason = "named by --ignore"
         if reason:
             skipped.append(Skip(layer=layer.name, reason=reason))
@@ -72,31 +66,3 @@ def uniform_choices(
         )
         raise InputError(f"nothing to compress: {reasons}")
     return choices, skipped
-
-
-def _slow_on_integers(layers: Sequence[LayerSpec], target: Target) -> set[str]:
-    """The leading convolutions that the target runs faster on floats; later ones would become islands between casts."""
-    slow = itertools.takewhile(
-        lambda layer: layer.kind.startswith("conv") and layer.weight_shape[0] < target.integer_channels, layers
-    )
-    return {layer.name for layer in slow}
-
-
-def _format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tuple[str, str | None]:
-    """The target's first format that takes the layer and does with its input what the option asks."""
-    reason = None
-    for name in target.formats:
-        if FORMATS[name].activations == (option.act_bits is not None):
-            reason = FORMATS[name].refusal(layer, option)
-            if reason is None:
-                return name, None
-    return "", reason or f"target {target.name} has no format for {option}"
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], name) is not None
-        except re.error as error:
-            raise InputError(f"--ignore {pattern!r} is not a regular expression: {error}") from error
-    return fnmatch.fnmatchcase(name, pattern)

@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.allocate import allocate
+from compress.cli.apply import apply
 from compress.cli.bench import bench
+from compress.cli.diff import diff
 from compress.cli.export import export
 from compress.cli.inspect import inspect
 from compress.cli.quantize import quantize
+from compress.cli.sweep import sweep
 from compress.cli.verify import verify
 from compress.errors import CompressError
 
@@ -49,7 +53,7 @@ def _root(
     """Compress PyTorch models and deploy them. No network, no telemetry."""
 
 
-for verb in (quantize, inspect, export, verify, bench):
+for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench):
     app.command(no_args_is_help=True)(verb)
 
 

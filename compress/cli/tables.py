@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from compress.cli.plans import allocation_lines
 from compress.records import LayerSpec, Plan
 from compress.report.schema import Metric, Parity, Report
 
@@ -79,12 +80,14 @@ def summary_lines(report: Report) -> list[str]:
     ]
     if latency := report.latency:
         lines.append(
-            f"Latency (batch 1, {latency.threads} thread): {latency.float_ms:.3f} ms float, "
+            f"Latency (batch {latency.batch}, {latency.threads} thread{'s' * (latency.threads > 1)}): "
+            f"{latency.float_ms:.3f} ms float, "
             f"{latency.compressed_ms:.3f} ms compressed "
             f"({latency.compressed_ms / latency.float_ms:.2f}x the float model's time)"
         )
     if report.metric:
         lines.append(_metric_line(report.metric))
+    lines += allocation_lines(report.plan.allocation, report.measured)
     lines.append(f"Parity with PyTorch: {parity_text(report.parity)}")
     if report.plan.skipped:
         lines.append(

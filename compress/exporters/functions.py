@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from compress.packing import planes
 
-__all__ = ["DOMAIN", "OPSET", "declare_schema", "unpack_function", "unpack_name"]
+__all__ = ["DOMAIN", "OPSET", "declare_schema", "function_bytes", "unpack_function", "unpack_name"]
 
 DOMAIN = "compress"
 OPSET = 18  # BitwiseAnd and BitwiseOr
@@ -67,6 +67,11 @@ def unpack_function(bits: int) -> ir.Function:
     centred = body.add("Sub", wide, body.constant(np.array(1 << (bits - 1), dtype=np.int32)))
     narrow = body.add("Cast", centred, to=int(ir.DataType.INT8))
     return body.function(unpack_name(bits), body.add("Reshape", narrow, shape))
+
+
+def function_bytes(bits: int) -> int:
+    """Bytes that the function takes in a file that has layers of this width."""
+    return int(ir.serde.serialize_function(unpack_function(bits)).ByteSize())
 
 
 class _Body:

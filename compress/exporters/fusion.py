@@ -14,27 +14,36 @@ import onnx
 
 from compress.exporters.session import open_session
 
-__all__ = ["FLOAT_ISLANDS", "fused_operators", "misplaced_layers"]
+__all__ = ["FLOAT_ISLANDS", "LAYER_OPERATORS", "fused_operators", "misplaced_layers", "optimized_nodes"]
 
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"}
 # Operators that have an integer kernel; a float one between integer layers costs two casts and often a layout change.
 FLOAT_ISLANDS = {"Add", "AveragePool", "GlobalAveragePool", "Concat", "ReduceMean"}
 _FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+LAYER_OPERATORS = _INTEGER | _FLOAT
 
 
-def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:
-    """Operators in the graph ONNX Runtime optimised from ``path``, by the name of the node they replace."""
+def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str]]:
+    """Nodes of the graph ONNX Runtime optimised from ``path``, each with the name of the node that it replaces."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, "ORT_ENABLE_ALL", provider=provider, optimized=optimized)
         # Large models carry their weights beside the graph; only the nodes are of interest.
         graph = onnx.load(optimized, load_external_data=False).graph
     makers = {value: node for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
-    found: dict[str, list[str]] = {}
+    found = []
     for node in graph.node:
         name = node.name.partition("_token_")[0].removeprefix("fused ")  # a Gemm with its ReLU
         if name.endswith("_nchwc") and node.op_type in _FLOAT:
             name = _layer_behind(name.removesuffix("_nchwc"), makers)
+        found.append((node, name))
+    return found
+
+
+def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:
+    """Operators in the graph ONNX Runtime optimised from ``path``, by the name of the node they replace."""
+    found: dict[str, list[str]] = {}
+    for node, name in optimized_nodes(path, provider):
         found.setdefault(name, []).append(node.op_type)
     return found
 
@@ -59,7 +68,7 @@ def misplaced_layers(operators: Mapping[str, list[str]], computes: Mapping[str, 
     for layer, compute in computes.items():
         nodes = [kind for name, kinds in operators.items() if _is_layer(name, layer) for kind in kinds]
         wanted = _INTEGER if compute == "integer" else _FLOAT
-        layer_nodes = [kind for kind in nodes if kind in _INTEGER | _FLOAT]
+        layer_nodes = [kind for kind in nodes if kind in LAYER_OPERATORS]
         if not layer_nodes:
             sentences.append(f"layer {layer} is planned {compute}, but the optimised graph has no node of that name")
         elif wrong := sorted(set(layer_nodes) - wanted):

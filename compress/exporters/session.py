@@ -24,6 +24,7 @@ def open_session(
     threads: int = 0,
     provider: str = "CPUExecutionProvider",
     optimized: Path | None = None,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on ``path`` (a file, or a model's bytes) at graph optimisation ``level``, as ORT spells it.
 
@@ -31,6 +32,7 @@ def open_session(
         level: "ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED" or "ORT_ENABLE_ALL".
         threads: threads within an operator; 0 leaves the choice to ONNX Runtime.
         optimized: where to write the optimised graph, to look at what was fused.
+        profile: beginning of the name of the profile that the session's ``end_profiling`` writes; None: no profiler.
 
     Raises:
         InputError: ONNX Runtime refuses the file.
@@ -44,6 +46,9 @@ def open_session(
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         return ort.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=[provider])
     except Exception as error:

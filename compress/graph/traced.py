@@ -139,8 +139,10 @@ def example_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x, x])[:_EXAMPLE_BATCH].contiguous() for x in inputs)
 
 
-def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
+def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...], *, fixed: bool = False) -> TracedModel:
     """Export ``module`` in eval mode with a dynamic batch; ``inputs`` is a batch of one sample or more.
+
+    With ``fixed`` the graph takes batches of just the size that ``inputs`` has.
 
     Raises:
         InputError: the module does not run on ``inputs``, or torch.export cannot follow it; the message names the
@@ -148,12 +150,13 @@ def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
     """
     if not isinstance(module, fx.GraphModule):  # an exported one has no modes, and refuses
         module = module.eval()
-    example = example_batch(inputs)
-    dynamic = True
+    example, dynamic = (inputs, False) if fixed else (example_batch(inputs), True)
     try:
         _check_runs(module, example)
         program = export_program(module, example, dynamic)
     except InputError as error:
+        if fixed:
+            raise
         # A model that fixes its batch can still be traced: for one sample, or for as many as came with it.
         example, program, dynamic = *_fixed_batch(module, inputs, error), False
     with _no_copy_warning():

@@ -37,18 +37,25 @@ def build_report(
     parity: Parity,
     latency: Latency | None,
     metric: Metric | None,
+    measured_error: float | None,
     calibration_seconds: float,
     notes: Sequence[str],
 ) -> Report:
-    """Put the pieces together; ``calibration_seconds`` covers everything between the plan and the export."""
+    """Put the pieces together; ``calibration_seconds`` covers everything between the plan and the export.
+
+    Args:
+        measured_error: of the whole model, in the unit of the plan's sensitivity; None where there is none.
+    """
+    size = Size(float_bytes=float_file.stat().st_size, compressed_bytes=compressed_file.stat().st_size)
     by_layer = {result.layer: result for result in results}
     return Report(
         plan=plan,
         layers=tuple(_row(layer, plan, by_layer.get(layer.name), model) for layer in layers),
-        size=Size(float_bytes=float_file.stat().st_size, compressed_bytes=compressed_file.stat().st_size),
+        size=size,
         parity=parity,
         latency=latency,
         metric=metric,
+        measured=_measured(size, latency, metric, measured_error) if plan.allocation else {},
         calibration_seconds=round(calibration_seconds, 3),
         peak_memory_bytes=peak_bytes(),
         notes=tuple(notes),
@@ -56,10 +63,28 @@ def build_report(
     )
 
 
-def measure_latency(float_file: Path, compressed_file: Path, provider: str) -> Latency:
-    """Both files at batch 1 on one thread, interleaved; medians."""
-    rows = bench([float_file, compressed_file], provider=provider, memory=False).rows
-    return Latency(threads=1, float_ms=rows[0].p50_ms, compressed_ms=rows[1].p50_ms)
+def _measured(
+    size: Size, latency: Latency | None, metric: Metric | None, measured_error: float | None
+) -> dict[str, float]:
+    """The finished model in the quantities that budgets limit."""
+    found = {"size": float(size.compressed_bytes)}
+    if latency is not None:
+        found["latency"] = latency.compressed_ms * 1e3
+    if measured_error is not None:
+        found["error"] = measured_error
+    if metric is not None and metric.name == "accuracy":
+        found["drop"] = 100 * (metric.float_model - metric.compressed_onnx)
+    return found
+
+
+def measure_latency(
+    float_file: Path, compressed_file: Path, provider: str, *, threads: int = 1, batch: int = 1
+) -> Latency:
+    """Both files, interleaved; medians."""
+    rows = bench(
+        [float_file, compressed_file], provider=provider, threads=threads, batch_sizes=(batch,), memory=False
+    ).rows
+    return Latency(threads=threads, batch=batch, float_ms=rows[0].p50_ms, compressed_ms=rows[1].p50_ms)
 
 
 def check_metric(intake: Intake, samples: Samples) -> None:

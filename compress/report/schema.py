@@ -38,9 +38,10 @@ class Size(Record):
 
 
 class Latency(Record):
-    """Batch 1, medians of interleaved runs in one process."""
+    """Medians of interleaved runs in one process."""
 
     threads: int
+    batch: int = 1
     float_ms: float
     compressed_ms: float
 
@@ -85,6 +86,11 @@ class Report(Record):
     parity: Parity
     latency: Latency | None = None
     metric: Metric | None = None
+    measured: dict[str, float] = Field(
+        default_factory=dict,
+        description="of a plan with budgets: size (bytes), latency (microseconds), error and drop (points) of the "
+        "finished model, beside what plan.allocation predicted; empty for others",
+    )
     calibration_seconds: float
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.calib.adaquant import PARALLEL, SEQUENTIAL, _Parameters, evaluation_rows
-from compress.calib.calibrate import TensorRows
 from compress.calib.observers import Histogram, activation_grid, observe_range
+from compress.calib.walk import TensorRows
 from compress.kernels.table import register_operators
 from compress.problem import ActivationGrid, Effort, LayerProblem, Solution
 from compress.quant.rtn import MSE

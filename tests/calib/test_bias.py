@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from compress.calib.bias import corrected_bias
-from compress.calib.calibrate import TensorRows
 from compress.calib.observers import activation_grid
+from compress.calib.walk import TensorRows
 from compress.kernels.table import register_operators
 from compress.problem import ActivationGrid, Effort, LayerProblem
 from compress.quant.rtn import MIN_MAX

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.calib.adaquant import evaluation_rows
-from compress.calib.calibrate import TensorRows
+from compress.calib.walk import TensorRows
 from compress.kernels.fake_quantize import code_range, fake_quantize
 from compress.kernels.table import register_operators
 from compress.methods import METHODS

@@ -1,0 +1,69 @@
+"""What may be done to which layer: formats that take it, layers a user keeps float, layers a target runs on floats."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Sequence
+
+from compress.errors import InputError
+from compress.formats import FORMATS
+from compress.records import LayerSpec, QuantOption
+from compress.targets import Target
+
+__all__ = ["ends", "find_format_for", "ignored", "slow_on_integers"]
+
+
+def ignored(layers: Sequence[LayerSpec], patterns: Sequence[str]) -> set[str]:
+    """Names of the layers that ``patterns`` match: shell patterns, or regular expressions after ``re:``.
+
+    Raises:
+        InputError: a pattern matches no layer, or is no regular expression.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {layer.name for layer in layers if _matches(layer.name, pattern)}
+        if not matching:
+            raise InputError(f"--ignore {pattern!r} matches no layer; `compress inspect` lists them")
+        found |= matching
+    return found
+
+
+def ends(layers: Sequence[LayerSpec]) -> set[str]:
+    """Names of the first and the last layer that can be compressed."""
+    usable = [layer.name for layer in layers if not layer.refusal]
+    return {usable[0], usable[-1]} if usable else set()
+
+
+def slow_on_integers(layers: Sequence[LayerSpec], target: Target) -> set[str]:
+    """The leading convolutions that the target runs faster on floats; later ones would become islands between casts."""
+    usable = [layer for layer in layers if not layer.refusal]
+    slow = itertools.takewhile(
+        lambda layer: layer.kind.startswith("conv") and layer.weight_shape[0] < target.integer_channels, usable
+    )
+    return {layer.name for layer in slow}
+
+
+def find_format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tuple[str, str | None]:
+    """The target's first format that takes the layer and does with its input what the option asks.
+
+    Returns:
+        The format's name and None, or an empty name and the reason why there is none.
+    """
+    reason = None
+    for name in target.formats:
+        if FORMATS[name].activations == (option.act_bits is not None):
+            reason = FORMATS[name].refusal(layer, option)
+            if reason is None:
+                return name, None
+    return "", reason or f"target {target.name} has no format for {option}"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise InputError(f"--ignore {pattern!r} is not a regular expression: {error}") from error
+    return fnmatch.fnmatchcase(name, pattern)

@@ -1,0 +1,89 @@
+"""Whether a plan, maybe edited by hand or made elsewhere, can be carried out on this model with these data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.allocate.eligibility import find_format_for
+from compress.calib.observers import OBSERVERS
+from compress.errors import InputError
+from compress.formats import find_format
+from compress.methods import METHODS
+from compress.records import Choice, LayerSpec, Plan, Skip
+from compress.registry import resolve
+from compress.targets import Target, find_target
+
+__all__ = ["review_plan"]
+
+
+def review_plan(
+    plan: Plan, layers: Sequence[LayerSpec], model_fingerprint: str, data_fingerprint: str | None, samples: int
+) -> tuple[Plan, list[str]]:
+    """The plan as it will be carried out, and sentences on what differs from what was planned.
+
+    Args:
+        layers: the model's.
+        data_fingerprint: of the calibration data; None without.
+        samples: how many there are.
+
+    Raises:
+        InputError: it is for another model, or asks for what a layer, format, method or target cannot do; all such
+            choices are named.
+    """
+    if plan.model_fingerprint != model_fingerprint:
+        raise InputError(
+            f"the plan was made for another model (fingerprint {plan.model_fingerprint[:12]}, this model's is "
+            f"{model_fingerprint[:12]}); make one for this model with `compress allocate`"
+        )
+    target = find_target(plan.target)
+    resolve(OBSERVERS, plan.observer, "observer")
+    known = {layer.name: layer for layer in layers}
+    names = [choice.layer for choice in plan.choices]
+    problems = [f"layer {name} is chosen twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    for choice in plan.choices:
+        problem = _problem(choice, known.get(choice.layer), target, data_fingerprint is not None)
+        if problem:
+            problems.append(f"layer {choice.layer}: {problem}")
+    if not plan.choices:
+        problems.append("it chooses nothing for any layer")
+    if problems:
+        raise InputError("the plan cannot be carried out: " + "; ".join(problems))
+    notes = []
+    if plan.data_fingerprint is not None and plan.data_fingerprint != data_fingerprint:
+        notes.append("the plan was made with other calibration data than it is carried out with")
+    skipped = [skip for skip in plan.skipped if skip.layer not in names]
+    listed = {*names, *(skip.layer for skip in skipped)}
+    skipped += [Skip(layer=name, reason="not in the plan") for name in known if name not in listed]
+    allocation = plan.allocation
+    if allocation is not None:
+        planned = {(each.layer, each.method, each.option, each.format) for each in allocation.chosen if each.option}
+        if planned != {(each.layer, each.method, each.option, each.format) for each in plan.choices}:
+            allocation = None
+            notes.append("the plan was edited since it was found: its predictions and its certificate no longer hold")
+    stamped = {
+        "skipped": tuple(skipped),
+        "allocation": allocation,
+        "data_fingerprint": data_fingerprint,
+        "samples": samples,
+    }
+    return plan.model_copy(update=stamped), notes
+
+
+def _problem(choice: Choice, layer: LayerSpec | None, target: Target, with_data: bool) -> str | None:
+    """Why ``choice`` cannot be honoured; None when it can."""
+    if layer is None:
+        return "the model has no layer of that name; `compress inspect` lists them"
+    if choice.format not in target.formats:
+        return f"target {target.name} has no format {choice.format!r}; it has {', '.join(target.formats)}"
+    if refusal := find_format(choice.format).refusal(layer, choice.option):
+        return refusal
+    if find_format(choice.format).activations != (choice.option.act_bits is not None):
+        right, _ = find_format_for(layer, choice.option, target)
+        return f"format {choice.format} does not run {choice.option}; {right or 'no format'} does"
+    if choice.option.act_bits is not None and not with_data:
+        return "quantized activations need calibration data: give --calib"
+    if choice.method not in METHODS:
+        return f"unknown method {choice.method!r}; known: {', '.join(METHODS)}"
+    if resolve(METHODS, choice.method, "method").needs_data and not with_data:
+        return f"method {choice.method} needs calibration data: give --calib"
+    return None

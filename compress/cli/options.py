@@ -1,0 +1,230 @@
+"""Groups of options that several verbs share, and how they become the keywords of compress.api.
+
+A group is a function that is never called: its parameters are the options. ``takes`` gives a verb the parameters of
+groups; the verb receives them as ``**given`` and hands them on through :func:`settings_of`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli.inputs import Allow, Factory, InputShape, Mean, Size, Std, numbers, shape
+from compress.errors import InputError
+
+__all__ = ["Calib", "Eval", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
+
+_BUDGETS = "Budgets"
+_PLAN = "What is done to every layer"
+
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration samples: .npz, .npy, .pt, .safetensors, a folder of images, or package.module:function"
+    ),
+]
+Eval = Annotated[str | None, typer.Option("--eval", help="Labelled samples: adds the metric before and after")]
+
+
+def reading(
+    samples: Annotated[int, typer.Option(help="Calibration samples to use, at most")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    factory: Factory = None,
+    allow: Allow = None,
+    input_shape: InputShape = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+) -> None:
+    """How the model and the samples are read."""
+
+
+def planning(
+    act_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits an activation, 4 to 8  [default: 8 with --calib]", rich_help_panel=_PLAN),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="minmax, mse, adaquant, adaquant-parallel  [default: adaquant with --calib, mse without]",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Optimisation steps a layer", rich_help_panel=_PLAN)] = 300,
+    first_last_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of the first and the last layer, if more than --bits  [default: 8, or what budgets allow]",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    observer: Annotated[
+        str, typer.Option(help="Activation ranges: minmax, percentile, mse, histogram", rich_help_panel=_PLAN)
+    ] = "mse",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer to leave float; a pattern, or re:REGEX; several times", rich_help_panel=_PLAN),
+    ] = None,
+    equalize: Annotated[bool, typer.Option(help="Cross-layer equalisation first", rich_help_panel=_PLAN)] = False,
+    bias_correction: Annotated[
+        bool | None,
+        typer.Option(
+            help="Correct each bias by the mean error  [default: unless the method learns it]", rich_help_panel=_PLAN
+        ),
+    ] = None,
+    statistics_tuning: Annotated[
+        bool, typer.Option(help="Restore each channel's mean and deviation afterwards", rich_help_panel=_PLAN)
+    ] = False,
+    bias_tuning: Annotated[
+        bool, typer.Option(help="Learn all biases from the float model's outputs afterwards", rich_help_panel=_PLAN)
+    ] = False,
+    target: Annotated[
+        str, typer.Option(help="onnx-cpu (x86, U8S8) or onnx-arm (S8S8)", rich_help_panel=_PLAN)
+    ] = "onnx-cpu",
+) -> None:
+    """What holds for all layers."""
+
+
+def searching(
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QUANTITY=LIMIT",
+            help="size=2MB, size=0.15x, latency=3ms, latency=0.5x, drop=0.5 (points; needs --eval), bops=0.1x; x is a "
+            "multiple of the float model's; several times, or separated by commas",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = None,
+    minimize: Annotated[
+        str | None,
+        typer.Option(help="With a drop budget: size, latency or bops  [default: size]", rich_help_panel=_BUDGETS),
+    ] = None,
+    weight_widths: Annotated[
+        str, typer.Option(metavar="B,B,...", help="Widths a weight may have", rich_help_panel=_BUDGETS)
+    ] = "2,3,4,5,6,8",
+    act_widths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B,B,...",
+            help="Widths a layer's input may have  [default: --act-bits, or 8]",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = None,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="A layer's input has its weight's width", rich_help_panel=_BUDGETS)
+    ] = False,
+    floats: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether layers may stay float  [default: where latency matters, or without --calib]",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = None,
+    grouped: Annotated[
+        bool,
+        typer.Option("--grouped", help="Layers that read the same value get the same choice", rich_help_panel=_BUDGETS),
+    ] = False,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(
+            help="What a choice's error is: kl, loss (labels in --calib), output, gram, weight  "
+            "[default: kl with --calib, weight without]",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = None,
+    sensitivity_samples: Annotated[int, typer.Option(help="Samples it is measured on", rich_help_panel=_BUDGETS)] = 512,
+    sensitivity_iterations: Annotated[
+        int, typer.Option(help="Optimisation steps for it", rich_help_panel=_BUDGETS)
+    ] = 60,
+    solver: Annotated[str, typer.Option(help="highs or cbc", rich_help_panel=_BUDGETS)] = "highs",
+    gap: Annotated[
+        float, typer.Option(help="Relative gap to stop at; 0 proves the optimum", rich_help_panel=_BUDGETS)
+    ] = 0.0,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds for one call of the solver", rich_help_panel=_BUDGETS)
+    ] = 60.0,
+    top: Annotated[
+        int, typer.Option(help="Best plans to time whole where latency matters", rich_help_panel=_BUDGETS)
+    ] = 3,
+    latency_table: Annotated[
+        str | None,
+        typer.Option(help="File of measured operators  [default: in the user's cache]", rich_help_panel=_BUDGETS),
+    ] = None,
+) -> None:
+    """How budgets are met."""
+
+
+def timing(
+    threads: Annotated[int, typer.Option(help="Threads that latency is measured with")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch that latency is measured at")] = 1,
+) -> None:
+    """What latency is measured at."""
+
+
+def writing(
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing output")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table")] = False,
+) -> None:
+    """What every verb that writes can be told."""
+
+
+def takes(*groups: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb that ends in ``**given`` the options of ``groups`` as well."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = [each for each in inspect.signature(verb).parameters.values() if each.kind is not each.VAR_KEYWORD]
+        shared = [each for group in groups for each in inspect.signature(group).parameters.values()]
+        hints = {name: hint for each in (verb, *groups) for name, hint in _hints(each).items()}
+
+        @functools.wraps(verb)
+        def run(**values: Any) -> None:
+            verb(**values)
+
+        # typer reads both.
+        parameters = [each.replace(kind=each.KEYWORD_ONLY, annotation=hints[each.name]) for each in (*own, *shared)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+def settings_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of compress.api for the options of all groups but ``writing``."""
+    found = {name: value for name, value in given.items() if name not in ("overwrite", "json", "quiet")}
+    if "factory" in found:
+        found["model_factory"] = found.pop("factory")
+        found["allow"] = found["allow"] or ()
+        found["input_shape"] = shape(found["input_shape"])
+        found["mean"], found["std"] = numbers(found["mean"], "--mean"), numbers(found["std"], "--std")
+    if "ignore" in found:
+        found["ignore"] = tuple(found["ignore"] or ())
+    if "budget" in found:
+        found["budgets"] = tuple(found.pop("budget") or ())
+        for name in ("weight_widths", "act_widths"):
+            found[name] = _widths(found[name], f"--{name.replace('_', '-')}")
+    return found
+
+
+def _hints(function: Callable[..., None]) -> dict[str, Any]:
+    found = typing.get_type_hints(function, {**function.__globals__, "Path": Path}, include_extras=True)
+    found.pop("return", None)
+    return found
+
+
+def _widths(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: whole numbers separated by commas are needed, as in 2,4,8") from error

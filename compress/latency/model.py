@@ -1,0 +1,173 @@
+"""From timed operators to the time of a whole model: what each layer takes, and what a change of numbers costs.
+
+``time = fixed + sum of layers + sum of boundaries``. A layer's time comes from the table of operators
+(compress/latency/operators.py). A boundary stands between a layer and the layer that feeds it, where one runs on
+integers and the other on floats: what leaving the one and entering the other took. The rest (adds, pools, the runtime
+itself) is what whole base models take beyond the sum of their layers: what every base pays is fixed, what one kind of
+numbers pays more than another is spread over its layers by the size of their outputs, so that each base's own time
+comes out exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from compress.graph.layers import LAYER_KINDS, layer_calls, layer_name
+from compress.graph.traced import TracedModel
+from compress.latency.operators import Shape, shape_of
+from compress.latency.table import LatencyTable, Operator
+
+__all__ = ["COMPUTE_OF", "Boundary", "LatencyModel", "LayerPlace", "fit", "layer_places"]
+
+# Kinds of numbers a layer can run on; narrow: integers, its input on fewer than eight bits.
+COMPUTE_OF = {"float": "float", "integer": "integer", "narrow": "integer"}
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer stands: its shapes, one a call, the layer that feeds it, how many it feeds, its output's size."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    feeder: str | None
+    readers: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Microseconds between ``first`` and the layer ``second`` that it feeds, by their two computes."""
+
+    first: str
+    second: str
+    costs_us: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Everything that adds up to a model's time in microseconds.
+
+    Attributes:
+        fixed_us: what every plan takes.
+        layers_us: by layer and kind of numbers (``float``, ``integer``, ``narrow``).
+        boundaries: where neighbours may run on different numbers.
+    """
+
+    fixed_us: float
+    layers_us: Mapping[str, Mapping[str, float]]
+    boundaries: tuple[Boundary, ...]
+
+    def predict(self, kinds: Mapping[str, str]) -> float:
+        """Time of a plan that runs each layer on the kind of numbers that ``kinds`` says."""
+        total = self.fixed_us + math.fsum(self.layers_us[layer][kind] for layer, kind in kinds.items())
+        computes = {layer: COMPUTE_OF[kind] for layer, kind in kinds.items()}
+        return total + math.fsum(each.costs_us[computes[each.first], computes[each.second]] for each in self.boundaries)
+
+
+def layer_places(traced: TracedModel, batch: int) -> dict[str, LayerPlace]:
+    """Every layer of the float graph ``traced``, in execution order.
+
+    A layer behind a residual add has several sources; the one that runs last decides what numbers reach it.
+    """
+    calls = layer_calls(traced)
+    position = {node: index for index, node in enumerate(traced.graph.nodes)}
+    feeders = {name: _feeder(nodes[0], position) for name, nodes in calls.items()}
+    return {
+        name: LayerPlace(
+            name=name,
+            shapes=tuple(shape_of(node, batch) for node in nodes),
+            feeder=feeders[name],
+            readers=sum(feeder == name for feeder in feeders.values()),
+            outputs=math.prod(_sizes(nodes[0])[1:]) * len(nodes),
+        )
+        for name, nodes in calls.items()
+    }
+
+
+def fit(
+    places: Mapping[str, LayerPlace],
+    table: LatencyTable,
+    bases: Sequence[tuple[Mapping[str, str], float]],
+) -> LatencyModel:
+    """The model that gives each base its measured time.
+
+    Args:
+        places: the model's layers.
+        table: holds an operator for each of their shapes.
+        bases: kind of numbers by layer, and the whole model's microseconds; the first all float, and one at most for
+            each other kind.
+    """
+    kinds = ["float", *sorted({kind for base, _ in bases for kind in base.values()} - {"float"})]
+    raw: dict[str, dict[str, float]] = {}
+    for name, place in places.items():
+        raw[name] = {}
+        for kind in kinds:
+            rows = _rows(place, table, COMPUTE_OF[kind])
+            if rows is None:
+                continue
+            time_us = sum(row.layer_us for row in rows)
+            if place.feeder is None:
+                time_us += rows[0].enter_us
+            if not place.readers:
+                time_us += rows[-1].leave_us
+            raw[name][kind] = time_us
+    boundaries = tuple(_boundary(places[place.feeder], place, table) for place in places.values() if place.feeder)
+    plain = LatencyModel(0.0, raw, boundaries)
+    rests = [(base, time_us - plain.predict(base)) for base, time_us in bases]
+    fixed_us = min(rest for _, rest in rests)
+    for base, rest in rests:
+        own = _own_kind(base)
+        layers = [name for name, kind in base.items() if kind == own]
+        total = sum(places[name].outputs for name in layers)
+        for name in layers:
+            raw[name][own] += (rest - fixed_us) * places[name].outputs / total
+    return LatencyModel(fixed_us, raw, boundaries)
+
+
+def _own_kind(base: Mapping[str, str]) -> str:
+    """What a base is the measure of: narrow before integer before float."""
+    return next(kind for kind in ("narrow", "integer", "float") if kind in base.values())
+
+
+def _rows(place: LayerPlace, table: LatencyTable, compute: str) -> list[Operator] | None:
+    rows = [table.find(shape.signature, compute) for shape in place.shapes]
+    return None if any(row is None for row in rows) else [row for row in rows if row is not None]
+
+
+def _boundary(first: LayerPlace, second: LayerPlace, table: LatencyTable) -> Boundary:
+    costs = {}
+    for a in ("float", "integer"):
+        for b in ("float", "integer"):
+            leaving, entering = (_rows(first, table, a), _rows(second, table, b))
+            known = leaving is not None and entering is not None and a != b
+            # What one layer gives to several is converted once.
+            costs[a, b] = leaving[-1].leave_us / first.readers + entering[0].enter_us if known else 0.0
+    return Boundary(first.name, second.name, costs)
+
+
+def _feeder(call: fx.Node, position: Mapping[fx.Node, int]) -> str | None:
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    waiting = [call.args[0]]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_function" and node.target in LAYER_KINDS:
+            found.add(node)
+        else:
+            waiting += node.all_input_nodes
+    if not found:
+        return None
+    last = max(found, key=position.__getitem__)
+    return layer_name(last) if last.args[1].op == "get_attr" else None
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)

@@ -1,0 +1,108 @@
+"""Measured operators, kept for the next run: a file a machine, provider and number of threads.
+
+A time is worth nothing on another processor or runtime, so the file says where it was measured and is refused anywhere
+else. It is written whole or not at all, after every measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from compress.errors import InputError
+from compress.machine import Environment, describe_environment
+from compress.records import Record
+
+__all__ = ["LatencyTable", "Operator", "cache_folder", "open_table"]
+
+
+class Operator(Record):
+    """One exported layer at one shape, alone; a runtime's own cost of a node is part of each time.
+
+    ``enter_us`` and ``leave_us`` are what it costs when the layers before and after it run on the other kind of
+    numbers: quantizing, dequantizing, and changes of the memory layout.
+    """
+
+    signature: str = Field(description="operator, weight, attributes and input shape with its batch")
+    compute: str = Field(description="integer or float")
+    layer_us: float
+    enter_us: float
+    leave_us: float
+
+
+class LatencyTable(Record):
+    """All operators measured under one set of conditions."""
+
+    schema_version: int = 1
+    environment: Environment
+    provider: str
+    threads: int
+    operators: tuple[Operator, ...] = ()
+
+    def find(self, signature: str, compute: str) -> Operator | None:
+        """The row of one operator, None where it was not measured."""
+        return next((row for row in self.operators if (row.signature, row.compute) == (signature, compute)), None)
+
+    def with_operators(self, rows: list[Operator]) -> LatencyTable:
+        """The table with ``rows`` added, replacing older ones of the same operators."""
+        new = {(row.signature, row.compute) for row in rows}
+        kept = [row for row in self.operators if (row.signature, row.compute) not in new]
+        return self.model_copy(update={"operators": (*kept, *rows)})
+
+    def save(self, path: Path) -> None:
+        """Write to ``path``, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary.write_text(self.model_dump_json(indent=1))
+        os.replace(temporary, path)
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``$COMPRESS_CACHE``, or ``compress`` in the user's cache folder."""
+    own = os.environ.get("COMPRESS_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+
+
+def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyTable, Path]:
+    """The table for this machine, and the file it is kept in; an empty one where there is no file yet.
+
+    Args:
+        path: the user's own file; None: the one in the cache folder that these conditions have.
+
+    Raises:
+        InputError: the file is damaged, or was measured under other conditions; the message names them.
+    """
+    environment = describe_environment()
+    here = _conditions(environment, provider, threads)
+    if path is None:
+        digest = hashlib.sha256(json.dumps(here).encode()).hexdigest()[:12]
+        path = cache_folder() / f"latency-{digest}.json"
+    if not path.exists():
+        return LatencyTable(environment=environment, provider=provider, threads=threads), path
+    try:
+        table = LatencyTable.model_validate_json(path.read_text())
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is not a latency table of this version; delete it, and it will be measured again"
+        ) from error
+    there = _conditions(table.environment, table.provider, table.threads)
+    for name, value in here.items():
+        if there[name] != value:
+            raise InputError(
+                f"{path} was measured with {name} {there[name]}; this run has {value}. Times do not carry over: leave "
+                "out --latency-table, or give a file of this machine"
+            )
+    return table, path
+
+
+def _conditions(environment: Environment, provider: str, threads: int) -> dict[str, str]:
+    return {
+        "processor": f"{environment.cpu} ({', '.join(environment.cpu_flags)})",
+        "onnxruntime": str(environment.onnxruntime),
+        "provider": provider,
+        "threads": str(threads),
+    }

@@ -1,0 +1,190 @@
+"""Everything a user may tell the toolchain, in one place: command line and Python share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+from compress.errors import InputError
+
+__all__ = ["Options", "Search", "Settings", "Source", "gather"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the model's file and the samples are to be read.
+
+    Attributes:
+        model_factory: ``package.module:factory``, for files that hold weights only.
+        allow: classes a model file may use besides torch.nn's own.
+        input_shape: shape of one input, where neither file nor data tell.
+        mean, std, size: how images given as bytes or files are normalised and cropped.
+    """
+
+    model_factory: str | None = None
+    allow: Sequence[str] = ()
+    input_shape: Sequence[int] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a plan is found within budgets; used only where ``Options.budgets`` are given (and by ``sweep``).
+
+    Attributes:
+        weight_widths: widths a weight may have.
+        act_widths: widths a layer's input may have; None: ``Options.act_bits``, or 8. Of no use where ``tied``.
+        tied: a layer's input has its weight's width (the paper's W = A).
+        floats: whether a layer may stay float. None: where latency matters, which prices what a float layer among
+            integer ones costs, or without data.
+        sensitivity: what a candidate's error is (compress/allocate/sensitivity.py). None: ``kl`` with data, ``weight``
+            without.
+        sensitivity_samples: calibration samples it is measured on.
+        sensitivity_iterations: optimisation steps a candidate, for methods that take any.
+        grouped: layers that read the same value (q, k, v) get the same choice.
+        minimize: what to minimise within the budgets; None: the error, or the size where the drop is budgeted.
+        solver: ``highs`` or ``cbc``.
+        gap: relative gap at which the solver may stop; 0 proves the optimum.
+        time_limit: seconds for one call of the solver.
+        top: how many of the best plans are timed whole where latency matters; the best that holds is kept.
+        threads, batch: what latency is measured at.
+        latency_table: file of measured operators; None: one for this machine in the user's cache.
+    """
+
+    weight_widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    act_widths: tuple[int, ...] | None = None
+    tied: bool = False
+    floats: bool | None = None
+    sensitivity: str | None = None
+    sensitivity_samples: int = 512
+    sensitivity_iterations: int = 60
+    grouped: bool = False
+    minimize: str | None = None
+    solver: str = "highs"
+    gap: float = 0.0
+    time_limit: float = 60.0
+    top: int = 3
+    threads: int = 1
+    batch: int = 1
+    latency_table: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything :func:`compress.quantize` may be told; None means that the tool decides, and says what it chose.
+
+    Attributes:
+        bits: width of the weights, 2..8. None: 4, or whatever the budgets allow.
+        act_bits: width of the activations, 4..8; needs calibration data. None: 8 with data, float without.
+        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocate/budgets.py); with them
+            the widths are chosen layer by layer.
+        method: a name from compress/methods.py. None: ``adaquant`` with data, ``mse`` without.
+        samples: how many calibration samples to use.
+        first_last_bits: width of the first and the last layer, where that is more than ``bits``. None: 8, or whatever
+            the budgets allow.
+        target: a name from compress/targets.py.
+        observer: how activation ranges are chosen (compress/calib/observers.py).
+        iterations: optimisation steps a layer.
+        ignore: layers to leave float, by shell pattern or ``re:`` regular expression.
+        equalize, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.Steps.
+        seed: of everything random.
+        search: how budgets are met.
+    """
+
+    bits: int | None = None
+    act_bits: int | None = None
+    budgets: tuple[str, ...] = ()
+    method: str | None = None
+    samples: int = 1024
+    first_last_bits: int | None = None
+    target: str = "onnx-cpu"
+    observer: str = "mse"
+    iterations: int = 300
+    ignore: tuple[str, ...] = ()
+    equalize: bool = False
+    bias_correction: bool | None = None
+    statistics_tuning: bool = False
+    bias_tuning: bool = False
+    seed: int = 0
+    search: Search = field(default_factory=Search)
+
+
+class Settings(TypedDict, total=False):
+    """The fields of :class:`Options`, :class:`Search` and :class:`Source` as keywords of every verb."""
+
+    options: Options | None
+    bits: int | None
+    act_bits: int | None
+    budgets: str | Sequence[str]
+    method: str | None
+    samples: int
+    first_last_bits: int | None
+    target: str
+    observer: str
+    iterations: int
+    ignore: tuple[str, ...]
+    equalize: bool
+    bias_correction: bool | None
+    statistics_tuning: bool
+    bias_tuning: bool
+    seed: int
+    search: Search
+    weight_widths: tuple[int, ...]
+    act_widths: tuple[int, ...] | None
+    tied: bool
+    floats: bool | None
+    sensitivity: str | None
+    sensitivity_samples: int
+    sensitivity_iterations: int
+    grouped: bool
+    minimize: str | None
+    solver: str
+    gap: float
+    time_limit: float
+    top: int
+    threads: int
+    batch: int
+    latency_table: str | None
+    model_factory: str | None
+    allow: Sequence[str]
+    input_shape: Sequence[int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    size: int | None
+
+
+def gather(settings: Mapping[str, Any]) -> tuple[Options, Source]:
+    """Sort a verb's keywords: whole ``options`` or single ones, and how to read model and data.
+
+    Raises:
+        InputError: whole and single options are given together, or a keyword is nobody's field.
+    """
+    rest = dict(settings)
+    source = Source(**_take(rest, Source))
+    options = rest.pop("options", None)
+    if options is not None:
+        if rest:
+            raise InputError(f"give either options or keywords, not both ({', '.join(rest)})")
+        return options, source
+    searching = _take(rest, Search)
+    if searching:
+        if "search" in rest:
+            raise InputError(f"give either search or its fields, not both ({', '.join(searching)})")
+        rest["search"] = Search(**searching)
+    if isinstance(budgets := rest.get("budgets", ()), str):
+        rest["budgets"] = tuple(budgets.split(","))
+    try:
+        return Options(**rest), source
+    except TypeError as error:
+        raise InputError(
+            f"{str(error).rpartition('__init__() ')[2]}; the options are the fields of compress.Options, "
+            "compress.Search and compress.Source"
+        ) from error
+
+
+def _take(settings: dict[str, Any], record: type) -> dict[str, Any]:
+    """Remove the fields of ``record`` from ``settings`` and return them."""
+    return {each.name: settings.pop(each.name) for each in fields(record) if each.name in settings}

@@ -1,0 +1,95 @@
+"""Decide what the options leave open: the frame of every plan, and the uniform one."""
+
+from __future__ import annotations
+
+from compress.allocate.uniform import uniform_choices
+from compress.calib.observers import OBSERVERS
+from compress.calib.samples import Samples
+from compress.errors import InputError
+from compress.intake import Intake
+from compress.methods import METHODS
+from compress.options import Options
+from compress.records import Plan, Steps
+from compress.registry import resolve
+from compress.targets import find_target
+
+__all__ = ["begin_plan", "choose_method", "make_plan"]
+
+
+def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
+    """The uniform plan: ``options.bits`` for every layer but the first and the last.
+
+    Raises:
+        InputError: options that do not go together.
+    """
+    bits = 4 if options.bits is None else options.bits
+    ends = 8 if options.first_last_bits is None else options.first_last_bits
+    frame = begin_plan(intake, options, samples)
+    choices, skipped = uniform_choices(
+        intake.layers,
+        bits=bits,
+        act_bits=_act_bits(options, samples),
+        first_last_bits=ends,
+        method=choose_method(options, samples),
+        target=find_target(options.target),
+        ignore=options.ignore,
+    )
+    return frame.model_copy(update={"choices": tuple(choices), "skipped": tuple(skipped)})
+
+
+def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
+    """A plan without choices: everything that holds for all layers, checked.
+
+    Raises:
+        InputError: options that do not go together.
+    """
+    if options.act_bits is not None and samples is None:
+        raise InputError(
+            "--act-bits needs calibration data: give --calib, or leave it out to quantize the weights only"
+        )
+    for name, value, low in (
+        ("--bits", options.bits, 2),
+        ("--act-bits", options.act_bits, 4),
+        ("--first-last-bits", options.first_last_bits, 2),
+    ):
+        if value is not None and not (isinstance(value, int) and low <= value <= 8):
+            raise InputError(f"{name} {value}: allowed are {low} to 8")
+    if options.iterations < 0:
+        raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
+    resolve(OBSERVERS, options.observer, "observer")
+    needs_data = resolve(METHODS, choose_method(options, samples), "method").needs_data
+    correction = options.bias_correction if options.bias_correction is not None else not needs_data
+    if samples is None and (options.statistics_tuning or options.bias_tuning or options.bias_correction):
+        raise InputError("bias correction, statistics tuning and bias tuning need calibration data: give --calib")
+    return Plan(
+        choices=(),
+        target=find_target(options.target).name,
+        observer=options.observer,
+        steps=Steps(
+            equalize=options.equalize,
+            bias_correction=correction and samples is not None,
+            statistics_tuning=options.statistics_tuning,
+            bias_tuning=options.bias_tuning,
+        ),
+        iterations=options.iterations,
+        seed=options.seed,
+        samples=len(samples) if samples is not None else 0,
+        model_fingerprint=intake.fingerprint,
+        data_fingerprint=samples.fingerprint if samples is not None else None,
+    )
+
+
+def choose_method(options: Options, samples: Samples | None) -> str:
+    """The method asked for, or the best there is for the data.
+
+    Raises:
+        InputError: it is unknown, or needs data that are not there.
+    """
+    method = options.method or ("adaquant" if samples is not None else "mse")
+    if resolve(METHODS, method, "method").needs_data and samples is None:
+        raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
+    return method
+
+
+def _act_bits(options: Options, samples: Samples | None) -> int | None:
+    return options.act_bits if options.act_bits is not None else (8 if samples is not None else None)

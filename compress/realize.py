@@ -1,0 +1,145 @@
+"""From a plan to a proven folder: quantize, export, gate, measure, write."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact
+from compress.calib.resume import open_store
+from compress.calib.samples import Samples
+from compress.calib.sensitivity import output_loss
+from compress.compression import apply_plan, plan_fingerprint
+from compress.exporters.onnx import build_onnx, write_onnx
+from compress.gate import verify, verify_or_raise
+from compress.graph.traced import TracedModel
+from compress.intake import Intake, check_fits, noise
+from compress.records import Plan
+from compress.report.build import build_report, measure_latency, measure_metric
+from compress.report.schema import Parity, Report
+from compress.targets import find_target
+
+__all__ = ["Progress", "Result", "gate_inputs", "realize"]
+
+# Called with what is being done, how far it is, and where it ends.
+Progress = Callable[[str, int, int], None]
+
+GATE_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a plan came to: the report, the folder it was written to (None: none asked for), and the module itself."""
+
+    report: Report
+    folder: Path | None
+    module: torch.nn.Module
+
+
+def realize(
+    intake: Intake,
+    plan: Plan,
+    samples: Samples | None,
+    labelled: Samples | None,
+    folder: Path | None,
+    *,
+    overwrite: bool,
+    notes: tuple[str, ...] = (),
+    threads: int = 1,
+    batch: int = 1,
+    progress: Progress,
+) -> Result:
+    """Carry out ``plan`` and write ``folder``, if there is one, whole or not at all.
+
+    Args:
+        intake: the model; it is left as it is.
+        samples: calibration data; None for a plan that needs none.
+        labelled: data for the metric before and after.
+        notes: for the report, before those of the run itself.
+        threads, batch: what the latency in the report is measured at.
+
+    Raises:
+        GateError: the exported file does not compute or run what was calibrated.
+        InputError: the plan asks for what the model or its formats do not have.
+    """
+    started = time.monotonic()
+    work = folder.with_name(f".{folder.name}.work") if folder is not None else None
+    total = len(plan.choices)
+    with open_store(work, plan_fingerprint(plan)) as store:
+        done = 0
+        continued = [f"continued: {store.found} layers were finished by an earlier run"] if store.found else []
+
+        def layer_done(label: str) -> None:
+            nonlocal done
+            done += 1
+            progress(label, min(done, total), total)
+
+        compressed = apply_plan(intake.traced.copy(), plan, samples.inputs if samples else None, store, layer_done)
+        calibrated = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
+            progress("exporting", total, total)
+            float_file, file = Path(scratch) / "float.onnx", Path(scratch) / ONNX_FILE
+            write_onnx(build_onnx(intake.traced), float_file, {})
+            onnx_model = build_onnx(compressed.model)
+            write_onnx(onnx_model, file, {})
+            provider = find_target(plan.target).provider
+            parity = verify(compressed.model, file, *gate_inputs(compressed.model, samples, plan.seed), provider)
+            verify_or_raise(parity, folder / ONNX_FILE if folder is not None else file)
+            progress("measuring", total, total)
+            metric = None
+            if labelled is not None:
+                metric = measure_metric(intake.original, compressed.model, file, labelled, provider)
+            report = build_report(
+                plan=plan,
+                layers=intake.layers,
+                results=compressed.layers,
+                model=compressed.model,
+                float_file=float_file,
+                compressed_file=file,
+                parity=parity,
+                latency=measure_latency(float_file, file, provider, threads=threads, batch=batch),
+                metric=metric,
+                measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
+                calibration_seconds=calibrated - started,
+                notes=[*notes, *compressed.notes, *continued],
+            )
+            if folder is not None:
+                with new_folder(folder, overwrite) as partial:
+                    write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
+                    save_artifact(partial, compressed.model, plan)
+                    (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
+    return Result(report, folder, compressed.model.module)
+
+
+def gate_inputs(traced: TracedModel, samples: Samples | None, seed: int) -> tuple[tuple[Tensor, ...], str]:
+    """What the gate compares on, and its name: the first samples, or noise where there are none."""
+    if samples is None:
+        return noise(traced, 32, seed), "noise"
+    check_fits(samples, traced)
+    return tuple(x[:GATE_SAMPLES] for x in samples.inputs), samples.source
+
+
+def _whole_error(float_model: TracedModel, model: TracedModel, plan: Plan, samples: Samples | None) -> float | None:
+    """What the plan's sensitivity measures, of the whole model; None for one that knows single layers only."""
+    measure = plan.allocation.sensitivity if plan.allocation else None
+    if samples is None or measure not in ("kl", "loss", "output"):
+        return None
+    last = tuple(x[-GATE_SAMPLES:] for x in samples.inputs)
+    labels = samples.labels[-GATE_SAMPLES:] if samples.labels is not None else None
+    return output_loss(float_model, model, last, labels, measure)
+
+
+def _metadata(plan: Plan, parity: Parity, report: Report) -> dict[str, str]:
+    return {
+        "plan_sha256": plan_fingerprint(plan),
+        "target": plan.target,
+        "parity_relative_l2": f"{parity.relative_l2_optimized:.3g}",
+        "onnxruntime_version": report.environment.onnxruntime or "",
+        "torch_version": report.environment.torch or "",
+    }

@@ -1,0 +1,216 @@
+"""What each way costs in bytes, bit operations and microseconds, fixed by whole files exported and timed first.
+
+Three base files are made without calibration (compress/skeleton.py): all float, all at 8 bits, all at the narrowest
+widths. A layer's own bytes are known; what a file holds besides is read off the bases. Latency comes from
+compress/latency, which the same files calibrate.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.benchmark import bench
+from compress.exporters.functions import function_bytes
+from compress.exporters.onnx import build_onnx, write_onnx
+from compress.graph.traced import TracedModel
+from compress.intake import Intake
+from compress.kernels.table import register_operators
+from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places
+from compress.latency.operators import time_operators
+from compress.latency.table import LatencyTable, open_table
+from compress.options import Search
+from compress.records import Choice, Cost, LayerSpec
+from compress.search.space import FLOAT, Space, Way
+from compress.skeleton import write_skeleton
+from compress.targets import Target
+
+__all__ = ["Costs", "export_ways", "measure_costs", "time_files"]
+
+_STALE = 1.25
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Prices of all ways, and of the model without them.
+
+    Attributes:
+        float_totals: size (bytes), bops and, where timed, latency (microseconds) of the float model.
+        fixed: what every plan pays of them.
+        layers: by layer and way.
+        shared: bytes that a file pays once for each width of packed weights in it: the function that unpacks them.
+        latency: None where latency does not matter.
+        notes: for the report.
+    """
+
+    float_totals: dict[str, float]
+    fixed: dict[str, float]
+    layers: dict[str, dict[Way, Cost]]
+    shared: dict[int, int]
+    latency: LatencyModel | None
+    notes: tuple[str, ...]
+
+
+def measure_costs(
+    intake: Intake,
+    space: Space,
+    target: Target,
+    search: Search,
+    *,
+    timed: bool,
+    progress: Callable[[str, int, int], None],
+) -> Costs:
+    """Export the bases, weigh them, and time them and their operators where ``timed``."""
+    register_operators()
+    specs = {layer.name: layer for layer in intake.layers}
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        files: list[Path] = []
+        bases = _bases(space)
+        for position, ways in enumerate(bases):
+            progress("exporting base files", position, len(bases))
+            files.append(export_ways(intake.traced, ways, target, Path(folder) / f"base{position}.onnx"))
+        sizes = [file.stat().st_size for file in files]
+        latency: LatencyModel | None = None
+        notes: tuple[str, ...] = ()
+        float_us: float | None = None
+        if timed:
+            times_us = time_files(files, target, search, progress)
+            latency, notes = _fit(intake.traced, space, bases, times_us, target, search, progress)
+            float_us = times_us[0]
+    widths = {way.widths[0] for ways in space.ways.values() for way in ways if _storage(way) == "packed"}
+    shared = {width: function_bytes(width) for width in sorted(widths)}
+    fixed, extra = _overheads(specs, bases, sizes, shared)
+    layers = {
+        name: {
+            way: Cost(
+                size_bytes=way.stored_bytes(specs[name]) + round(extra[_storage(way)]),
+                macs=specs[name].macs,
+                bops=way.bops(specs[name]),
+                latency_us=latency.layers_us[name].get(way.kind) if latency else None,
+            )
+            for way in ways
+        }
+        for name, ways in space.ways.items()
+    }
+    skipped = [specs[skip.layer] for skip in space.skipped if skip.layer in specs]
+    float_bops = float(sum(FLOAT.bops(layer) for layer in intake.layers))
+    totals = {"size": float(sizes[0]), "bops": float_bops}
+    base = {"size": fixed, "bops": float(sum(FLOAT.bops(layer) for layer in skipped))}
+    if latency is not None and float_us is not None:
+        totals["latency"] = float_us
+        base["latency"] = latency.fixed_us + sum(
+            latency.layers_us[layer.name]["float"] for layer in skipped if layer.name in latency.layers_us
+        )
+    return Costs(totals, base, layers, shared, latency, notes)
+
+
+def export_ways(traced: TracedModel, ways: Mapping[str, Way], target: Target, path: Path) -> Path:
+    """Write the uncalibrated file of ``ways`` to ``path``."""
+    choices: list[Choice] = [way.choice(layer) for layer, way in ways.items() if way.option is not None]
+    if choices:
+        write_skeleton(traced, choices, target, path)
+    else:
+        write_onnx(build_onnx(traced), path, {})
+    return path
+
+
+def time_files(
+    files: Sequence[Path], target: Target, search: Search, progress: Callable[[str, int, int], None]
+) -> list[float]:
+    """Median microseconds of each file, interleaved."""
+    report = bench(
+        files,
+        batch_sizes=(search.batch,),
+        threads=search.threads,
+        provider=target.provider,
+        memory=False,
+        progress=progress,
+    )
+    return [row.p50_ms * 1e3 for row in report.rows]
+
+
+def _bases(space: Space) -> list[dict[str, Way]]:
+    """All float, then the widest and the narrowest way of each layer on integers where it has one."""
+    found = [dict.fromkeys(space.ways, FLOAT)]
+    for choose in (max, min):
+        base = {}
+        for layer, ways in space.ways.items():
+            quantized = [way for way in ways if way.option is not None]
+            integer = [way for way in quantized if way.kind != "float"] or quantized
+            base[layer] = choose(integer, key=lambda way: way.widths)
+        if base not in found:
+            found.append(base)
+    return found
+
+
+def _storage(way: Way) -> str:
+    if way.option is None:
+        return "float"
+    return "plain" if way.option.bits == 8 else "packed"
+
+
+def _overheads(
+    specs: Mapping[str, LayerSpec],
+    bases: Sequence[Mapping[str, Way]],
+    sizes: Sequence[int],
+    shared: Mapping[int, int],
+) -> tuple[float, dict[str, float]]:
+    """Bytes of a file without its layers, and bytes that a layer adds besides its numbers, by how it is stored."""
+    float_bytes = sum(FLOAT.stored_bytes(specs[name]) for name in bases[0])
+    fixed = float(sizes[0] - float_bytes)
+    extra = {"float": 0.0, "plain": 0.0, "packed": 0.0}
+    for base, size in zip(bases[1:], sizes[1:], strict=True):
+        stored = {name: _storage(way) for name, way in base.items()}
+        rest = size - fixed - sum(way.stored_bytes(specs[name]) for name, way in base.items())
+        rest -= sum(shared[width] for width in {way.widths[0] for way in base.values() if _storage(way) == "packed"})
+        kind = "packed" if "packed" in stored.values() else "plain"
+        count = sum(each == kind for each in stored.values())
+        if count:
+            rest -= sum(extra[each] for each in stored.values() if each != kind)
+            extra[kind] = rest / count
+    if not extra["packed"]:
+        extra["packed"] = extra["plain"]
+    return fixed, extra
+
+
+def _fit(
+    traced: TracedModel,
+    space: Space,
+    bases: Sequence[Mapping[str, Way]],
+    times_us: Sequence[float],
+    target: Target,
+    search: Search,
+    progress: Callable[[str, int, int], None],
+) -> tuple[LatencyModel, tuple[str, ...]]:
+    places = layer_places(traced, search.batch)
+    shapes = {shape.signature: shape for place in places.values() for shape in place.shapes}
+    own = Path(search.latency_table) if search.latency_table else None
+    table, path = open_table(own, target.provider, search.threads)
+    kinds: list[tuple[dict[str, str], float]] = []
+    for base, time_us in zip(bases, times_us, strict=True):
+        runs = {name: base[name].kind if name in base else "float" for name in places}
+        if runs not in [known for known, _ in kinds]:
+            kinds.append((runs, time_us))
+    computes = {COMPUTE_OF[kind] for base, _ in kinds for kind in base.values()}
+    wanted = {signature for signature in shapes if any(table.find(signature, each) is None for each in computes)}
+    note = f"latency: {len(wanted)} of {len(shapes)} operators timed in this run, the rest from {path}"
+    if not wanted and _stale(places, table, times_us[0]):
+        wanted = set(shapes)
+        note = f"latency: all operators timed again, as those in {path} are slower than the whole model is now"
+    if wanted:
+        rows = time_operators([shapes[each] for each in sorted(wanted)], target, search.threads, progress)
+        table = table.with_operators(rows)
+        table.save(path)
+    return fit(places, table, kinds), (note,)
+
+
+def _stale(places: Mapping[str, LayerPlace], table: LatencyTable, float_us: float) -> bool:
+    """Whether the float layers alone take longer than the whole float model just did."""
+    total = 0.0
+    for place in places.values():
+        for shape in place.shapes:
+            row = table.find(shape.signature, "float")
+            total += row.layer_us if row else 0.0
+    return total > _STALE * float_us

@@ -1,0 +1,155 @@
+"""What each way costs in accuracy: sensitivities measured once for a model and its data, kept and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+from compress.calib.calibrate import calibrate
+from compress.calib.resume import ResumeStore
+from compress.calib.samples import Samples
+from compress.calib.sensitivity import FLOAT as FLOAT_LOSS
+from compress.calib.sensitivity import MEASURES, choose_measure, measure_sensitivity, stored_losses
+from compress.errors import InputError
+from compress.formats import find_format
+from compress.graph.quantizers import place_quantizers
+from compress.graph.traced import TracedModel
+from compress.intake import Intake
+from compress.kernels.table import register_operators
+from compress.latency.table import cache_folder
+from compress.options import Options
+from compress.planning import make_plan
+from compress.records import Plan
+from compress.search.space import Space, Way
+from compress.targets import find_target
+
+__all__ = ["SMALLEST_ERROR", "decide_measure", "measure_errors"]
+
+SMALLEST_ERROR = 1e-6
+"""No quantized layer counts as less harmful than this: a loss that happened to fall is noise the program would buy."""
+
+# Changed with what a sensitivity means, so that older ones are measured again.
+_RULE = "against the layer float, all others at 8 bits"
+
+
+def decide_measure(intake: Intake, options: Options, samples: Samples | None) -> str:
+    """The sensitivity asked for, or the one that fits.
+
+    Raises:
+        InputError: it is unknown, or needs data or labels that are not there.
+    """
+    measure = options.search.sensitivity
+    if measure is None:
+        return "weight" if samples is None else choose_measure(intake.traced)
+    if measure not in MEASURES:
+        raise InputError(f"unknown sensitivity {measure!r}; known: {', '.join(MEASURES)}")
+    if measure != "weight" and samples is None:
+        raise InputError(f"--sensitivity {measure} needs calibration data: give --calib, or choose weight")
+    if measure == "loss" and (samples is None or samples.labels is None or samples.labels.is_floating_point()):
+        raise InputError("--sensitivity loss needs calibration data with classes as labels; choose kl to do without")
+    return measure
+
+
+def measure_errors(
+    intake: Intake,
+    options: Options,
+    frame: Plan,
+    space: Space,
+    measure: str,
+    samples: Samples | None,
+    progress: Callable[[str, int, int], None],
+) -> tuple[dict[str, dict[Way, float]], str]:
+    """Error of every way of every layer, and a sentence that says where it comes from."""
+    register_operators()
+    trials = {layer: space.trials(layer) for layer in space.ways}
+    total = sum(map(len, trials.values()))
+    store = _store(intake, options, frame, measure, samples)
+    known = {layer: stored_losses(store, layer) for layer in trials}
+    missing = {layer: [trial for trial in wanted if trial.key not in known[layer]] for layer, wanted in trials.items()}
+    count = sum(map(len, missing.values()))
+    if count:
+        done = 0
+
+        def trial_done(label: str) -> None:
+            nonlocal done
+            done += 1
+            progress(f"sensitivity of {label}", min(done, count), count)
+
+        progress("sensitivities: the model at 8 bits", 0, count)
+        part = samples.take(min(options.search.sensitivity_samples, len(samples))) if samples else None
+        try:
+            known |= measure_sensitivity(
+                intake.traced,
+                _base(intake, options, part, store),
+                {layer: wanted for layer, wanted in missing.items() if wanted},
+                measure,
+                part.inputs if part else None,
+                part.labels if part else None,
+                observer=options.observer,
+                iterations=options.search.sensitivity_iterations,
+                seed=options.seed,
+                store=store,
+                progress=trial_done,
+            )
+        finally:
+            store.leave()
+    note = f"sensitivity {measure}: {count} of {total} measured in this run, the rest kept from earlier ones"
+    return {layer: _errors(space, layer, known[layer]) for layer in space.ways}, note
+
+
+def _errors(space: Space, layer: str, losses: dict[str, float]) -> dict[Way, float]:
+    def single(way: Way) -> float:
+        return max(losses[way.trial().key] - losses[FLOAT_LOSS], SMALLEST_ERROR)
+
+    quantized = [way for way in space.ways[layer] if way.option is not None]
+    errors = {}
+    for way in space.ways[layer]:
+        if way.option is None:
+            errors[way] = 0.0
+        elif not space.separable:
+            errors[way] = single(way)
+        else:
+            weights, inputs = space.weights_alone(way, quantized), space.input_alone(way, quantized)
+            widest = space.weights_alone(inputs, quantized)
+            errors[way] = max(single(weights) + single(inputs) - single(widest), SMALLEST_ERROR)
+    return errors
+
+
+def _base(intake: Intake, options: Options, samples: Samples | None, store: ResumeStore) -> TracedModel:
+    """The model with every layer at 8 bits, rounded to nearest; the float one without data."""
+    base = intake.traced.copy()
+    if samples is None:
+        return base
+    plain = Options(bits=8, method="mse", observer=options.observer, target=options.target, ignore=options.ignore)
+    plan = make_plan(intake, plain, samples)
+    act_bits = {choice.layer: choice.option.act_bits for choice in plan.choices if choice.option.act_bits is not None}
+    dtype = getattr(torch, find_target(plan.target).activation_type)
+    quantizers = place_quantizers(base, act_bits, dtype) if act_bits else []
+    computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
+    unsaved = ResumeStore(store.fresh_scratch() / "base", "base")
+    calibrate(intake.traced, base, quantizers, plan, computes, samples.inputs, unsaved, lambda layer: None)
+    return base
+
+
+def _store(intake: Intake, options: Options, frame: Plan, measure: str, samples: Samples | None) -> ResumeStore:
+    """Where the sensitivities of this model, data and way of measuring are kept."""
+    content = {
+        "model": intake.fingerprint,
+        "data": frame.data_fingerprint if measure != "weight" else None,
+        "samples": min(options.search.sensitivity_samples, len(samples)) if samples else 0,
+        "measure": measure,
+        "rule": _RULE,
+        "observer": options.observer,
+        "target": options.target,
+        "ignore": list(options.ignore),
+        "iterations": options.search.sensitivity_iterations,
+        "seed": options.seed,
+        "versions": [version("compress-toolchain"), torch.__version__],
+    }
+    fingerprint = json.dumps(content, sort_keys=True)
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    return ResumeStore(cache_folder() / f"sensitivity-{digest}", fingerprint)

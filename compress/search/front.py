@@ -1,0 +1,120 @@
+"""The Pareto front: the best plan for every value of one budget, with greedy's beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from pydantic import Field
+
+from compress.allocate.greedy import greedy
+from compress.errors import InfeasibleBudget, InputError
+from compress.records import Plan, Record
+from compress.search.allocator import Allocator
+from compress.search.prepare import Prepared
+
+__all__ = ["Front", "FrontPoint", "sweep_front"]
+
+# The very smallest plan leaves its file no room to come out larger than predicted.
+_FIRST = 1.01
+
+
+class FrontPoint(Record):
+    """One plan of the front; totals in bytes, microseconds, bit operations and the sensitivity's unit."""
+
+    number: int
+    plan: str = Field(description="name of the plan's file within the folder")
+    predicted: dict[str, float]
+    measured: dict[str, float] = Field(description="of the exported file; with --measure also error and accuracy")
+    greedy_error: float | None = Field(description="what greedy allocation predicts within the same budget")
+    bound: float = Field(description="no plan within the budget has a smaller predicted error")
+    gap: float
+    status: str
+
+
+class Front(Record):
+    """All points, by the quantity that was swept."""
+
+    over: str
+    sensitivity: str
+    float_totals: dict[str, float]
+    points: tuple[FrontPoint, ...]
+    notes: tuple[str, ...] = ()
+
+
+def sweep_front(
+    prepared: Prepared,
+    over: str,
+    count: int,
+    progress: Callable[[str, int, int], None],
+    measure: Callable[[Plan], Mapping[str, float]] | None = None,
+) -> tuple[Front, list[Plan]]:
+    """``count`` plans from the smallest reachable ``over`` to where nothing is lost.
+
+    Args:
+        over: ``size``, ``latency`` or ``bops``; other budgets of ``prepared`` hold at every point.
+        measure: carries a plan out and returns what it came to; None: predictions and uncalibrated files only.
+
+    Raises:
+        InputError: ``over`` or ``count`` is out of range.
+    """
+    allocator = prepared.allocator
+    known = [name for name in ("size", "latency", "bops") if name != "latency" or allocator.costs.latency is not None]
+    if over not in known:
+        raise InputError(f"--over {over}: known are {', '.join(known)}")
+    if count < 2:
+        raise InputError(f"--points {count}: a front needs at least 2")
+    others = {name: value for name, value in prepared.limits.items() if name != over}
+    free = allocator.find(others)
+    least = allocator.smallest(over, others)
+    if least is None:
+        raise InfeasibleBudget(allocator.explain(others))
+    lowest = least * _FIRST
+    highest = max(free.measured.get(over, free.predicted[over]), lowest)
+    points: list[FrontPoint] = []
+    plans: list[Plan] = []
+    for limit in np.linspace(lowest, highest, count).tolist():
+        progress(f"plan for {over} {limit:.4g}", len(points), count)
+        budgets = {**others, over: limit}
+        try:
+            draft = allocator.find(budgets)
+        except InfeasibleBudget:
+            continue  # the file of the very smallest plan may come out larger than predicted
+        plan = allocator.plan(prepared.frame, draft, prepared.budgets, prepared.measure, "error")
+        if plan.choices in [each.choices for each in plans] or not plan.choices:
+            continue
+        measured = dict(draft.measured)
+        if measure is not None:
+            measured |= measure(plan)
+        points.append(
+            FrontPoint(
+                number=len(points) + 1,
+                plan=f"plan-{len(points) + 1:02}.json",
+                predicted=draft.predicted,
+                measured=measured,
+                greedy_error=_greedy_error(allocator, draft.limits),
+                bound=draft.answer.bound,
+                gap=draft.answer.gap,
+                status=draft.answer.status,
+            )
+        )
+        plans.append(plan)
+    progress("front", count, count)
+    front = Front(
+        over=over,
+        sensitivity=prepared.measure,
+        float_totals=allocator.costs.float_totals,
+        points=tuple(points),
+        notes=(*allocator.costs.notes, *prepared.notes),
+    )
+    return front, plans
+
+
+def _greedy_error(allocator: Allocator, budgets: Mapping[str, float]) -> float | None:
+    """What greedy predicts at its best over all sets of widths; None if it finds nothing."""
+    found = []
+    for each in allocator.programs("error", budgets):
+        picks = greedy(each.program)
+        if picks is not None:
+            found.append(each.program.total(picks, "error"))
+    return min(found, default=None)

@@ -1,0 +1,66 @@
+"""The compressed graph of a plan without its calibration: the same operators and bytes, made-up numbers.
+
+Size and speed of a file depend on its operators, shapes and widths, not on the values in it. A skeleton has them all
+and is made in seconds, so that a plan's size is known and its latency timed before anything is calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from compress.calib.observers import activation_grid
+from compress.exporters.onnx import build_onnx, write_onnx
+from compress.formats import find_format
+from compress.graph.layers import ACTIVATIONS
+from compress.graph.quantizers import Quantizer, place_quantizers
+from compress.graph.rewrite import absorb_activations, set_grid, set_weight, store_biases
+from compress.graph.traced import TracedModel
+from compress.kernels.table import register_operators
+from compress.methods import METHODS
+from compress.problem import Effort, LayerProblem
+from compress.records import Choice
+from compress.registry import resolve
+from compress.targets import Target
+
+__all__ = ["build_skeleton", "write_skeleton"]
+
+# A ReLU6's own range, so that it is absorbed as the calibrated one would be; any other number would do elsewhere.
+_TOP = 6.0
+
+
+def build_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: Target) -> TracedModel:
+    """The graph that ``choices`` lead to, weights rounded to nearest and every activation grid made up.
+
+    Args:
+        float_model: simplified and folded; it is left as it is.
+    """
+    register_operators()
+    model = float_model.copy()
+    act_bits = {choice.layer: choice.option.act_bits for choice in choices if choice.option.act_bits is not None}
+    quantizers = place_quantizers(model, act_bits, getattr(torch, target.activation_type)) if act_bits else []
+    for quantizer in quantizers:
+        set_grid(model, quantizer.name, *_made_up_grid(model, quantizer))
+    for choice in choices:
+        weight = float_model.tensor(f"{choice.layer}.weight")
+        problem = LayerProblem(choice.layer, weight, None, forward=lambda x, *_: x)
+        solution = resolve(METHODS, "minmax", "method").solve(problem, choice.option, Effort(0, 0))
+        set_weight(model, choice.layer, solution.weight, find_format(choice.format).compute)
+    store_biases(model)
+    absorb_activations(model)
+    return model
+
+
+def write_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: Target, path: Path) -> int:
+    """Export the skeleton to ``path`` and return the file's bytes."""
+    write_onnx(build_onnx(build_skeleton(float_model, choices, target)), path, {})
+    return path.stat().st_size
+
+
+def _made_up_grid(model: TracedModel, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+    node = next(node for node in model.graph.nodes if node.name == quantizer.node)
+    low = 0.0 if node.args[0].target in ACTIVATIONS else -_TOP
+    dtype = model.tensor(f"{quantizer.name}.zero_point").dtype
+    return activation_grid(low, _TOP, quantizer.bits, dtype)
