@@ -16,7 +16,9 @@ import torch
 from compress.allocate.diff import PlanDiff, diff_plans
 from compress.allocate.review import review_plan
 from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact, load_plan, save_plan
+from compress.cache import remembered
 from compress.calib.samples import Samples, load_samples
+from compress.compression import plan_fingerprint
 from compress.estimate import Estimate, estimate
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify as verify_file
@@ -107,8 +109,12 @@ def quantize(
     if folder is not None:
         check_folder(folder, overwrite)
     work = _open(model, calib, eval_data, options, source)
-    plan, notes = _make_plan(work, options, progress or _silent)
-    return _realize(work, plan, options, folder, overwrite, progress, notes)
+    pending = folder.with_name(f".{folder.name}.plan.json") if folder is not None else None
+    plan, notes = _make_plan(work, options, progress or _silent, pending)
+    result = _realize(work, plan, options, folder, overwrite, progress, notes)
+    if pending is not None:
+        pending.unlink(missing_ok=True)
+    return result
 
 
 def allocate(
@@ -319,7 +325,9 @@ def _open(model: ModelLike, calib: object | None, eval_data: object | None, opti
     return _Work(intake, samples, labelled)
 
 
-def _make_plan(work: _Work, options: Options, progress: Progress) -> tuple[Plan, tuple[str, ...]]:
+def _make_plan(
+    work: _Work, options: Options, progress: Progress, pending: Path | None = None
+) -> tuple[Plan, tuple[str, ...]]:
     """The uniform plan, or the one that the budgets lead to; and notes on how it was found."""
     if not options.budgets:
         return make_plan(work.intake, options, work.samples), ()
@@ -328,9 +336,13 @@ def _make_plan(work: _Work, options: Options, progress: Progress) -> tuple[Plan,
     classes = labels is not None and not labels.is_floating_point()
 
     def drop_of(plan: Plan) -> float:
-        return _realize(work, plan, options, None, False, progress).report.measured["drop"]
+        assert work.labelled is not None
+        key = [plan_fingerprint(plan), work.labelled.fingerprint]
+        return remembered(
+            "drop", key, lambda: _realize(work, plan, options, None, False, progress).report.measured["drop"]
+        )
 
-    return find_plan(work.intake, options, work.samples, drop_of if classes else None, progress)
+    return find_plan(work.intake, options, work.samples, drop_of if classes else None, progress, pending)
 
 
 def _realize(

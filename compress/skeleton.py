@@ -41,8 +41,8 @@ def build_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: 
     model = float_model.copy()
     act_bits = {choice.layer: choice.option.act_bits for choice in choices if choice.option.act_bits is not None}
     quantizers = place_quantizers(model, act_bits, getattr(torch, target.activation_type)) if act_bits else []
-    for quantizer in quantizers:
-        set_grid(model, quantizer.name, *_made_up_grid(model, quantizer))
+    for number, quantizer in enumerate(quantizers):
+        set_grid(model, quantizer.name, *_made_up_grid(model, quantizer, number))
     for choice in choices:
         weight = float_model.tensor(f"{choice.layer}.weight")
         problem = LayerProblem(choice.layer, weight, None, forward=lambda x, *_: x)
@@ -59,8 +59,9 @@ def write_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: 
     return path.stat().st_size
 
 
-def _made_up_grid(model: TracedModel, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+def _made_up_grid(model: TracedModel, quantizer: Quantizer, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grid unlike any other's, as calibration would give: equal tensors would be stored once."""
     node = next(node for node in model.graph.nodes if node.name == quantizer.node)
-    low = 0.0 if node.args[0].target in ACTIVATIONS else -_TOP
+    low = 0.0 if node.args[0].target in ACTIVATIONS else -_TOP * (1 + number / 100)
     dtype = model.tensor(f"{quantizer.name}.zero_point").dtype
-    return activation_grid(low, _TOP, quantizer.bits, dtype)
+    return activation_grid(low, _TOP / (1 + number / 1000), quantizer.bits, dtype)

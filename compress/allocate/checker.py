@@ -49,7 +49,7 @@ def check(program: Program, answer: Answer, *, gap: float = 0.0) -> None:
     # Not abs(a - b): both are infinite where nothing is proven.
     if not (answer.gap == found or abs(answer.gap - found) <= _ROUNDING * max(1.0, abs(found))):
         raise CheckFailed(f"{program.objective}: bound and plan are {found!r} apart, the answer says {answer.gap!r}")
-    largest = max(gap * abs(answer.objective), slack)
+    largest = gap * abs(answer.objective) + slack
     if answer.status == "optimal" and not answer.objective - answer.bound <= largest:
         raise CheckFailed(
             f"{program.objective}: called optimal with a gap of {answer.gap!r}; at most {gap!r} was asked for"
@@ -59,9 +59,7 @@ def check(program: Program, answer: Answer, *, gap: float = 0.0) -> None:
 def _add_up(program: Program, answer: Answer, quantity: str) -> tuple[float, float]:
     """The plan's total in ``quantity``, and the sum of its parts' sizes."""
     parts = [float(program.fixed[quantity])] if quantity in program.fixed else []
-    for unit, pick in enumerate(answer.picks):
-        parts.append(float(program.costs[unit][quantity][pick]))
-    for pair in program.pairs:
-        if pair.quantity == quantity:
-            parts.append(float(pair.costs[answer.picks[pair.first]][answer.picks[pair.second]]))
+    parts += [float(program.costs[unit][quantity][pick]) for unit, pick in enumerate(answer.picks)]
+    pairs = (pair for pair in program.pairs if pair.quantity == quantity)
+    parts += [float(pair.costs[answer.picks[pair.first]][answer.picks[pair.second]]) for pair in pairs]
     return math.fsum(parts), math.fsum(abs(part) for part in parts)

@@ -105,11 +105,14 @@ class _State:
 
     def repair(self) -> bool:
         """Lower what exceeds the budgets move by move; whether that succeeded."""
+        size = float((np.abs(self.budgets) / self.scale).sum())
         while (self.spare < 0).any():
             over = np.maximum(self.moves[1:] - self.spare[:, None, None], 0.0) / self.scale[:, None, None]
             excess = over.sum(axis=0)
             least = excess.min()
-            if not least < (np.maximum(-self.spare, 0.0) / self.scale).sum():
+            now = float((np.maximum(-self.spare, 0.0) / self.scale).sum())
+            # By more than rounding, or moves that change nothing would follow each other forever.
+            if not least < now - 1e-12 * (now + size):
                 return self._inside()
             tied = np.where(excess == least, self.moves[0], np.inf)
             unit, choice = np.unravel_index(int(tied.argmin()), tied.shape)

@@ -30,7 +30,11 @@ class _Quiet(highspy.Highs):
 
 
 class _Highs(pulp.HiGHS):
-    """PuLP's HiGHS: silent, given the columns' values as a first solution, and stopped by Ctrl-C."""
+    """PuLP's HiGHS: silent, and stopped by Ctrl-C.
+
+    It is given no first solution: HiGHS 1.16 may improve one in presolve and then return the one it was given as
+    optimal, beside the better one's objective. It is no faster with one either.
+    """
 
     def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:
         lp.solverModel = _Quiet()
@@ -39,10 +43,6 @@ class _Highs(pulp.HiGHS):
             lp.solverModel.setOptionValue(name, value)
 
     def callSolver(self, lp: pulp.LpProblem) -> None:
-        known = [(variable.index, variable.varValue) for variable in lp.variables() if variable.varValue is not None]
-        if known:
-            indices, values = zip(*known, strict=True)
-            lp.solverModel.setSolution(len(known), np.array(indices, dtype=np.int32), np.array(values))
         # In a thread of its own: a signal would wait until the time limit otherwise.
         lp.solverModel.HandleUserInterrupt = True
         lp.solverModel.startSolve()

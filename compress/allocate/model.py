@@ -51,16 +51,6 @@ class Model:
             for columns in self.binaries
         )
 
-    def start(self, picks: Sequence[int]) -> None:
-        """Leave ``picks`` in the columns, for solvers that take a first solution."""
-        for columns, pick in zip(self.binaries, picks, strict=True):
-            for k, column in enumerate(columns):
-                column.setInitialValue(float(k == pick))
-        for joint in self.joints:
-            cell = (joint.rows[picks[joint.first]], joint.columns[picks[joint.second]])
-            for key, column in joint.cells.items():
-                column.setInitialValue(float(key == cell))
-
     def unscaled(self, bound: float) -> float:
         """A bound on the model's objective as one on the program's."""
         return self.offset + self.scale * bound

@@ -60,6 +60,8 @@ class _Lagrangian:
         self.units[1:] /= self.scale[:, None, None]
         self.pairs[1:] /= self.scale[:, None, None, None]
         self.spare = self.spare / self.scale
+        self.sizes = np.abs(self.units).max(axis=2).sum(axis=1)
+        self.sizes += np.abs(self.pairs).max(axis=(2, 3), initial=0.0).sum(axis=1)
 
     def _pairs(self, program: Program, names: list[str]) -> tuple[NDArray[np.intp], NDArray[np.intp], Vector]:
         ends = sorted({(pair.first, pair.second) for pair in program.pairs})
@@ -112,6 +114,10 @@ class _Lagrangian:
         present = np.where(self.absent, -np.inf, self.units[0])
         return float(self.fixed + present.max(axis=1).sum() + self.pairs[0].max(axis=(1, 2)).sum())
 
+    def noise(self, multipliers: Vector) -> float:
+        """What rounding may do to the value at ``multipliers``: parts may cancel, or be lost beside large ones."""
+        return 1e-12 * float(abs(self.fixed) + self.sizes[0] + multipliers @ (self.sizes[1:] + np.abs(self.spare)))
+
     def reach(self, worst: float) -> Vector:
         """Sizes [Q] of a box that holds the best multipliers, or nearly: any multipliers give a valid bound."""
         least = np.where(self.absent, np.inf, self.units[1:]).min(axis=2).sum(axis=1)
@@ -150,7 +156,7 @@ def relax(program: Program, *, steps: int = 2000) -> Relaxation:
         value, gradient, picks = lagrangian.at(multipliers)
         if value > bound:
             bound, best = value, multipliers
-        if value > worst + 1e-9 * abs(worst):
+        if value > worst + 1e-9 * abs(worst) + lagrangian.noise(multipliers):
             return Relaxation(np.inf, np.full(lagrangian.absent.shape, np.inf), ())
         objective, use = lagrangian.use(picks)
         if objective < cheapest and (use <= lagrangian.spare).all():

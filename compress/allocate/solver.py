@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pulp
+from numpy.typing import NDArray
 
 from compress.allocate.greedy import greedy, neighbour
 from compress.allocate.model import Model, Outcome, build
@@ -41,6 +42,10 @@ PROVEN = 1e-9
 Run = Callable[[Model, float, float], Outcome]
 
 _ROUNDS = 100
+# A bound below a whole number by no more than this may be that number and a solver's rounding; while numbers stay below
+# the second one it is far more than that rounding.
+_WHOLE_SLACK = 1e-3
+_WHOLE_LIMIT = 1e5
 _MESSAGE_SECONDS = 10.0
 
 
@@ -59,10 +64,21 @@ class _Best:
     picks: Picks | None = None
     objective: float = np.inf
     bound: float = -np.inf
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        self.whole = _whole(self.program)
 
     def open(self, gap: float, noise: float) -> bool:
         """Whether a better plan by more than ``gap``, relative, and ``noise`` may exist."""
         return self.picks is None or self.objective - self.bound > max(noise, gap * abs(self.objective))
+
+    def prove(self, bound: float) -> None:
+        """Take in a bound on the plans that may still be better."""
+        if self.whole and np.isfinite(bound):
+            # Nothing lies between whole numbers.
+            bound = float(np.ceil(bound - _WHOLE_SLACK))
+        self.bound = max(self.bound, min(bound, self.objective))
 
     def offer(self, picks: Picks | None) -> None:
         """Keep ``picks`` if they are allowed and better."""
@@ -102,7 +118,7 @@ def solve(
     reduced, relaxation = _prepare(best)
     if reduced is None or relaxation.bound == np.inf:
         raise InfeasibleProgram(_why(program, best.excluded, solver))
-    best.bound = relaxation.bound
+    best.prove(relaxation.bound)
     settled_by = "bounds"
     noise = _noise(program)
     if best.open(max(gap, PROVEN), noise):
@@ -185,15 +201,14 @@ def _search(run: Run, solver: str, core: Reduced, best: _Best, gap: float, deadl
     model = build(core.program, [p for p in map(core.inward, sorted(best.excluded)) if p is not None], best.objective)
     known = [abs(value) for value in (best.bound, best.objective) if np.isfinite(value)]
     allowed = gap * min(known) / model.scale if best.bound * best.objective > 0 else 0.0
+    if best.whole:
+        allowed = max(allowed, (1 - 2 * _WHOLE_SLACK) / model.scale)
     for _ in range(_ROUNDS):
-        first = core.inward(best.picks) if best.picks else None
-        if first is not None:
-            model.start(first)
         outcome = _run(run, solver, model, max(deadline - time.monotonic(), 0.01), allowed)
         if outcome.infeasible:
             # With a plan in hand that can only be the solver's rounding, and proves nothing.
             return best.picks is not None
-        best.bound = max(best.bound, min(model.unscaled(outcome.bound), best.objective))
+        best.prove(model.unscaled(outcome.bound))
         if not outcome.found:
             break
         picks = model.picks()
@@ -218,17 +233,36 @@ def _run(run: Run, solver: str, model: Model, seconds: float, allowed: float) ->
         raise SolverError(f"solver {solver} died ({type(error).__name__}: {error}); try --solver {others}") from error
 
 
+def _objective_terms(program: Program) -> list[NDArray[np.float64]]:
+    """Everything that a plan's objective may be the sum of."""
+    pairs = [pair.costs for pair in program.pairs if pair.quantity == program.objective]
+    fixed = np.array([program.fixed.get(program.objective, 0.0)])
+    return [fixed, *(costs[program.objective] for costs in program.costs), *pairs]
+
+
 def _noise(program: Program) -> float:
     """What rounding may do to a sum over the program's objective."""
-    units = sum(float(np.abs(costs[program.objective]).max()) for costs in program.costs)
-    pairs = sum(float(np.abs(pair.costs).max()) for pair in program.pairs if pair.quantity == program.objective)
-    return 1e-13 * (abs(program.fixed.get(program.objective, 0.0)) + units + pairs)
+    return 1e-13 * sum(float(np.abs(term).max()) for term in _objective_terms(program))
+
+
+def _whole(program: Program) -> bool:
+    """Whether every plan's objective is a whole number, small enough to tell it from the next in a solver's bound."""
+    terms = _objective_terms(program)
+    small = sum(float(np.abs(term).max()) for term in terms) <= _WHOLE_LIMIT
+    return small and all(bool((term == np.round(term)).all()) for term in terms)
 
 
 def _why(program: Program, excluded: Collection[Picks], solver: str) -> str:
     """The sentence that says which budget is out of reach, and what is within."""
     if excluded:
         return f"no plan inside the budgets is left besides the {len(excluded)} excluded"
+    try:
+        return _out_of_reach(program, solver)
+    except SolverError:
+        return "no plan is inside the budgets, which is proven; what can be reached took too long to find"
+
+
+def _out_of_reach(program: Program, solver: str) -> str:
     found = {name: smallest(program, name, solver=solver, time_limit=_MESSAGE_SECONDS) for name in program.budgets}
     over = [name for name in program.budgets if found[name] > program.limit(name)]
     if over:

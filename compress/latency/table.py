@@ -6,18 +6,17 @@ else. It is written whole or not at all, after every measurement.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from compress.cache import cache_folder, digest
 from compress.errors import InputError
 from compress.machine import Environment, describe_environment
 from compress.records import Record
 
-__all__ = ["LatencyTable", "Operator", "cache_folder", "open_table"]
+__all__ = ["LatencyTable", "Operator", "open_table"]
 
 
 class Operator(Record):
@@ -61,12 +60,6 @@ class LatencyTable(Record):
         os.replace(temporary, path)
 
 
-def cache_folder() -> Path:
-    """Where measurements are kept: ``$COMPRESS_CACHE``, or ``compress`` in the user's cache folder."""
-    own = os.environ.get("COMPRESS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
-
-
 def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyTable, Path]:
     """The table for this machine, and the file it is kept in; an empty one where there is no file yet.
 
@@ -79,8 +72,7 @@ def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyT
     environment = describe_environment()
     here = _conditions(environment, provider, threads)
     if path is None:
-        digest = hashlib.sha256(json.dumps(here).encode()).hexdigest()[:12]
-        path = cache_folder() / f"latency-{digest}.json"
+        path = cache_folder() / f"latency-{digest(here)}.json"
     if not path.exists():
         return LatencyTable(environment=environment, provider=provider, threads=threads), path
     try:

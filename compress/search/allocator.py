@@ -56,10 +56,11 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Restricted:
-    """A program over some of the ways: ``kept`` has their numbers, a list a unit."""
+    """A program over some of the ways: ``kept`` has their numbers, a list a unit; ``paid``: bytes for their widths."""
 
     program: Program
     kept: list[list[int]]
+    paid: int
 
 
 class Allocator:
@@ -113,7 +114,7 @@ class Allocator:
             ]
             if all(kept):
                 paid = sum(self.costs.shared[width] for width in allowed)
-                found.append(Restricted(_restricted(whole, kept, paid), kept))
+                found.append(Restricted(_restricted(whole, kept, paid), kept, paid))
         return found
 
     def _least_size(self, program: Program) -> float:
@@ -271,7 +272,11 @@ class Allocator:
                 float_us, plan_us = time_files([plain, file], self.target, self.search, self.progress)
                 # The machine may run at another speed than when the budget was set.
                 measured["latency"] = plan_us / float_us * self.costs.float_totals["latency"]
-        return Draft(ways, answer, dict(program.budgets), program.totals(answer.picks), measured, notes)
+        predicted = program.totals(answer.picks)
+        used = {way.widths[0] for way in ways.values()}
+        # One program for all widths pays for those it does not use, too.
+        predicted["size"] += sum(self.costs.shared[each] for each in used & set(self.costs.shared)) - restricted.paid
+        return Draft(ways, answer, dict(program.budgets), predicted, measured, notes)
 
     @staticmethod
     def _over(draft: Draft, budgets: Mapping[str, float]) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
 
+from compress.cache import cache_folder, digest
 from compress.calib.calibrate import calibrate
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples
@@ -20,7 +20,6 @@ from compress.graph.quantizers import place_quantizers
 from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.kernels.table import register_operators
-from compress.latency.table import cache_folder
 from compress.options import Options
 from compress.planning import make_plan
 from compress.records import Plan
@@ -150,6 +149,4 @@ def _store(intake: Intake, options: Options, frame: Plan, measure: str, samples:
         "seed": options.seed,
         "versions": [version("compress-toolchain"), torch.__version__],
     }
-    fingerprint = json.dumps(content, sort_keys=True)
-    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    return ResumeStore(cache_folder() / f"sensitivity-{digest}", fingerprint)
+    return ResumeStore(cache_folder() / f"sensitivity-{digest(content)}", json.dumps(content, sort_keys=True))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 from compress.allocate.budgets import format_value, parse_budgets
+from compress.cache import digest
 from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import Intake
@@ -22,11 +27,14 @@ def find_plan(
     samples: Samples | None,
     drop_of: Callable[[Plan], float] | None,
     progress: Callable[[str, int, int], None],
+    pending: Path | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
     """The best plan inside ``options.budgets``, with its certificate, and notes for the report.
 
     Args:
         drop_of: carries a plan out and returns its accuracy drop in points; None without labelled data.
+        pending: file that keeps the plan until it is carried out. Latencies differ from run to run, and with them
+            plans: a run that was stopped is to continue with the one it had.
 
     Raises:
         InputError: options that do not go together.
@@ -35,6 +43,9 @@ def find_plan(
     """
     if drop_of is None and any(budget.quantity == "drop" for budget in parse_budgets(options.budgets)):
         raise InputError("--budget drop=... is kept by evaluating plans: give labelled data with classes as --eval")
+    key = digest([intake.fingerprint, samples.fingerprint if samples else None, asdict(options)])
+    if pending is not None and (kept := _kept(pending, key)) is not None:
+        return kept, ("continued with the plan that an earlier run found",)
     prepared = prepare(intake, options, samples, progress)
     allocator = prepared.allocator
     if prepared.drop is None:
@@ -50,4 +61,18 @@ def find_plan(
         raise InputError(
             "the budgets leave every layer float: nothing would be compressed. Lower a budget, or leave out --floats"
         )
+    if pending is not None:
+        pending.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pending.with_name(f"{pending.name}.partial")
+        temporary.write_text(json.dumps({"key": key, "plan": plan.model_dump(mode="json")}))
+        os.replace(temporary, pending)
     return plan, notes
+
+
+def _kept(pending: Path, key: str) -> Plan | None:
+    """The plan that a stopped run left for the same model, data and options."""
+    try:
+        content = json.loads(pending.read_text())
+        return Plan.model_validate(content["plan"]) if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -49,9 +49,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One thread, a wide terminal, temporary files under ``folder``."""
+    """One thread, a wide terminal, temporary files and measurements under ``folder``."""
     (folder / "tmp").mkdir(exist_ok=True)
     own = {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
+    own["COMPRESS_CACHE"] = str(folder / "cache")
     return {**os.environ, **own}
 
 
