@@ -8,7 +8,7 @@
 - ``two_budgets``: size and a latency that nearly follows it, 20 seconds each.
 - ``greedy``: excess of greedy's error over the optimum (``stopping``: ended at the first overflow) over 20 budgets.
 
-Every answer is added up again by :mod:`compress.allocate.checker`.
+Every answer is added up again by :mod:`compress.allocation.checker`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.allocate.checker import check
-from compress.allocate.greedy import greedy
-from compress.allocate.program import Answer, Program
-from compress.allocate.solver import SOLVERS, solve
+from compress.allocation.checker import check
+from compress.allocation.greedy import greedy
+from compress.allocation.program import Answer, Program
+from compress.allocation.solver import SOLVERS, solve
 from compress.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,8 +13,8 @@ from typing import Unpack
 
 import torch
 
-from compress.allocate.diff import PlanDiff, diff_plans
-from compress.allocate.review import review_plan
+from compress.allocation.diff import PlanDiff, diff_plans
+from compress.allocation.review import review_plan
 from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact, load_plan, save_plan
 from compress.cache import remembered
 from compress.calib.samples import Samples, load_samples

@@ -40,7 +40,7 @@ class Search:
         tied: a layer's input has its weight's width (the paper's W = A).
         floats: whether a layer may stay float. None: where latency matters, which prices what a float layer among
             integer ones costs, or without data.
-        sensitivity: what a candidate's error is (compress/allocate/sensitivity.py). None: ``kl`` with data, ``weight``
+        sensitivity: what a candidate's error is (compress/calib/sensitivity.py). None: ``kl`` with data, ``weight``
             without.
         sensitivity_samples: calibration samples it is measured on.
         sensitivity_iterations: optimisation steps a candidate, for methods that take any.
@@ -79,7 +79,7 @@ class Options:
     Attributes:
         bits: width of the weights, 2..8. None: 4, or whatever the budgets allow.
         act_bits: width of the activations, 4..8; needs calibration data. None: 8 with data, float without.
-        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocate/budgets.py); with them
+        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with them
             the widths are chosen layer by layer.
         method: a name from compress/methods.py. None: ``adaquant`` with data, ``mse`` without.
         samples: how many calibration samples to use.

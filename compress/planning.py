@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.allocate.uniform import uniform_choices
+from compress.allocation.uniform import uniform_choices
 from compress.calib.observers import OBSERVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError

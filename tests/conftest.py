@@ -46,9 +46,9 @@ def compress_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
     Rounds to nearest on min-max ranges, unless told otherwise, and measures nothing. ``shape`` is a sample's.
     """
-    from compress.compression import apply_plan
     from compress.calib.resume import ResumeStore
     from compress.calib.samples import load_samples
+    from compress.compression import apply_plan
     from compress.intake import take_in
     from compress.options import Options
     from compress.planning import make_plan

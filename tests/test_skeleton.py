@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.allocate.eligibility import find_format_for
+from compress.allocation.eligibility import find_format_for
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples, load_samples
 from compress.compression import apply_plan

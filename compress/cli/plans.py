@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from compress.allocate.budgets import format_value
-from compress.allocate.diff import LayerDiff, PlanDiff
+from compress.allocation.budgets import format_value
+from compress.allocation.diff import LayerDiff, PlanDiff
 from compress.records import Allocation, Budget
 from compress.search.front import Front
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.allocate.budgets import format_value
-from compress.allocate.checker import check
-from compress.allocate.program import Answer, Pair, Picks, Program
-from compress.allocate.solver import InfeasibleProgram, solve
+from compress.allocation.budgets import format_value
+from compress.allocation.checker import check
+from compress.allocation.program import Answer, Pair, Picks, Program
+from compress.allocation.solver import InfeasibleProgram, solve
 from compress.errors import InfeasibleBudget
 from compress.graph.traced import TracedModel
 from compress.latency.model import COMPUTE_OF

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from compress.allocate.budgets import format_value, parse_budgets
+from compress.allocation.budgets import format_value, parse_budgets
 from compress.cache import digest
 from compress.calib.samples import Samples
 from compress.errors import InputError

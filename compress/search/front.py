@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from pydantic import Field
 
-from compress.allocate.greedy import greedy
+from compress.allocation.greedy import greedy
 from compress.errors import InfeasibleBudget, InputError
 from compress.records import Plan, Record
 from compress.search.allocator import Allocator

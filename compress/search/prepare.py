@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from compress.allocate.budgets import parse_budgets
-from compress.allocate.solver import SOLVERS
+from compress.allocation.budgets import parse_budgets
+from compress.allocation.solver import SOLVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import Intake

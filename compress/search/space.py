@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.allocate.eligibility import ends, ignored, slow_on_integers
+from compress.allocation.eligibility import ends, ignored, slow_on_integers
 from compress.calib.sensitivity import Trial
 from compress.errors import InputError
 from compress.formats import FORMATS

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.compression import Compressed, apply_plan
 from compress.calib.calibrate import LayerResult
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import load_samples
+from compress.compression import Compressed, apply_plan
 from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.options import Options

@@ -43,9 +43,7 @@ def table(times: Mapping[str, Times]) -> LatencyTable:
 
 def random_table(names: Mapping[str, LayerPlace]) -> LatencyTable:
     rng = np.random.default_rng()
-    drawn = {
-        name: {each: tuple(rng.uniform(1, 50, 3).tolist()) for each in ("float", "integer")} for name in names
-    }
+    drawn = {name: {each: tuple(rng.uniform(1, 50, 3).tolist()) for each in ("float", "integer")} for name in names}
     return table(drawn)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress.allocate.budgets import UNITS, format_value, parse_budgets
+from compress.allocation.budgets import UNITS, format_value, parse_budgets
 from compress.errors import InputError
 from compress.records import Budget
 
@@ -74,7 +74,10 @@ def test_several_in_one_text_and_in_several() -> None:
     ("text", "sentence"),
     [
         ("size=2", "--budget size=2: size needs a unit (B, kB, KB, MB, GB, KiB, MiB, GiB, x); write size=2MB, or"),
-        ("latency=3", "--budget latency=3: latency needs a unit (us, µs, ms, s, x); write latency=3ms, or latency=0.5x"),
+        (
+            "latency=3",
+            "--budget latency=3: latency needs a unit (us, µs, ms, s, x); write latency=3ms, or latency=0.5x",
+        ),
         ("size=2Mb", "--budget size=2Mb: 'Mb' is no unit of size (B, kB"),
         ("size=3ms", "'ms' is no unit of size"),
         ("latency=2MB", "'MB' is no unit of latency (us, µs, ms, s, x); write latency=3ms"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compress.allocate.diff import diff_plans
+from compress.allocation.diff import diff_plans
 from compress.records import Allocation, Candidate, Choice, Cost, Plan, QuantOption, Skip
 
 

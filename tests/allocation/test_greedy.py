@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from compress.allocate.greedy import greedy, neighbour
-from compress.allocate.program import Pair, Program
-from compress.allocate.solver import solve
+from compress.allocation.greedy import greedy, neighbour
+from compress.allocation.program import Pair, Program
+from compress.allocation.solver import solve
 
 
 def program(*units: tuple[list[float], list[float]], size: float, pairs: tuple[Pair, ...] = ()) -> Program:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.allocate.program import Pair, Picks, Program
+from compress.allocation.program import Pair, Picks, Program
 
 __all__ = ["Reduced", "affordable", "fold", "restrict", "undominated"]
 

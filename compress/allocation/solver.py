@@ -1,7 +1,7 @@
 """The best plan of a program, with proof: reduce, bound, and give what is left to an integer-programming solver.
 
-1. Drop choices that fit no budget or are dominated (:mod:`compress.allocate.reduction`).
-2. Bound from below by Lagrange multipliers (:mod:`compress.allocate.relaxation`), from above by greedy from the plans
+1. Drop choices that fit no budget or are dominated (:mod:`compress.allocation.reduction`).
+2. Bound from below by Lagrange multipliers (:mod:`compress.allocation.relaxation`), from above by greedy from the plans
    met there; choices that no plan better than that can hold are dropped too. Of 1,000 units some tens are left.
 3. A solver settles those. What it returns is added up again exactly; a plan over a budget by the solver's tolerance is
    cut off and the program solved again, so its bound still holds.
@@ -20,19 +20,19 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from compress.allocate.greedy import greedy, neighbour
-from compress.allocate.model import Model, Outcome, build
-from compress.allocate.program import Answer, Picks, Program
-from compress.allocate.reduction import Reduced, affordable, undominated
-from compress.allocate.relaxation import Relaxation, relax
+from compress.allocation.greedy import greedy, neighbour
+from compress.allocation.model import Model, Outcome, build
+from compress.allocation.program import Answer, Picks, Program
+from compress.allocation.reduction import Reduced, affordable, undominated
+from compress.allocation.relaxation import Relaxation, relax
 from compress.errors import CompressError, SolverError
 from compress.registry import resolve
 
 __all__ = ["SOLVERS", "InfeasibleProgram", "smallest", "solve"]
 
 SOLVERS = {
-    "highs": "compress.allocate.highs:run",
-    "cbc": "compress.allocate.cbc:run",
+    "highs": "compress.allocation.highs:run",
+    "cbc": "compress.allocation.cbc:run",
 }
 """name -> function of (model, seconds, absolute gap allowed) that solves a PuLP model."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pulp
 
-from compress.allocate.model import Model, Outcome
+from compress.allocation.model import Model, Outcome
 from compress.errors import SolverError
 
 __all__ = ["bound_in", "run"]

@@ -10,14 +10,14 @@ import pulp
 import pytest
 from numpy.typing import NDArray
 
-from compress.allocate.cbc import bound_in
-from compress.allocate.checker import check
-from compress.allocate.greedy import greedy
-from compress.allocate.model import Model, build
-from compress.allocate.program import TOLERANCE, Pair, Picks, Program
-from compress.allocate.reduction import Reduced, affordable, undominated
-from compress.allocate.relaxation import relax
-from compress.allocate.solver import SOLVERS, InfeasibleProgram, smallest, solve
+from compress.allocation.cbc import bound_in
+from compress.allocation.checker import check
+from compress.allocation.greedy import greedy
+from compress.allocation.model import Model, build
+from compress.allocation.program import TOLERANCE, Pair, Picks, Program
+from compress.allocation.reduction import Reduced, affordable, undominated
+from compress.allocation.relaxation import relax
+from compress.allocation.solver import SOLVERS, InfeasibleProgram, smallest, solve
 from compress.errors import InputError, SolverError
 
 EVERY_SOLVER = pytest.mark.parametrize("solver", list(SOLVERS))

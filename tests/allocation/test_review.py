@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compress.allocate.review import review_plan
+from compress.allocation.review import review_plan
 from compress.errors import InputError
 from compress.records import Allocation, Candidate, Choice, Cost, LayerSpec, Plan, QuantOption, Skip
 
@@ -110,7 +110,10 @@ def test_one_wrong_choice(case: str) -> None:
     ("wrong", "sentence"),
     [
         (choice("a"), "layer a: quantized activations need calibration data: give --calib"),
-        (choice("a", act_bits=None, method="adaquant"), "layer a: method adaquant needs calibration data: give --calib"),
+        (
+            choice("a", act_bits=None, method="adaquant"),
+            "layer a: method adaquant needs calibration data: give --calib",
+        ),
     ],
 )
 def test_what_needs_data(wrong: Choice, sentence: str) -> None:

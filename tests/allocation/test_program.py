@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.allocate.program import TOLERANCE, Pair, Program
+from compress.allocation.program import TOLERANCE, Pair, Program
 
 
 def unit(**costs: list[float]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.allocate.checker import CheckFailed, check
-from compress.allocate.program import Answer, Pair, Program
+from compress.allocation.checker import CheckFailed, check
+from compress.allocation.program import Answer, Pair, Program
 
 PROGRAM = Program(
     (

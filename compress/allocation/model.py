@@ -18,7 +18,7 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from compress.allocate.program import Picks, Program
+from compress.allocation.program import Picks, Program
 
 __all__ = ["Model", "Outcome", "build"]
 

@@ -1,13 +1,13 @@
 """A second pair of eyes on an answer: adds the choices up again and believes nothing that the solver said.
 
-It shares no sum with :mod:`compress.allocate.program` or the solvers, on purpose: plain loops and ``math.fsum``.
+It shares no sum with :mod:`compress.allocation.program` or the solvers, on purpose: plain loops and ``math.fsum``.
 """
 
 from __future__ import annotations
 
 import math
 
-from compress.allocate.program import TOLERANCE, Answer, Program
+from compress.allocation.program import TOLERANCE, Answer, Program
 from compress.errors import CompressError
 
 __all__ = ["CheckFailed", "check"]

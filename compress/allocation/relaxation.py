@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.allocate.program import Picks, Program
+from compress.allocation.program import Picks, Program
 
 __all__ = ["Relaxation", "relax"]
 
@@ -136,7 +136,7 @@ class _Lagrangian:
 def relax(program: Program, *, steps: int = 2000) -> Relaxation:
     """Maximise the Lagrangian bound of ``program``.
 
-    Pairs may have costs of any sign; the bound is tightest for a program that :func:`compress.allocate.reduction.fold`
+    Pairs may have costs of any sign; the bound is tightest for a program that :func:`compress.allocation.reduction.fold`
     has been through.
     """
     lagrangian = _Lagrangian(program)

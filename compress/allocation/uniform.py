@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.allocate.eligibility import ends, find_format_for, ignored, slow_on_integers
+from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers
 from compress.errors import InputError
 from compress.records import Choice, LayerSpec, QuantOption, Skip
 from compress.targets import Target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.allocate.eligibility import find_format_for
+from compress.allocation.eligibility import find_format_for
 from compress.calib.observers import OBSERVERS
 from compress.errors import InputError
 from compress.formats import find_format

@@ -16,7 +16,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.allocate.program import Picks, Program
+from compress.allocation.program import Picks, Program
 
 __all__ = ["greedy", "neighbour"]
 
