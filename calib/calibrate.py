@@ -109,7 +109,7 @@ class _Calibration:
         value = next(node for node in self.model.graph.nodes if node.name == quantizer.node).args[0]
         assert isinstance(value, fx.Node)
         histogram = Histogram()
-        self.walk.ahead.advance(value.name, watch={value.name: histogram.update})
+        self.walk.ahead.show(value.name, histogram.update)
         low, high = observe_range(histogram, self.plan.observer, quantizer.bits)
         seen = max(histogram.maximum, 0.0) - min(histogram.minimum, 0.0)
         self.walk.largest_scales[quantizer.name] = seen / ((1 << quantizer.bits) - 1)

@@ -70,6 +70,15 @@ class Frontier:
         self._values.update(fresh)
         self.release(keep)
 
+    def show(self, name: str, look: Callable[[Tensor], None]) -> None:
+        """Show ``look`` the value of the node called ``name``, batch by batch; move past it where it is still ahead."""
+        if self.passed(name):
+            node = next(node for node in self._traced.graph.nodes if node.name == name)
+            for index in self._batches():
+                look(self._value(node, {}, index))
+        else:
+            self.advance(name, watch={name: look})
+
     def peek(self, name: str, look: Callable[[Tensor], None]) -> None:
         """Move up to the node called ``name``, not past it, and show ``look`` its value, batch by batch.
 

@@ -29,12 +29,12 @@ from compress.kernels.table import register_operators
 from compress.options import Options, Settings, Source, gather
 from compress.planning import make_plan
 from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realize
-from compress.records import LayerSpec, Plan
+from compress.records import Front, LayerSpec, Plan
 from compress.report.build import check_metric
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity
 from compress.search.find import find_plan
-from compress.search.front import Front, sweep_front
+from compress.search.front import check_points, sweep_front
 from compress.search.prepare import prepare
 from compress.targets import find_target
 
@@ -207,6 +207,7 @@ def sweep(
         InfeasibleBudget: other budgets that were given cannot be kept.
     """
     options, source = gather(settings)
+    check_points(points)
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_front_folder(folder, overwrite)

@@ -79,8 +79,8 @@ class Options:
     Attributes:
         bits: width of the weights, 2..8. None: 4, or whatever the budgets allow.
         act_bits: width of the activations, 4..8; needs calibration data. None: 8 with data, float without.
-        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with them
-            the widths are chosen layer by layer.
+        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with
+            them the widths are chosen layer by layer.
         method: a name from compress/methods.py. None: ``adaquant`` with data, ``mse`` without.
         samples: how many calibration samples to use.
         first_last_bits: width of the first and the last layer, where that is more than ``bits``. None: 8, or whatever

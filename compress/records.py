@@ -170,3 +170,26 @@ class Plan(Record):
     def choice(self, layer: str) -> Choice | None:
         """The choice for ``layer``, None when it stays float."""
         return next((choice for choice in self.choices if choice.layer == layer), None)
+
+
+class FrontPoint(Record):
+    """One plan of the front; totals in bytes, microseconds, bit operations and the sensitivity's unit."""
+
+    number: int
+    plan: str = Field(description="name of the plan's file within the folder")
+    predicted: dict[str, float]
+    measured: dict[str, float] = Field(description="of the exported file; with --measure also error and accuracy")
+    greedy_error: float | None = Field(description="what greedy allocation predicts within the same budget")
+    bound: float = Field(description="no plan within the budget has a smaller predicted error")
+    gap: float
+    status: str
+
+
+class Front(Record):
+    """What ``compress sweep`` finds: a plan for every value of the quantity that was swept."""
+
+    over: str
+    sensitivity: str
+    float_totals: dict[str, float]
+    points: tuple[FrontPoint, ...]
+    notes: tuple[str, ...] = ()

@@ -136,8 +136,8 @@ class _Lagrangian:
 def relax(program: Program, *, steps: int = 2000) -> Relaxation:
     """Maximise the Lagrangian bound of ``program``.
 
-    Pairs may have costs of any sign; the bound is tightest for a program that :func:`compress.allocation.reduction.fold`
-    has been through.
+    Pairs may have costs of any sign; the bound is tightest for a program that
+    :func:`compress.allocation.reduction.fold` has been through.
     """
     lagrangian = _Lagrangian(program)
     count = len(lagrangian.spare)

@@ -15,6 +15,8 @@ from compress.targets import Target, find_target
 
 __all__ = ["review_plan"]
 
+_STEPS_WITH_DATA = ("bias_correction", "statistics_tuning", "bias_tuning")
+
 
 def review_plan(
     plan: Plan, layers: Sequence[LayerSpec], model_fingerprint: str, data_fingerprint: str | None, samples: int
@@ -31,9 +33,12 @@ def review_plan(
             choices are named.
     """
     if plan.model_fingerprint != model_fingerprint:
+        remedy = "make one for this model with `compress allocate`"
+        if plan.data_fingerprint is not None and data_fingerprint is None:
+            remedy = "it was made with calibration data, which set the input shape: give them as --calib"
         raise InputError(
             f"the plan was made for another model (fingerprint {plan.model_fingerprint[:12]}, this model's is "
-            f"{model_fingerprint[:12]}); make one for this model with `compress allocate`"
+            f"{model_fingerprint[:12]}); {remedy}"
         )
     target = find_target(plan.target)
     resolve(OBSERVERS, plan.observer, "observer")
@@ -44,6 +49,11 @@ def review_plan(
         problem = _problem(choice, known.get(choice.layer), target, data_fingerprint is not None)
         if problem:
             problems.append(f"layer {choice.layer}: {problem}")
+    if plan.iterations < 0:
+        problems.append(f"iterations is {plan.iterations}: allowed are 0 (round only) and more")
+    if data_fingerprint is None:
+        steps = [name for name in _STEPS_WITH_DATA if getattr(plan.steps, name)]
+        problems += [f"step {name} needs calibration data: give --calib" for name in steps]
     if not plan.choices:
         problems.append("it chooses nothing for any layer")
     if problems:

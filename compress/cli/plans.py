@@ -8,8 +8,7 @@ from rich.table import Table
 
 from compress.allocation.budgets import format_value
 from compress.allocation.diff import LayerDiff, PlanDiff
-from compress.records import Allocation, Budget
-from compress.search.front import Front
+from compress.records import Allocation, Budget, Front
 
 __all__ = ["allocation_lines", "allocation_table", "diff_lines", "diff_table", "front_table"]
 

@@ -34,6 +34,7 @@ def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str
     found = []
     for node in graph.node:
         name = node.name.partition("_token_")[0].removeprefix("fused ")  # a Gemm with its ReLU
+        name = name.removesuffix("/MatMulAddFusion")  # rows of known number: a Gemm between two Reshapes
         if name.endswith("_nchwc") and node.op_type in _FLOAT:
             name = _layer_behind(name.removesuffix("_nchwc"), makers)
         found.append((node, name))

@@ -118,15 +118,17 @@ def fit(
             raw[name][kind] = time_us
     boundaries = tuple(_boundary(places[place.feeder], place, table) for place in places.values() if place.feeder)
     plain = LatencyModel(0.0, raw, boundaries)
-    rests = [(base, time_us - plain.predict(base)) for base, time_us in bases]
-    fixed_us = min(rest for _, rest in rests)
-    for base, rest in rests:
+    fixed_us = min(time_us - plain.predict(base) for base, time_us in bases)
+    model = LatencyModel(fixed_us, raw, boundaries)
+    # One after the other, float first: a later base may hold layers that an earlier one has changed.
+    for base, time_us in bases:
+        rest = time_us - model.predict(base)
         own = _own_kind(base)
         layers = [name for name, kind in base.items() if kind == own]
         total = sum(places[name].outputs for name in layers)
         for name in layers:
-            raw[name][own] += (rest - fixed_us) * places[name].outputs / total
-    return LatencyModel(fixed_us, raw, boundaries)
+            raw[name][own] += rest * places[name].outputs / total
+    return model
 
 
 def _own_kind(base: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -36,7 +37,7 @@ class Operator(Record):
 class LatencyTable(Record):
     """All operators measured under one set of conditions."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     environment: Environment
     provider: str
     threads: int

@@ -9,8 +9,7 @@ from typing import Any
 
 from compress.artifact import check_free, save_plan
 from compress.errors import InputError
-from compress.records import Plan
-from compress.search.front import Front, FrontPoint
+from compress.records import Front, FrontPoint, Plan
 
 __all__ = ["check_front_folder", "write_front"]
 

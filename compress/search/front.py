@@ -5,41 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from pydantic import Field
 
 from compress.allocation.greedy import greedy
 from compress.errors import InfeasibleBudget, InputError
-from compress.records import Plan, Record
+from compress.records import Front, FrontPoint, Plan
 from compress.search.allocator import Allocator
 from compress.search.prepare import Prepared
 
-__all__ = ["Front", "FrontPoint", "sweep_front"]
+__all__ = ["check_points", "sweep_front"]
 
 # The very smallest plan leaves its file no room to come out larger than predicted.
 _FIRST = 1.01
 
 
-class FrontPoint(Record):
-    """One plan of the front; totals in bytes, microseconds, bit operations and the sensitivity's unit."""
+def check_points(count: int) -> None:
+    """Refuse a front of fewer than two points.
 
-    number: int
-    plan: str = Field(description="name of the plan's file within the folder")
-    predicted: dict[str, float]
-    measured: dict[str, float] = Field(description="of the exported file; with --measure also error and accuracy")
-    greedy_error: float | None = Field(description="what greedy allocation predicts within the same budget")
-    bound: float = Field(description="no plan within the budget has a smaller predicted error")
-    gap: float
-    status: str
-
-
-class Front(Record):
-    """All points, by the quantity that was swept."""
-
-    over: str
-    sensitivity: str
-    float_totals: dict[str, float]
-    points: tuple[FrontPoint, ...]
-    notes: tuple[str, ...] = ()
+    Raises:
+        InputError: with what is allowed.
+    """
+    if count < 2:
+        raise InputError(f"--points {count}: a front needs at least 2")
 
 
 def sweep_front(
@@ -56,14 +42,12 @@ def sweep_front(
         measure: carries a plan out and returns what it came to; None: predictions and uncalibrated files only.
 
     Raises:
-        InputError: ``over`` or ``count`` is out of range.
+        InputError: ``over`` is unknown.
     """
     allocator = prepared.allocator
     known = [name for name in ("size", "latency", "bops") if name != "latency" or allocator.costs.latency is not None]
     if over not in known:
         raise InputError(f"--over {over}: known are {', '.join(known)}")
-    if count < 2:
-        raise InputError(f"--points {count}: a front needs at least 2")
     others = {name: value for name, value in prepared.limits.items() if name != over}
     free = allocator.find(others)
     least = allocator.smallest(over, others)

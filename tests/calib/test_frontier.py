@@ -120,6 +120,21 @@ def test_node_by_node_gives_what_the_whole_graph_gives(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_value_is_shown_before_and_after_it_is_passed(
+    case: tuple[nn.Module, TracedModel, Tensor], tmp_path: Path
+) -> None:
+    _, traced, x = case
+    frontier = Frontier(traced, (x,), tmp_path)
+    first = next(iter(layer_calls(traced).values()))[0].name
+    ahead: list[Tensor] = []
+    behind: list[Tensor] = []
+    frontier.show(first, ahead.append)
+    frontier.show(first, behind.append)
+    assert len(ahead) > 1
+    assert all(torch.equal(one, other) for one, other in zip(ahead, behind, strict=True))
+    frontier.close()
+
+
 def test_layer_inputs_have_as_many_rows_as_layer_outputs(
     case: tuple[nn.Module, TracedModel, Tensor], tmp_path: Path
 ) -> None:

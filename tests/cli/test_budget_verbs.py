@@ -106,7 +106,7 @@ def test_an_edited_plan_is_carried_out_as_edited(forks: Forks, folder: Path, pla
 
 
 def test_sweep_writes_a_front_of_plans_that_apply(forks: Forks, folder: Path, plan: Path) -> None:
-    text = good(forks, folder, "sweep", "model.pt", *DATA, *QUICK, "--points", 4, "-o", "front")
+    text = good(forks, folder, "sweep", "model.pt", *DATA, *QUICK, "--points", 3, "-o", "front")
     assert "Front over size" in text
     with open(folder / "front" / "front.csv") as file:
         rows = list(csv.DictReader(file))
@@ -133,7 +133,20 @@ def test_dry_run_shows_the_plan_and_writes_nothing(forks: Forks, folder: Path, p
 
 
 def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path) -> None:
-    arguments = ("quantize", "model.pt", *DATA, *QUICK, "--budget", "latency=5x", "--top", 2, "-o", "timed", "--json")
+    arguments = (
+        "quantize",
+        "model.pt",
+        *DATA,
+        *QUICK,
+        "--budget",
+        "latency=5x",
+        "--no-floats",
+        "--top",
+        2,
+        "-o",
+        "timed",
+        "--json",
+    )
     report = json.loads(good(forks, folder, *arguments, "--latency-table", "table.json"))
     allocation = report["plan"]["allocation"]
     assert allocation["measured"]["latency"] <= 5 * allocation["float_totals"]["latency"]
@@ -147,14 +160,18 @@ def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path)
     assert "foreign.json was measured with processor another" in run.stderr
 
 
-def test_drop_is_kept_on_real_evaluations(forks: Forks, folder: Path) -> None:
+def test_drop_is_kept_on_real_evaluations(forks: Forks, folder: Path, plan: Path) -> None:
     text = good(
         forks, folder, "quantize", "model.pt", *DATA, *QUICK, "--budget", "drop=100", "--eval", "test.npz", "-o", "drop"
     )
     assert "1 plans evaluated on the evaluation data" in text
     report = json.loads((folder / "drop" / "report.json").read_text())
     assert report["measured"]["drop"] <= 100
-    assert {choice["option"]["bits"] for choice in report["plan"]["choices"]} == {2}
+    # No narrower plan exists; the smallest layers save less than the code that unpacks two bits takes.
+    assert (folder / "drop" / "model.onnx").stat().st_size < json.loads(plan.read_text())["allocation"]["measured"][
+        "size"
+    ]
+    assert 2 in {choice["option"]["bits"] for choice in report["plan"]["choices"]}
 
 
 REFUSED = {
@@ -166,7 +183,7 @@ REFUSED = {
     "drop without data": (("--budget", "drop=0.5"), 2, "give labelled data with classes as --eval"),
     "solver": (("--budget", "size=0.2x", "--solver", "magic"), 2, "unknown solver 'magic'; known: highs, cbc"),
     "sensitivity": (("--budget", "size=0.2x", "--sensitivity", "magic"), 2, "unknown sensitivity 'magic'; known: kl"),
-    "no labels": (("--budget", "size=0.2x", "--sensitivity", "loss"), 2, "needs calibration data with classes as labels"),
+    "no labels": (("--budget", "size=0.2x", "--sensitivity", "loss"), 2, "needs calibration data with classes as"),
     "widths": (("--budget", "size=0.2x", "--weight-widths", "1,4"), 2, "--weight-widths 1: allowed are 2 to 8"),
     "out of reach": (("--budget", "size=1kB"), 3, "the smallest that can be reached is"),
     "contradictory": (("--budget", "size=0.3x,bops=0.0001x"), 3, "bops is limited to"),
@@ -201,7 +218,7 @@ def test_plans_that_do_not_fit_are_refused(forks: Forks, folder: Path, plan: Pat
     run = forks.run(folder, "apply", "torn.json", "model.pt", *DATA, "-o", "never")
     assert (run.returncode, "torn.json is not JSON" in run.stderr) == (2, True)
     run = forks.run(folder, "apply", "plan.json", "model.pt", "-o", "never")
-    assert (run.returncode, "quantized activations need calibration data" in run.stderr) == (2, True)
+    assert (run.returncode, "give them as --calib" in run.stderr.replace("\n", " ")) == (2, True)
 
 
 @pytest.mark.slow
