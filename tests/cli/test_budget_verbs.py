@@ -167,10 +167,10 @@ def test_drop_is_kept_on_real_evaluations(forks: Forks, folder: Path, plan: Path
     assert "1 plans evaluated on the evaluation data" in text
     report = json.loads((folder / "drop" / "report.json").read_text())
     assert report["measured"]["drop"] <= 100
-    # No narrower plan exists; the smallest layers save less than the code that unpacks two bits takes.
-    assert (folder / "drop" / "model.onnx").stat().st_size < json.loads(plan.read_text())["allocation"]["measured"][
-        "size"
-    ]
+    allocation = report["plan"]["allocation"]
+    assert allocation["objective"] == "size"
+    assert allocation["value"] <= json.loads(plan.read_text())["allocation"]["predicted"]["size"]
+    # Not everywhere: the smallest layers save less than the code that unpacks two bits takes.
     assert 2 in {choice["option"]["bits"] for choice in report["plan"]["choices"]}
 
 
