@@ -109,16 +109,16 @@ def accuracy(work: Work, stem: Path) -> dict[str, Any]:
         prepared = work.prepare(tied=act_bits == 4)
         budgets = {"size": rows[f"uniform {name}"]["file_bytes"]}
         draft = prepared.allocator.find(budgets)
-        plan = prepared.allocator.plan(prepared.frame, draft, (), "kl", "error")
+        plan = prepared.allocator.plan(prepared.frame, draft, (), prepared.measure, "error")
         label = f"mixed, {'W = A' if act_bits == 4 else 'A8'}, size of {name}"
-        rows[label] = {**work.carry_out(plan), "predicted_kl": draft.predicted["error"], "gap": draft.answer.gap}
+        rows[label] = {**work.carry_out(plan), "predicted": draft.predicted["error"], "gap": draft.answer.gap}
         print(label, rows[label], flush=True)
     return {"rows": rows}
 
 
 def spread(work: Work, stem: Path) -> dict[str, Any]:
     """Twelve plans carried out."""
-    prepared = work.prepare(tied=True)
+    prepared = work.prepare(tied=True, sensitivity="kl")
     frame = prepared.frame.model_copy(update={"iterations": SPREAD_STEPS})
     found, plans = sweep_front(replace(prepared, frame=frame), "size", 12, note)
     rows = []
@@ -164,7 +164,7 @@ def latency(work: Work, stem: Path) -> dict[str, Any]:
 
 def front(work: Work, stem: Path) -> dict[str, Any]:
     """Program and greedy over 25 sizes."""
-    prepared = work.prepare(tied=True)
+    prepared = work.prepare(tied=True, sensitivity="kl")
     found, plans = sweep_front(prepared, "size", 25, note)
     with tempfile.TemporaryDirectory() as folder:
         write_front(Path(folder), found, plans)

@@ -8,7 +8,8 @@ What is measured is the same for all options:
   quantized. Against the wholly float model's outputs the base's own error would be in every difference, and with it
   noise as large as what 5 bits and more do to a layer.
 - ``loss``: cross-entropy against the samples' labels.
-- ``output``: relative squared error of the outputs, likewise, for models whose outputs are no class scores.
+- ``output``: relative squared error of the outputs, likewise. The default: where calibration samples were trained on,
+  their scores are saturated, and ``kl`` hangs on the few that are not (benchmarks/results/allocation-resnet56.md).
 - ``gram``: relative squared error of the layer's own output, from gram matrices of its input and of its input's
   rounding: ``(tr(dW G dW^T) + tr(W E W^T)) / tr(W G W^T)``. One pass through the model.
 - ``weight``: relative squared error of the weights; needs no samples.
@@ -45,7 +46,6 @@ __all__ = [
     "FLOAT",
     "MEASURES",
     "Trial",
-    "choose_measure",
     "measure_sensitivity",
     "output_loss",
     "stored_losses",
@@ -72,13 +72,6 @@ class Trial:
     def key(self) -> str:
         """Its name among a layer's losses."""
         return f"{self.method} {self.option}" + ("" if self.option.symmetric else " asymmetric")
-
-
-def choose_measure(float_model: TracedModel) -> str:
-    """``kl`` where the first output looks like class scores, ``output`` elsewhere."""
-    with torch.no_grad():
-        output = first_output(float_model.module(*float_model.example))
-    return "kl" if output.dim() >= 2 and output.shape[_class_dim(output)] > 1 else "output"
 
 
 def measure_sensitivity(

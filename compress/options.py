@@ -40,8 +40,8 @@ class Search:
         tied: a layer's input has its weight's width (the paper's W = A).
         floats: whether a layer may stay float. None: where latency matters, which prices what a float layer among
             integer ones costs, or without data.
-        sensitivity: what a candidate's error is (compress/calib/sensitivity.py). None: ``kl`` with data, ``weight``
-            without.
+        sensitivity: what a candidate's error is (compress/calib/sensitivity.py). None: ``output`` with data,
+            ``weight`` without.
         sensitivity_samples: calibration samples it is measured on.
         sensitivity_iterations: optimisation steps a candidate, for methods that take any.
         grouped: layers that read the same value (q, k, v) get the same choice.

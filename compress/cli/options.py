@@ -134,8 +134,8 @@ def searching(
     sensitivity: Annotated[
         str | None,
         typer.Option(
-            help="What a choice's error is: kl, loss (labels in --calib), output, gram, weight  "
-            "[default: kl with --calib, weight without]",
+            help="What a choice's error is: output, kl, loss (labels in --calib), gram, weight  "
+            "[default: output with --calib, weight without]",
             rich_help_panel=_BUDGETS,
         ),
     ] = None,

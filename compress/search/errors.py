@@ -13,7 +13,7 @@ from compress.calib.calibrate import calibrate
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples
 from compress.calib.sensitivity import FLOAT as FLOAT_LOSS
-from compress.calib.sensitivity import MEASURES, choose_measure, measure_sensitivity, stored_losses
+from compress.calib.sensitivity import MEASURES, measure_sensitivity, stored_losses
 from compress.errors import InputError
 from compress.formats import find_format
 from compress.graph.quantizers import place_quantizers
@@ -35,7 +35,7 @@ SMALLEST_ERROR = 1e-6
 _RULE = "against the layer float, all others at 8 bits"
 
 
-def decide_measure(intake: Intake, options: Options, samples: Samples | None) -> str:
+def decide_measure(options: Options, samples: Samples | None) -> str:
     """The sensitivity asked for, or the one that fits.
 
     Raises:
@@ -43,7 +43,7 @@ def decide_measure(intake: Intake, options: Options, samples: Samples | None) ->
     """
     measure = options.search.sensitivity
     if measure is None:
-        return "weight" if samples is None else choose_measure(intake.traced)
+        return "weight" if samples is None else "output"
     if measure not in MEASURES:
         raise InputError(f"unknown sensitivity {measure!r}; known: {', '.join(MEASURES)}")
     if measure != "weight" and samples is None:

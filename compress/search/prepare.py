@@ -80,7 +80,7 @@ def prepare(
     objective = _objective(options, budgets)
     _check_solver(options)
     frame = begin_plan(intake, options, samples)
-    measure = decide_measure(intake, options, samples)
+    measure = decide_measure(options, samples)
     target = find_target(options.target)
     timed = also_timed or objective == "latency" or any(each.quantity == "latency" for each in budgets)
     own_batch = len(intake.traced.example[0])

@@ -80,14 +80,12 @@ def test_luck_is_not_bought(intake: Intake) -> None:
         ("loss", True, "needs calibration data with classes as labels"),
     ],
 )
-def test_measures_that_cannot_be_taken(
-    measure: str, with_data: bool, sentence: str, intake: Intake, samples: Samples
-) -> None:
+def test_measures_that_cannot_be_taken(measure: str, with_data: bool, sentence: str, samples: Samples) -> None:
     options = Options(search=Search(sensitivity=measure))
     with pytest.raises(InputError, match=sentence):
-        decide_measure(intake, options, samples if with_data else None)
+        decide_measure(options, samples if with_data else None)
 
 
-def test_the_measure_that_fits(intake: Intake, samples: Samples) -> None:
-    assert decide_measure(intake, Options(), None) == "weight"
-    assert decide_measure(intake, Options(), samples) == "kl"
+def test_the_measure_that_fits(samples: Samples) -> None:
+    assert decide_measure(Options(), None) == "weight"
+    assert decide_measure(Options(), samples) == "output"
