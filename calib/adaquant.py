@@ -43,6 +43,7 @@ class AdaQuant:
 
     sequential: bool
     needs_data: bool = True
+    grouped: bool = False
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize one layer; needs ``problem.inputs`` and ``problem.targets``."""

@@ -161,7 +161,9 @@ class _Calibration:
         if found is None:
             return None
         tensors, strings = found
-        weight = QuantizedWeight.from_tensors(tensors, choice.option.bits, tuple(problem.weight.shape))
+        weight = QuantizedWeight.from_tensors(
+            tensors, choice.option.bits, tuple(problem.weight.shape), choice.option.group_size
+        )
         grid = problem.grid
         if grid is not None and "grid_scale" in tensors:
             grid = replace(grid, scale=tensors["grid_scale"], zero_point=tensors["grid_zero_point"])

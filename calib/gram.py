@@ -50,9 +50,14 @@ class Gram:
             self._sum = torch.zeros(rows.shape[0], rows.shape[2], rows.shape[2])
         self._sum.baddbmm_(rows.transpose(1, 2), rows)
 
+    def matrix(self) -> Tensor:
+        """``G`` itself."""
+        assert self._sum is not None, "no rows were added"
+        return self._sum
+
     def energy(self, weight: Tensor) -> float:
         """``tr(W G W^T)``: the squared norm that ``weight`` [O, I / groups, *kernel] gives its outputs."""
-        assert self._sum is not None, "no rows were added"
-        groups = len(self._sum)
+        matrix = self.matrix()
+        groups = len(matrix)
         grouped = weight.reshape(groups, len(weight) // groups, -1)
-        return float((torch.bmm(grouped, self._sum) * grouped).double().sum())
+        return float((torch.bmm(grouped, matrix) * grouped).double().sum())

@@ -1,11 +1,13 @@
 """Formats: how a weight is stored and, separately, how it is run.
 
 Storage is the same for all: packed codes, exactly ``bits`` bits a weight. Compute is integer (the codes become an int8
-weight when the file is loaded, and the layer an integer kernel) or float (they become an ordinary float weight).
+weight when the file is loaded, and the layer an integer kernel), float (they become an ordinary float weight), or
+blocks (they stay packed in memory, and the kernel unpacks them block by block: ONNX Runtime's MatMulNBits).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.errors import InputError
@@ -19,10 +21,12 @@ class Format:
     """One pair of storage and compute.
 
     Attributes:
-        compute: "integer" or "float".
+        compute: "integer", "float" or "blocks".
         kinds: layer kinds it runs.
         asymmetric: whether weights may have a zero point of their own.
         activations: whether the layer's input is quantized.
+        widths: bits a weight may have.
+        group_sizes: weights that may share a grid; empty: any number, or the whole row.
     """
 
     name: str
@@ -30,6 +34,8 @@ class Format:
     kinds: tuple[str, ...]
     asymmetric: bool
     activations: bool
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    group_sizes: tuple[int | None, ...] = ()
 
     def refusal(self, layer: LayerSpec, option: QuantOption) -> str | None:
         """Why this format cannot hold ``layer`` at ``option``; None when it can."""
@@ -37,6 +43,11 @@ class Format:
             return layer.refusal
         if layer.kind not in self.kinds:
             return f"format {self.name} runs {', '.join(self.kinds)}, not {layer.kind}"
+        if option.bits not in self.widths:
+            return f"format {self.name} runs {_listed(self.widths)} bits, not {option.bits}"
+        if self.group_sizes and option.group_size not in self.group_sizes:
+            sizes = _listed([size or "none" for size in self.group_sizes])
+            return f"format {self.name} takes groups of {sizes}, not {option.group_size or 'none'}"
         if not option.symmetric and not self.asymmetric:
             return f"format {self.name} needs symmetric weights: integer kernels take one zero point a tensor"
         if self.activations and option.act_bits is None:
@@ -44,12 +55,23 @@ class Format:
         return None
 
 
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
 FORMATS = {
-    "integer": Format("integer", "integer", ("conv1d", "conv2d", "linear"), asymmetric=False, activations=True),
+    "integer": Format(
+        "integer", "integer", ("conv1d", "conv2d", "linear"), asymmetric=False, activations=True, group_sizes=(None,)
+    ),
+    # Block sizes above 256 gave wrong results before ONNX Runtime 1.32; other widths are refused by it.
+    "matmul-nbits": Format(
+        "matmul-nbits", "blocks", ("linear",), asymmetric=True, activations=False,
+        widths=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256),
+    ),
     "float-weights": Format(
         "float-weights", "float", ("conv1d", "conv2d", "linear"), asymmetric=True, activations=False
     ),
-}
+}  # fmt: skip
 
 
 def find_format(name: str) -> Format:

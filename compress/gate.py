@@ -72,6 +72,7 @@ def verify(
         agreement_optimized=_agreement(optimized[0], wanted[0]),
         integer_layers=sum(compute == "integer" for compute in computes.values()),
         float_layers=sum(compute == "float" for compute in computes.values()),
+        block_layers=sum(compute == "blocks" for compute in computes.values()),
     )
     failures = _over(parity, limits)
     if failures:
@@ -94,7 +95,7 @@ def verify_or_raise(parity: Parity, path: Path) -> None:
 
 
 def _limits(traced: TracedModel, computes: dict[str, str]) -> Limits:
-    if "integer" not in computes.values():
+    if set(computes.values()) <= {"float"}:
         return _FLOAT_LIMITS
     grids = traced.graph.find_nodes(op="call_function", target=torch.ops.compress.fake_quantize.default)
     return _NARROW_LIMITS if any(grid.args[3] < 8 for grid in grids) else _INTEGER_LIMITS
@@ -113,7 +114,7 @@ def layer_differences(
     bias_of = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Add"}
     names = []
     for node in model.graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.name in recorded:
+        if node.op_type in ("Conv", "Gemm", "MatMul", "MatMulNBits") and node.name in recorded:
             names.append(node.name)
             # A linear on more than two dimensions is a MatMul and an Add.
             output = bias_of.get(node.output[0], node.output[0]) if node.op_type == "MatMul" else node.output[0]

@@ -7,6 +7,8 @@ __all__ = ["METHODS"]
 METHODS = {
     "minmax": "compress.quant.rtn:MIN_MAX",
     "mse": "compress.quant.rtn:MSE",
+    "hqq": "compress.quant.hqq:HQQ",
+    "gptq": "compress.calib.gptq:GPTQ",
     "adaquant": "compress.calib.adaquant:SEQUENTIAL",
     "adaquant-parallel": "compress.calib.adaquant:PARALLEL",
 }

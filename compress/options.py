@@ -79,6 +79,7 @@ class Options:
     Attributes:
         bits: width of the weights, 2..8. None: 4, or whatever the budgets allow.
         act_bits: width of the activations, 4..8; needs calibration data. None: 8 with data, float without.
+        group_size: weights of a linear's row that share a grid (``--group-size``); None: the whole row.
         budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with
             them the widths are chosen layer by layer.
         method: a name from compress/methods.py. None: ``adaquant`` with data, ``mse`` without.
@@ -96,6 +97,7 @@ class Options:
 
     bits: int | None = None
     act_bits: int | None = None
+    group_size: int | None = None
     budgets: tuple[str, ...] = ()
     method: str | None = None
     samples: int = 1024
@@ -118,6 +120,7 @@ class Settings(TypedDict, total=False):
     options: Options | None
     bits: int | None
     act_bits: int | None
+    group_size: int | None
     budgets: str | Sequence[str]
     method: str | None
     samples: int

@@ -29,6 +29,7 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
         intake.layers,
         bits=bits,
         act_bits=_act_bits(options, samples),
+        group_size=options.group_size,
         first_last_bits=ends,
         method=choose_method(options, samples),
         target=find_target(options.target),
@@ -54,6 +55,8 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     ):
         if value is not None and not (isinstance(value, int) and low <= value <= 8):
             raise InputError(f"{name} {value}: allowed are {low} to 8")
+    if options.group_size is not None and not (isinstance(options.group_size, int) and options.group_size >= 2):
+        raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
     if options.iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     resolve(OBSERVERS, options.observer, "observer")
@@ -85,11 +88,21 @@ def choose_method(options: Options, samples: Samples | None) -> str:
     Raises:
         InputError: it is unknown, or needs data that are not there.
     """
-    method = options.method or ("adaquant" if samples is not None else "mse")
-    if resolve(METHODS, method, "method").needs_data and samples is None:
+    if options.group_size is None:
+        method = options.method or ("adaquant" if samples is not None else "mse")
+    else:
+        method = options.method or ("gptq" if samples is not None else "hqq")
+    found = resolve(METHODS, method, "method")
+    if found.needs_data and samples is None:
         raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
+    if options.group_size is not None and not found.grouped:
+        able = ", ".join(name for name in METHODS if resolve(METHODS, name, "method").grouped)
+        raise InputError(f"--method {method} gives a whole row one grid; with --group-size choose {able}")
     return method
 
 
 def _act_bits(options: Options, samples: Samples | None) -> int | None:
-    return options.act_bits if options.act_bits is not None else (8 if samples is not None else None)
+    """Width of the activations; groups are for weights alone, unless a width is asked for."""
+    if options.act_bits is not None or samples is None or options.group_size is not None:
+        return options.act_bits
+    return 8

@@ -103,6 +103,9 @@ class Method(Protocol):
     sequential: bool
     """Whether the inputs come from the already quantized prefix (True) or from the float model."""
 
+    grouped: bool
+    """Whether a channel's weights may have several grids (``QuantOption.group_size``)."""
+
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize one layer."""
         ...

@@ -63,9 +63,11 @@ class QuantOption(Record):
     bits: int = Field(ge=2, le=8)
     act_bits: int | None = Field(None, ge=2, le=8)
     symmetric: bool = True
+    group_size: int | None = Field(None, ge=2, description="weights of a row that share a grid; None: the whole row")
 
     def __str__(self) -> str:
-        return f"W{self.bits}" + (f"A{self.act_bits}" if self.act_bits else "")
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"W{self.bits}{group}" + (f"A{self.act_bits}" if self.act_bits else "")
 
 
 class Choice(Record):

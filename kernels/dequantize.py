@@ -1,7 +1,8 @@
 """``compress::dequantize_weight`` and ``compress::dequantize_bias``: stored integers back to the floats they stand for.
 
 The weight's ``compute`` names how a runtime is to use it, which storage does not decide: ``"integer"`` lets the
-exporter feed an integer kernel, ``"float"`` makes it an ordinary float weight at load time.
+exporter feed an integer kernel, ``"float"`` makes it an ordinary float weight at load time, ``"blocks"`` keeps it
+packed in memory for a kernel that unpacks blocks as it goes (MatMulNBits).
 """
 
 from __future__ import annotations
@@ -10,23 +11,39 @@ import torch
 from torch import Tensor
 
 from compress.packing import unpack
+from compress.weights import spread
 
 __all__ = ["dequantize_bias", "dequantize_weight"]
 
 
 @torch.library.custom_op("compress::dequantize_weight", mutates_args=())
 def dequantize_weight(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, shape: list[int], compute: str
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    shape: list[int],
+    compute: str,
+    group_size: int | None = None,
 ) -> Tensor:
-    """Reference: ``packed`` uint8 in compress.packing's layout, ``scale`` float32 [O], ``zero_point`` uint8 [O]."""
-    per_channel = (-1, *[1] * (len(shape) - 1))
+    """Reference: ``packed`` uint8 in compress.packing's layout; ``scale`` float32, ``zero_point`` uint8, [O] or [O, G].
+
+    With ``group_size``, that many weights of a flattened row share a grid, the last of a row maybe fewer.
+    """
     codes = unpack(packed, bits, torch.Size(shape).numel()).reshape(shape).to(scale.dtype)
-    return codes.sub_(zero_point.to(scale.dtype).reshape(per_channel)).mul_(scale.reshape(per_channel))
+    codes.sub_(spread(zero_point.to(scale.dtype), tuple(shape), group_size))
+    return codes.mul_(spread(scale, tuple(shape), group_size))
 
 
 @dequantize_weight.register_fake
 def _weight_shape(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, shape: list[int], compute: str
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    shape: list[int],
+    compute: str,
+    group_size: int | None = None,
 ) -> Tensor:
     return scale.new_empty(shape)
 

@@ -17,6 +17,7 @@ def uniform_choices(
     *,
     bits: int,
     act_bits: int | None,
+    group_size: int | None = None,
     first_last_bits: int,
     method: str,
     target: Target,
@@ -26,6 +27,7 @@ def uniform_choices(
 
     Args:
         act_bits: None for weights only.
+        group_size: weights of a linear's row that share a grid; None, and elsewhere: the whole row.
         first_last_bits: width of weights and inputs of the first and the last layer, where that is more than ``bits``.
         ignore: names to leave float, as shell patterns, or regular expressions after ``re:``.
 
@@ -43,6 +45,7 @@ def uniform_choices(
             act_bits=None if act_bits is None or layer.name in leading else max(act_bits, wide),
             # Integer kernels take one zero point a tensor; a float weight may have one a channel, which fits better.
             symmetric=act_bits is not None and layer.name not in leading,
+            group_size=group_size if layer.kind == "linear" and act_bits is None else None,
         )
         format_name, reason = find_format_for(layer, option, target)
         if layer.name in kept:

@@ -50,10 +50,18 @@ def planning(
         int | None,
         typer.Option(help="Bits an activation, 4 to 8  [default: 8 with --calib]", rich_help_panel=_PLAN),
     ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights only: so many of a linear's row share a grid, 16 to 256  [default: the row]",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="minmax, mse, adaquant, adaquant-parallel  [default: adaquant with --calib, mse without]",
+            help="minmax, mse, hqq, gptq, adaquant, adaquant-parallel  [default: adaquant with --calib, mse without; "
+            "with --group-size gptq and hqq]",
             rich_help_panel=_PLAN,
         ),
     ] = None,

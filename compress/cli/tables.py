@@ -108,7 +108,9 @@ def parity_text(parity: Parity) -> str:
         f"relative L2 {_distance(parity.relative_l2_unoptimized)} unoptimised, "
         f"{_distance(parity.relative_l2_optimized)} optimised{same}, on {parity.samples} samples ({parity.source}); "
         f"{parity.integer_layers} layers run on integers and "
-        f"{parity.float_layers} on floats" + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
+        f"{parity.float_layers} on floats"
+        + (f", {parity.block_layers} on packed weights" if parity.block_layers else "")
+        + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
     )
 
 

@@ -20,7 +20,9 @@ _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "Ma
 # Operators that have an integer kernel; a float one between integer layers costs two casts and often a layout change.
 FLOAT_ISLANDS = {"Add", "AveragePool", "GlobalAveragePool", "Concat", "ReduceMean"}
 _FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
-LAYER_OPERATORS = _INTEGER | _FLOAT
+_BLOCKS = {"MatMulNBits"}
+LAYER_OPERATORS = _INTEGER | _FLOAT | _BLOCKS
+_WANTED = {"integer": _INTEGER, "blocks": _BLOCKS, "float": _FLOAT}
 
 
 def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str]]:
@@ -63,12 +65,12 @@ def misplaced_layers(operators: Mapping[str, list[str]], computes: Mapping[str, 
 
     Args:
         operators: what :func:`fused_operators` found.
-        computes: "integer" or "float" for every layer of the graph.
+        computes: "integer", "blocks" or "float" for every layer of the graph.
     """
     sentences = []
     for layer, compute in computes.items():
         nodes = [kind for name, kinds in operators.items() if _is_layer(name, layer) for kind in kinds]
-        wanted = _INTEGER if compute == "integer" else _FLOAT
+        wanted = _WANTED[compute]
         layer_nodes = [kind for kind in nodes if kind in LAYER_OPERATORS]
         if not layer_nodes:
             sentences.append(f"layer {layer} is planned {compute}, but the optimised graph has no node of that name")

@@ -7,6 +7,7 @@ Mul, not DequantizeLinear, so that ONNX Runtime folds it into a plain float init
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from onnxscript import opset18 as op
 from onnxscript.values import Op, Opset
 
+from compress.exporters.blocks import block_weight_name, declare_block_weight
 from compress.exporters.functions import DOMAIN, declare_schema, unpack_name
 
 __all__ = ["translations"]
@@ -40,15 +42,38 @@ def _fake_quantize(x: Any, scale: Any, zero_point: Any, bits: int) -> Any:
     return op.DequantizeLinear(codes, scale, zero_point)
 
 
-def _dequantize_weight(packed: Any, scale: Any, zero_point: Any, bits: int, shape: Sequence[int], compute: str) -> Any:
+def _dequantize_weight(
+    packed: Any,
+    scale: Any,
+    zero_point: Any,
+    bits: int,
+    shape: Sequence[int],
+    compute: str,
+    group_size: int | None = None,
+) -> Any:
+    if compute == "blocks":
+        # A marker: compress/exporters/blocks.py makes it and the product that reads it one MatMulNBits.
+        name = block_weight_name(bits, group_size, shape[1])
+        declare_block_weight(name)
+        return Op(Opset(DOMAIN, 1), name)(packed, scale, zero_point)
     codes = _unpack(packed, bits, shape)
     if compute == "integer":
         return op.DequantizeLinear(codes, scale, _constant(np.zeros(shape[0], dtype=np.int8)), axis=0)
-    per_channel = _constant(np.array([-1, *[1] * (len(shape) - 1)], dtype=np.int64))
-    # The function returns codes less 2**(bits - 1); a channel's zero point is moved by as much.
+    # The function returns codes less 2**(bits - 1); a grid's zero point is moved by as much.
     centre = op.Sub(op.Cast(zero_point, to=int(ir.DataType.FLOAT)), _constant(np.float32(1 << (bits - 1))))
-    centred = op.Sub(op.Cast(codes, to=int(ir.DataType.FLOAT)), op.Reshape(centre, per_channel))
-    return op.Mul(centred, op.Reshape(scale, per_channel))
+    centred = op.Sub(op.Cast(codes, to=int(ir.DataType.FLOAT)), _spread(centre, shape, group_size))
+    return op.Mul(centred, _spread(scale, shape, group_size))
+
+
+def _spread(grid: Any, shape: Sequence[int], group_size: int | None) -> Any:
+    """compress.weights.spread in ONNX."""
+    if group_size is None:
+        return op.Reshape(grid, _ints(-1, *[1] * (len(shape) - 1)))
+    row = math.prod(shape[1:])
+    groups = -(-row // group_size)
+    wide = op.Expand(op.Unsqueeze(grid, _ints(2)), _ints(shape[0], groups, group_size))
+    rows = op.Slice(op.Reshape(wide, _ints(shape[0], groups * group_size)), _ints(0), _ints(row), _ints(1))
+    return op.Reshape(rows, _ints(*shape))
 
 
 def _dequantize_bias(codes: Any, input_scale: Any, weight_scale: Any) -> Any:
@@ -62,3 +87,7 @@ def _unpack(packed: Any, bits: int, shape: Sequence[int]) -> Any:
 
 def _constant(array: np.ndarray | np.generic) -> Any:
     return op.Constant(value=ir.tensor(np.asarray(array)))
+
+
+def _ints(*values: int) -> Any:
+    return _constant(np.array(values, dtype=np.int64))

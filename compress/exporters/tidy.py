@@ -8,7 +8,8 @@
 4. A float layer behind a DequantizeLinear reads one of its own, with the grid repeated for every channel: behind a
    scalar grid ONNX Runtime would quantize the layer's weights by itself.
 5. A mean over all positions becomes a GlobalAveragePool, which has an integer kernel.
-6. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
+6. Products with a weight that stays packed become MatMulNBits (compress/exporters/blocks.py).
+7. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
    they are; the exporter's traces go.
 """
 
@@ -20,11 +21,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from compress.exporters.blocks import use_matmul_nbits
 from compress.exporters.functions import DOMAIN, OPSET, unpack_function
+from compress.exporters.initializers import constant_of, initialise
 
 __all__ = ["layer_of", "tidy"]
 
-_LAYER_NODES = ("Conv", "Gemm", "MatMul")
+_LAYER_NODES = ("Conv", "Gemm", "MatMul", "MatMulNBits")
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
 _UNPACKING = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Sub", "Mul", "Identity")
 _MOVES = ("Slice", "Pad", "Reshape", "Transpose", "Flatten")
@@ -48,6 +51,7 @@ def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
             _pool_globally(graph, node)
         elif node.op_type in _QUANTIZED_UNASKED:
             _keep_float(graph, node)
+    use_matmul_nbits(model)
     _share_constants(graph)
     _remove_unread(graph)
     _name(graph, layers)
@@ -61,38 +65,22 @@ def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
     model.ir_version = _IR_VERSION
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else tensor.numpy()
-
-
-def _initialise(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        const_value=ir.tensor(array, name=name),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        shape=ir.Shape(array.shape),
-    )
-    graph.register_initializer(value)
-    return value
-
-
 def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
 def _store_plainly(graph: ir.Graph, node: ir.Node) -> None:
-    packed, shape = _constant(node.inputs[0]), _constant(node.inputs[1])
+    packed, shape = constant_of(node.inputs[0]), constant_of(node.inputs[1])
     assert packed is not None
     assert shape is not None
     codes = packed.reshape(-1)[: int(np.prod(shape))].reshape(shape)
     name = node.inputs[0].name.replace("weight_packed", "weight_codes")
-    _replace(graph, node, _initialise(graph, name, (codes ^ 0x80).view(np.int8)))
+    _replace(graph, node, initialise(graph, name, (codes ^ 0x80).view(np.int8)))
 
 
 def _pad_codes(graph: ir.Graph, pad: ir.Node) -> None:
-    fill = _constant(pad.inputs[2]) if len(pad.inputs) > 2 else np.zeros(())
+    fill = constant_of(pad.inputs[2]) if len(pad.inputs) > 2 else np.zeros(())
     chain = [pad]
     while (producer := chain[0].inputs[0].producer()) is not None and producer.op_type in _MOVES:
         chain.insert(0, producer)
@@ -138,7 +126,7 @@ def _transpose_codes(graph: ir.Graph, transpose: ir.Node) -> None:
 
 
 def _pool_globally(graph: ir.Graph, mean: ir.Node) -> None:
-    axes = _constant(mean.inputs[1]) if len(mean.inputs) > 1 else None
+    axes = constant_of(mean.inputs[1]) if len(mean.inputs) > 1 else None
     shape = mean.inputs[0].shape
     if axes is None or shape is None or len(shape) != 4 or not mean.attributes.get_int("keepdims", 1):
         return
@@ -156,7 +144,7 @@ def _keep_float(graph: ir.Graph, layer: ir.Node) -> None:
         value = dequantize.inputs[0]
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or layer_of(dequantize) is not None:
         return
-    grid = [_constant(value) for value in dequantize.inputs[1:3]]
+    grid = [constant_of(value) for value in dequantize.inputs[1:3]]
     shape = layer.inputs[0].shape
     if (weight is not None and weight.op_type == "DequantizeLinear") or any(each is None for each in grid):
         return
@@ -167,9 +155,7 @@ def _keep_float(graph: ir.Graph, layer: ir.Node) -> None:
     for value, array in zip(dequantize.inputs[1:3], grid, strict=True):
         name = f"{value.name}_{channels}_channels"
         known = graph.initializers.get(name)
-        repeated.append(
-            known if known is not None else _initialise(graph, name, np.repeat(array.reshape(-1), channels))
-        )
+        repeated.append(known if known is not None else initialise(graph, name, np.repeat(array.reshape(-1), channels)))
     codes = dequantize.inputs[0]
     for move in moves:  # the codes move, so that the grid stands right before the layer
         moved = ir.Node("", move.op_type, [codes, *move.inputs[1:]], move.attributes.values())
@@ -186,12 +172,12 @@ def _share_constants(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Constant" or node.domain:
             continue
-        array = _constant(node.outputs[0])
+        array = constant_of(node.outputs[0])
         if array is None:
             continue
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in known:
-            known[key] = _initialise(graph, f"constant_{len(known)}", array)
+            known[key] = initialise(graph, f"constant_{len(known)}", array)
         _replace(graph, node, known[key])
 
 

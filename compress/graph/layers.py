@@ -62,7 +62,7 @@ def layer_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
 
 
 def layer_computes(traced: TracedModel) -> dict[str, str]:
-    """ "integer" or "float" for every layer of a finished graph: what the exported file is planned to do."""
+    """ "integer", "blocks" or "float" for every layer of a finished graph: what the exported file is planned to do."""
     return {
         name: str(calls[0].args[1].args[5]) if is_stored(calls[0].args[1]) else "float"
         for name, calls in layer_calls(traced).items()

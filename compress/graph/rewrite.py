@@ -18,12 +18,13 @@ _LARGEST_BIAS = 2.0**30  # half of int32: the other half is for the sum
 def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute: str) -> None:
     """Replace the weight of ``layer`` by its packed codes and ``compress::dequantize_weight``.
 
-    ``compute`` is "integer" or "float": how a runtime is to use it. Storing a layer again replaces the tensors.
+    ``compute`` is a :class:`~compress.formats.Format`'s: how a runtime is to use it. Storing a layer again
+    replaces the tensors.
     """
     for part, tensor in weight.tensors().items():
         traced.set_tensor(f"{layer}.weight_{part}", tensor)
     calls = layer_calls(traced)[layer]
-    rest = (weight.bits, list(weight.codes.shape), compute)
+    rest = (weight.bits, list(weight.codes.shape), compute, weight.group_size)
     stored = calls[0].args[1]
     if is_stored(stored):
         stored.args = (*stored.args[:3], *rest)
@@ -116,9 +117,9 @@ def _make_room(traced: TracedModel, layer: str, stored: fx.Node, bias: Tensor, i
     needed = bias.abs() / (input_scale * _LARGEST_BIAS)
     if not bool((scale < needed).any()):
         return
-    bits, shape, compute = stored.args[3:]
+    bits, shape, compute = stored.args[3:6]
     parts = {part: traced.tensor(f"{layer}.weight_{part}") for part in ("packed", "scale", "zero_point")}
-    weight = QuantizedWeight.from_tensors(parts, bits, tuple(shape))
+    weight = QuantizedWeight.from_tensors(parts, bits, tuple(shape), group_size=None)
     wider = torch.maximum(scale, needed)
     per_channel = (-1, *[1] * (weight.codes.dim() - 1))
     zero = weight.zero_point.reshape(per_channel).float()

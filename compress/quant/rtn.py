@@ -18,14 +18,15 @@ __all__ = ["MIN_MAX", "MSE", "RoundToNearest"]
 class RoundToNearest:
     """Round every weight to the grid that ``grid`` finds; needs no data."""
 
-    grid: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
+    grid: Callable[[Tensor, int, bool, int | None], tuple[Tensor, Tensor]]
     needs_data: bool = False
     sequential: bool = True
+    grouped: bool = True
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize the weight; bias and input grid stay."""
-        scale, zero_point = self.grid(problem.weight, option.bits, option.symmetric)
-        return Solution(quantize(problem.weight, scale, zero_point, option.bits))
+        scale, zero_point = self.grid(problem.weight, option.bits, option.symmetric, option.group_size)
+        return Solution(quantize(problem.weight, scale, zero_point, option.bits, option.group_size))
 
 
 MIN_MAX = RoundToNearest(min_max_grid)

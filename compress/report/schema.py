@@ -70,6 +70,7 @@ class Parity(Record):
     agreement_optimized: float | None
     integer_layers: int
     float_layers: int
+    block_layers: int = Field(0, description="those whose weights stay packed at run time (MatMulNBits)")
     float_operators: dict[str, int] = Field(
         default_factory=dict, description="adds, pools and concatenations that an integer plan left on floats, by kind"
     )

@@ -1,0 +1,142 @@
+"""GPTQ: rounding column by column, each column's error made up for by those that follow (arXiv 2210.17323).
+
+With ``G`` the gram matrix of the layer's input, the error of an output channel is ``dw G dw^T``; once a column is
+rounded, the best change of the remaining ones is known in closed form from the inverse of ``G``. Grids are fixed
+beforehand (smallest squared error of each group), so that columns may be taken in any order: those with the largest
+inputs first, while there is most left to make up with (act-order).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.calib.gram import Gram
+from compress.graph.quantizers import fake_quantize_op
+from compress.problem import Effort, LayerProblem, Solution
+from compress.quant.grid import mse_grid
+from compress.quant.rtn import MSE
+from compress.records import QuantOption
+from compress.weights import QuantizedWeight, spread
+
+__all__ = ["GPTQ", "OptimalRounding"]
+
+_BATCH = 32
+_BLOCK = 128
+_DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal; the next where the matrix is not positive definite
+
+
+@dataclass(frozen=True)
+class OptimalRounding:
+    """The method; ``act_order``: columns by falling input energy, not as they stand."""
+
+    act_order: bool = True
+    needs_data: bool = True
+    sequential: bool = True
+    grouped: bool = True
+
+    def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
+        """Quantize the weight; bias and input grid stay. No channel ends worse than rounded to nearest."""
+        nearest = MSE.solve(problem, option, effort)
+        if problem.weight.dim() != 2 and problem.weight[0, 0].numel() > 1:
+            return _noted(nearest, "rounded to nearest: gptq takes linears and 1x1 convolutions")
+        gram = input_gram(problem)
+        if len(gram) != problem.weight[0].numel():
+            return _noted(nearest, "rounded to nearest: gptq takes no grouped convolutions")
+        if not torch.isfinite(gram).all():
+            return _noted(nearest, "rounded to nearest: its input's gram matrix is not finite")
+        inverse, damping = _inverse_factor(gram, self.act_order)
+        if inverse is None:
+            return _noted(nearest, f"rounded to nearest: not positive definite at damping {_DAMPING[-1]:g}")
+        weight = _round(problem.weight.flatten(1), gram, inverse, option, self.act_order)
+        codes = _better_channels(problem.weight.flatten(1), gram, weight, nearest.weight)
+        note = f"gptq damping {damping:g}" if damping != _DAMPING[0] else None
+        return Solution(QuantizedWeight(
+            codes.reshape(problem.weight.shape), nearest.weight.scale, nearest.weight.zero_point, option.bits,
+            option.group_size,
+        ), note=note)  # fmt: skip
+
+
+GPTQ = OptimalRounding()
+
+
+def input_gram(problem: LayerProblem) -> Tensor:
+    """``G`` [I, I] of the layer's input, on its grid where it has one, channels last."""
+    assert problem.inputs is not None
+    gram = Gram()
+    for index in torch.arange(len(problem.inputs)).split(_BATCH):
+        x = problem.inputs.take(index)
+        if problem.grid is not None:
+            x = fake_quantize_op()(x, problem.grid.scale, problem.grid.zero_point, problem.grid.bits)  # type: ignore[operator]
+        if problem.weight.dim() > 2:
+            x = x.movedim(1, -1)
+        gram.update(x.reshape(1, -1, x.shape[-1]))
+    return gram.matrix()[0]
+
+
+def _noted(solution: Solution, note: str) -> Solution:
+    return Solution(solution.weight, solution.bias, solution.grid, note)
+
+
+def _order(gram: Tensor, act_order: bool) -> Tensor:
+    return gram.diagonal().argsort(descending=True) if act_order else torch.arange(len(gram))
+
+
+def _inverse_factor(gram: Tensor, act_order: bool) -> tuple[Tensor | None, float]:
+    """Upper Cholesky factor of the damped inverse, in the order of the columns, and the damping it took."""
+    order = _order(gram, act_order)
+    ordered = gram[order][:, order].double()
+    dead = ordered.diagonal() == 0
+    ordered.diagonal()[dead] = 1.0  # inputs that are always zero: any weight will do
+    mean = ordered.diagonal().mean()
+    for damping in _DAMPING:
+        damped = ordered.clone()
+        damped.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not failed and torch.isfinite(upper).all():
+            return upper.float(), damping
+    return None, _DAMPING[-1]
+
+
+def _round(weight: Tensor, gram: Tensor, inverse: Tensor, option: QuantOption, act_order: bool) -> Tensor:
+    """Codes uint8 [O, I] of ``weight`` [O, I] on the grids of the smallest squared error."""
+    shape = tuple(weight.shape)
+    scale, zero = (
+        spread(each.float(), shape, option.group_size).expand(shape)
+        for each in mse_grid(weight, option.bits, option.symmetric, option.group_size)
+    )
+    order = _order(gram, act_order)
+    left, scale, zero = weight[:, order].clone(), scale[:, order], zero[:, order]
+    codes = torch.empty_like(left)
+    top = (1 << option.bits) - 1
+    for start in range(0, shape[1], _BLOCK):
+        stop = min(start + _BLOCK, shape[1])
+        errors = torch.empty(shape[0], stop - start)
+        for column in range(start, stop):
+            q = (torch.round(left[:, column] / scale[:, column]) + zero[:, column]).clamp_(0, top)
+            codes[:, column] = q
+            rounded = (q - zero[:, column]) * scale[:, column]
+            error = (left[:, column] - rounded) / inverse[column, column]
+            left[:, column:stop] -= error[:, None] * inverse[column, column:stop]
+            errors[:, column - start] = error
+        left[:, stop:] -= errors @ inverse[start:stop, stop:]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return codes[:, back].to(torch.uint8)
+
+
+def _better_channels(weight: Tensor, gram: Tensor, codes: Tensor, nearest: QuantizedWeight) -> Tensor:
+    """Per output channel the codes of the smaller output error."""
+    flat = QuantizedWeight(codes, nearest.scale, nearest.zero_point, nearest.bits, nearest.group_size)
+    rounded = nearest.codes.flatten(1)
+
+    def error(change: Tensor) -> Tensor:
+        return ((change @ gram) * change).sum(1)
+
+    better = error(flat.dequantize() - weight) < error(nearest.dequantize().flatten(1) - weight)
+    return torch.where(better[:, None], codes, rounded)

@@ -1,0 +1,118 @@
+"""Linears whose weight stays packed at run time: ``com.microsoft::MatMulNBits``.
+
+The exporter leaves a marker for the weight, ``BlockWeight<bits>g<group>k<row>(packed, scale, zero_point)``, and an
+ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its layout
+([N, blocks, bytes of a block], first code in the lowest bits) is compress.packing's, but for rows that end within a
+block, which are filled up.
+
+``accuracy_level`` is always written: without it 8- and 2-bit nodes run many times slower than floats. Level 4 rounds
+each block of the input to int8, which the gate's parity shows.
+"""
+
+from __future__ import annotations
+
+import re
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch.nn import functional
+
+from compress.exporters.functions import DOMAIN
+from compress.exporters.initializers import constant_of, initialise
+from compress.packing import pack, unpack
+
+__all__ = ["ACCURACY_LEVEL", "block_weight_name", "declare_block_weight", "use_matmul_nbits"]
+
+ACCURACY_LEVEL = 4
+_MICROSOFT = "com.microsoft"
+_MARKER = re.compile(r"BlockWeight(\d+)g(\d+)k(\d+)")
+
+
+def block_weight_name(bits: int, group_size: int | None, row: int) -> str:
+    """Name of the marker for rows of ``row`` weights."""
+    return f"BlockWeight{bits}g{group_size}k{row}"
+
+
+def declare_block_weight(name: str) -> None:
+    """Make the marker known to ONNX's schema registry, without which onnxscript builds no call to it."""
+    if onnx.defs.has(name, DOMAIN):
+        return
+    parameter = onnx.defs.OpSchema.FormalParameter
+    inputs = [
+        parameter("packed", "tensor(uint8)"), parameter("scale", "tensor(float)"), parameter("zero", "tensor(uint8)"),
+    ]  # fmt: skip
+    outputs = [parameter("weight", "tensor(float)")]
+    onnx.defs.register_schema(onnx.defs.OpSchema(name, DOMAIN, 1, inputs=inputs, outputs=outputs))
+
+
+def use_matmul_nbits(model: ir.Model) -> None:
+    """Replace every marker and its products in place."""
+    graph = model.graph
+    for marker in list(graph):
+        found = _MARKER.fullmatch(marker.op_type) if marker.domain == DOMAIN else None
+        if found is None:
+            continue
+        stored = _store(graph, marker, *map(int, found.groups()))
+        for use in list(marker.outputs[0].uses()):
+            reader = use.node
+            if reader.op_type == "Transpose":
+                for product in [each.node for each in reader.outputs[0].uses()]:
+                    _replace(graph, product, stored)
+                graph.remove(reader, safe=True)
+            else:
+                _replace(graph, reader, stored)
+        graph.remove(marker, safe=True)
+        model.opset_imports[_MICROSOFT] = 1
+
+
+def _store(
+    graph: ir.Graph, marker: ir.Node, bits: int, group: int, row: int
+) -> tuple[list[ir.Value | None], dict[str, int]]:
+    """The weight as MatMulNBits reads it, and its attributes."""
+    packed, scale, zero = (constant_of(value) for value in marker.inputs)
+    names = [str(value.name) for value in marker.inputs if value is not None]
+    assert packed is not None
+    assert scale is not None
+    assert zero is not None
+    channels, groups = scale.shape
+    if row != groups * group:
+        codes = unpack(torch.from_numpy(packed.copy()), bits, channels * row).reshape(channels, row)
+        packed = pack(functional.pad(codes, (0, groups * group - row)), bits).numpy()
+    size = group * bits // 8
+    blocks = packed.reshape(-1)[: channels * groups * size].reshape(channels, groups, size)
+    inputs: list[ir.Value | None] = [initialise(graph, names[0], blocks), initialise(graph, names[1], scale)]
+    if (zero == 1 << (bits - 1)).all():  # what is assumed without
+        inputs.append(None)
+    else:
+        filled = functional.pad(torch.from_numpy(zero.copy()), (0, -groups % (8 // bits)))
+        run = pack(filled, bits).numpy().reshape(-1)[: filled.numel() * bits // 8]
+        inputs.append(initialise(graph, names[2], run.reshape(channels, -1)))
+    return inputs, {"K": row, "N": channels, "bits": bits, "block_size": group, "accuracy_level": ACCURACY_LEVEL}
+
+
+def _replace(graph: ir.Graph, product: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:
+    """Put MatMulNBits where ``product`` (a MatMul or a Gemm) and the bias behind it stand."""
+    inputs, attributes = stored
+    assert product.op_type in ("MatMul", "Gemm"), f"{product.op_type} reads a packed weight"
+    bias, last = None, product
+    if product.op_type == "Gemm":
+        bias = product.inputs[2] if len(product.inputs) > 2 else None
+    else:
+        uses = list(product.outputs[0].uses())
+        if len(uses) == 1 and uses[0].node.op_type == "Add":
+            (other,) = (value for value in uses[0].node.inputs if value is not product.outputs[0])
+            if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
+                bias, last = other, uses[0].node
+    given = [product.inputs[0], *inputs, None, bias]
+    while given[-1] is None:
+        given.pop()
+    node = ir.Node(
+        _MICROSOFT, "MatMulNBits", given, [ir.AttrInt64(key, value) for key, value in attributes.items()],
+        metadata_props=dict(product.metadata_props),
+    )  # fmt: skip
+    graph.insert_before(last, node)
+    ir.convenience.replace_all_uses_with(last.outputs[0], node.outputs[0], replace_graph_outputs=True)
+    graph.remove(last, safe=True)
+    if last is not product:
+        graph.remove(product, safe=True)
