@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def arguments(out: str, *more: object) -> list[object]:
-    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 80, "--out", out]
+    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 240, "--out", out]
     return [*fixed, *more]
 
 
