@@ -13,7 +13,7 @@ from compress.records import Plan, Steps
 from compress.registry import resolve
 from compress.targets import find_target
 
-__all__ = ["begin_plan", "choose_method", "make_plan"]
+__all__ = ["begin_plan", "choose_methods", "make_plan"]
 
 
 def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
@@ -25,12 +25,15 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
     bits = 4 if options.bits is None else options.bits
     ends = 8 if options.first_last_bits is None else options.first_last_bits
     frame = begin_plan(intake, options, samples)
+    methods = choose_methods(options, samples)
+    if len(methods) > 1:
+        raise InputError(f"--method {options.method}: several are to choose from; that takes a --budget")
     choices, skipped = uniform_choices(
         intake.layers,
         bits=bits,
         act_bits=_act_bits(options, samples),
         first_last_bits=ends,
-        method=choose_method(options, samples),
+        method=methods[0],
         target=find_target(options.target),
         ignore=options.ignore,
     )
@@ -57,7 +60,7 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     if options.iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     resolve(OBSERVERS, options.observer, "observer")
-    needs_data = resolve(METHODS, choose_method(options, samples), "method").needs_data
+    needs_data = any(resolve(METHODS, name, "method").needs_data for name in choose_methods(options, samples))
     correction = options.bias_correction if options.bias_correction is not None else not needs_data
     if samples is None and (options.statistics_tuning or options.bias_tuning or options.bias_correction):
         raise InputError("bias correction, statistics tuning and bias tuning need calibration data: give --calib")
@@ -79,16 +82,17 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     )
 
 
-def choose_method(options: Options, samples: Samples | None) -> str:
-    """The method asked for, or the best there is for the data.
+def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]:
+    """The methods asked for, several separated by commas, or the best there is for the data.
 
     Raises:
-        InputError: it is unknown, or needs data that are not there.
+        InputError: one is unknown, or needs data that are not there.
     """
-    method = options.method or ("adaquant" if samples is not None else "mse")
-    if resolve(METHODS, method, "method").needs_data and samples is None:
-        raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
-    return method
+    names = tuple((options.method or ("adaquant" if samples is not None else "mse")).split(","))
+    for name in names:
+        if resolve(METHODS, name, "method").needs_data and samples is None:
+            raise InputError(f"--method {name} needs calibration data: give --calib, or choose --method mse")
+    return names
 
 
 def _act_bits(options: Options, samples: Samples | None) -> int | None:
