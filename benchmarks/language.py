@@ -84,8 +84,11 @@ def write(result: dict) -> None:
     """Everything so far, as JSON and as a table a model."""
     (RESULTS / "language.json").write_text(json.dumps(result, indent=2) + "\n")
     environment = result["environment"]
-    lines = ["# Language models, weights only", "", f"`python -m benchmarks.language`; {environment['cpu']}, ONNX Runtime "
-             f"{environment['onnxruntime']}. Rise of the loss in nats a token on held-out text.", ""]  # fmt: skip
+    lines = [
+        "# Language models, weights only", "",
+        f"`python -m benchmarks.language`; {environment['cpu']}, ONNX Runtime {environment['onnxruntime']}.",
+        "Rise of the loss in nats a token on held-out text.", "",
+    ]  # fmt: skip
     for name, found in result["models"].items():
         lines += [f"## {name}, float {found['float']:.4f}", "", f"| bits | group | {' | '.join(METHODS)} |"]
         lines += ["|" + "---|" * (2 + len(METHODS))]

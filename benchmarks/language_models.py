@@ -19,7 +19,7 @@ __all__ = ["LANGUAGE_MODELS", "LanguageCase"]
 
 @dataclass(frozen=True)
 class LanguageCase:
-    """A model of tokens [N, T] to scores [N, T, V], windows to calibrate on and windows to score on, [N, T + 1] each."""
+    """A model of tokens [N, T] to scores [N, T, V]; windows [N, T + 1] to calibrate on and to score on."""
 
     name: str
     module: nn.Module

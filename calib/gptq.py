@@ -8,11 +8,12 @@ inputs first, while there is most left to make up with (act-order).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from compress.calib.adaquant import evaluation_rows
 from compress.calib.gram import Gram
 from compress.graph.quantizers import fake_quantize_op
 from compress.problem import Effort, LayerProblem, Solution
@@ -25,6 +26,7 @@ __all__ = ["GPTQ", "OptimalRounding"]
 
 _BATCH = 32
 _BLOCK = 128
+_JUDGED = 128
 _DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal; the next where the matrix is not positive definite
 
 
@@ -50,13 +52,10 @@ class OptimalRounding:
         inverse, damping = _inverse_factor(gram, self.act_order)
         if inverse is None:
             return _noted(nearest, f"rounded to nearest: not positive definite at damping {_DAMPING[-1]:g}")
-        weight = _round(problem.weight.flatten(1), gram, inverse, option, self.act_order)
-        codes = _better_channels(problem.weight.flatten(1), gram, weight, nearest.weight)
+        codes = _round(problem.weight.flatten(1), gram, inverse, option, self.act_order)
+        codes = _better_channels(problem, codes.reshape(problem.weight.shape), nearest.weight)
         note = f"gptq damping {damping:g}" if damping != _DAMPING[0] else None
-        return Solution(QuantizedWeight(
-            codes.reshape(problem.weight.shape), nearest.weight.scale, nearest.weight.zero_point, option.bits,
-            option.group_size,
-        ), note=note)  # fmt: skip
+        return Solution(replace(nearest.weight, codes=codes), note=note)
 
 
 GPTQ = OptimalRounding()
@@ -67,9 +66,7 @@ def input_gram(problem: LayerProblem) -> Tensor:
     assert problem.inputs is not None
     gram = Gram()
     for index in torch.arange(len(problem.inputs)).split(_BATCH):
-        x = problem.inputs.take(index)
-        if problem.grid is not None:
-            x = fake_quantize_op()(x, problem.grid.scale, problem.grid.zero_point, problem.grid.bits)  # type: ignore[operator]
+        x = _on_grid(problem, problem.inputs.take(index))
         if problem.weight.dim() > 2:
             x = x.movedim(1, -1)
         gram.update(x.reshape(1, -1, x.shape[-1]))
@@ -130,13 +127,22 @@ def _round(weight: Tensor, gram: Tensor, inverse: Tensor, option: QuantOption, a
     return codes[:, back].to(torch.uint8)
 
 
-def _better_channels(weight: Tensor, gram: Tensor, codes: Tensor, nearest: QuantizedWeight) -> Tensor:
-    """Per output channel the codes of the smaller output error."""
-    flat = QuantizedWeight(codes, nearest.scale, nearest.zero_point, nearest.bits, nearest.group_size)
-    rounded = nearest.codes.flatten(1)
+def _better_channels(problem: LayerProblem, codes: Tensor, nearest: QuantizedWeight) -> Tensor:
+    """Per output channel the codes of the smaller error against the float layer, behind its activation."""
+    assert problem.inputs is not None
+    assert problem.targets is not None
+    x, y = evaluation_rows(problem.inputs, problem.targets, _JUDGED)
+    x = _on_grid(problem, x)
+    channel = 1 if problem.weight.dim() > 2 else x.dim() - 1
 
-    def error(change: Tensor) -> Tensor:
-        return ((change @ gram) * change).sum(1)
+    def error(weight: QuantizedWeight) -> Tensor:
+        got = problem.activate(problem.forward(x, weight.dequantize(), problem.bias)) - problem.activate(y)
+        return got.square().movedim(channel, 0).flatten(1).sum(1)
 
-    better = error(flat.dequantize() - weight) < error(nearest.dequantize().flatten(1) - weight)
-    return torch.where(better[:, None], codes, rounded)
+    better = error(replace(nearest, codes=codes)) < error(nearest)
+    return torch.where(better.reshape(-1, *[1] * (codes.dim() - 1)), codes, nearest.codes)
+
+
+def _on_grid(problem: LayerProblem, x: Tensor) -> Tensor:
+    grid = problem.grid
+    return x if grid is None else fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)  # type: ignore[operator]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import safetensors
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -50,14 +51,18 @@ class ResumeStore:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(fingerprint)
+        # Of this process alone: another run may measure the same at the same time.
+        self._scratch = folder / f"scratch-{os.getpid()}"
         self.found = len(list(folder.glob("*.safetensors")))
 
     def fresh_scratch(self) -> Path:
         """An empty folder for files that do not outlive a step; what an earlier call gave is deleted."""
-        path = self.folder / "scratch"
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-        return path
+        for old in self.folder.glob("scratch-*"):
+            owner = old.name.removeprefix("scratch-")
+            if old == self._scratch or not (owner.isdigit() and psutil.pid_exists(int(owner))):
+                shutil.rmtree(old, ignore_errors=True)
+        self._scratch.mkdir()
+        return self._scratch
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and strings saved under ``name``, or None."""
@@ -80,8 +85,8 @@ class ResumeStore:
 
     def leave(self) -> None:
         """The run was interrupted: keep the finished layers, delete the rest, and all of it if there are none."""
-        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
-        if not any(self.folder.glob("*.safetensors")):
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        if not any(self.folder.glob("*.safetensors")) and not any(self.folder.glob("scratch-*")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def clear(self) -> None:

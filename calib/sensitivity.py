@@ -323,7 +323,8 @@ def _rows_function(call: fx.Node, weight: Tensor) -> Callable[[Tensor], Tensor]:
     if weight.dim() == 2:
         return lambda x: x.reshape(1, -1, x.shape[-1])
     sizes = weight.dim() - 2
-    stride, padding, dilation, groups = (*call.args[3:], *([1], [0], [1], 1)[len(call.args) - 3 :])
+    given = call.args[3:]
+    stride, padding, dilation, groups = (*given, *([1], [0], [1], 1)[len(given) :])
     stride, padding, dilation = (list(each) * (sizes // len(each)) for each in (stride, padding, dilation))
     return lambda x: rows_of(x, weight.shape[2:], groups, stride, padding, dilation)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Unpack
 
@@ -19,6 +20,7 @@ from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact
 from compress.cache import remembered
 from compress.calib.samples import Samples, load_samples
 from compress.compression import plan_fingerprint
+from compress.errors import GateError
 from compress.estimate import Estimate, estimate
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify as verify_file
@@ -26,7 +28,7 @@ from compress.gate import verify_or_raise
 from compress.graph.traced import TracedModel
 from compress.intake import Intake, ModelLike, noise, take_in
 from compress.kernels.table import register_operators
-from compress.options import Options, Settings, Source, gather
+from compress.options import Options, Settings, Source, check_unused, gather
 from compress.planning import make_plan
 from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realize
 from compress.records import Front, LayerSpec, Plan
@@ -111,7 +113,12 @@ def quantize(
     work = _open(model, calib, eval_data, options, source)
     pending = folder.with_name(f".{folder.name}.plan.json") if folder is not None else None
     plan, notes = _make_plan(work, options, progress or _silent, pending)
-    result = _realize(work, plan, options, folder, overwrite, progress, notes)
+    try:
+        result = _realize(work, plan, options, folder, overwrite, progress, notes)
+    except GateError:  # the next run is not to meet the same plan again
+        if pending is not None:
+            pending.unlink(missing_ok=True)
+        raise
     if pending is not None:
         pending.unlink(missing_ok=True)
     return result
@@ -239,12 +246,16 @@ def preview(
     model: ModelLike,
     *,
     calib: object | None = None,
+    eval_data: object | None = None,
     progress: Progress | None = None,
     **settings: Unpack[Settings],
 ) -> Preview:
-    """The plan that :func:`quantize` would follow and an estimate of time and memory; nothing is quantized."""
+    """The plan that :func:`quantize` would follow and an estimate of time and memory; nothing is written.
+
+    A ``drop`` among the budgets is searched for, with ``eval_data``, by carrying plans out.
+    """
     options, source = gather(settings)
-    work = _open(model, calib, None, options, source)
+    work = _open(model, calib, eval_data, options, source)
     plan, _ = _make_plan(work, options, progress or _silent)
     count = len(work.samples) if work.samples else 0
     return Preview(plan, work.intake.layers, list(work.notes), estimate(work.intake.traced, plan, count))
@@ -331,6 +342,7 @@ def _make_plan(
 ) -> tuple[Plan, tuple[str, ...]]:
     """The uniform plan, or the one that the budgets lead to; and notes on how it was found."""
     if not options.budgets:
+        check_unused(options)
         return make_plan(work.intake, options, work.samples), ()
 
     labels = work.labelled.labels if work.labelled is not None else None
@@ -338,12 +350,13 @@ def _make_plan(
 
     def drop_of(plan: Plan) -> float:
         assert work.labelled is not None
-        key = [plan_fingerprint(plan), work.labelled.fingerprint]
+        key = [plan_fingerprint(plan), work.labelled.fingerprint, version("onnxruntime")]
         return remembered(
             "drop", key, lambda: _realize(work, plan, options, None, False, progress).report.measured["drop"]
         )
 
-    return find_plan(work.intake, options, work.samples, drop_of if classes else None, progress, pending)
+    evaluation = work.labelled.fingerprint if work.labelled is not None else None
+    return find_plan(work.intake, options, work.samples, drop_of if classes else None, progress, pending, evaluation)
 
 
 def _realize(
@@ -363,10 +376,15 @@ def _realize(
         folder,
         overwrite=overwrite,
         notes=(*work.notes, *notes),
-        threads=options.search.threads,
-        batch=options.search.batch,
+        threads=_given(options.search.threads, plan.allocation.threads if plan.allocation else 1),
+        batch=_given(options.search.batch, plan.allocation.batch if plan.allocation else 1),
         progress=progress or _silent,
     )
+
+
+def _given(asked: int, planned: int) -> int:
+    """What was asked for, or where that is the default of one what the plan's latency was measured at."""
+    return asked if asked != 1 else planned
 
 
 def _traced(model: ModelLike, source: Source) -> TracedModel:

@@ -192,7 +192,9 @@ def _read_json(folder: Path, name: str) -> dict[str, object]:
     try:
         content = json.loads(_existing(folder, name).read_text())
     except ValueError as error:
-        raise InputError(f"{folder / name} is not JSON ({error}); compress the model again") from error
+        raise InputError(
+            f"{folder / name} is not JSON ({error}); write it again with the command that made it"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{folder / name} is not a JSON object; compress the model again")
     return content

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from compress.errors import InputError
 
-__all__ = ["Options", "Search", "Settings", "Source", "gather"]
+__all__ = ["Options", "Search", "Settings", "Source", "check_unused", "gather"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,19 @@ def gather(settings: Mapping[str, Any]) -> tuple[Options, Source]:
             f"{str(error).rpartition('__init__() ')[2]}; the options are the fields of compress.Options, "
             "compress.Search and compress.Source"
         ) from error
+
+
+def check_unused(options: Options) -> None:
+    """Refuse fields of ``search`` that say how a plan is found, where there are no budgets to find one for.
+
+    Raises:
+        InputError: naming them.
+    """
+    plain = Search(threads=options.search.threads, batch=options.search.batch)
+    given = [each.name for each in fields(Search) if getattr(options.search, each.name) != getattr(plain, each.name)]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{names}: only a search for a plan uses that; add a --budget, or leave it out")
 
 
 def _take(settings: dict[str, Any], record: type) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from compress.records import Plan, Steps
 from compress.registry import resolve
 from compress.targets import find_target
 
-__all__ = ["begin_plan", "choose_method", "make_plan"]
+__all__ = ["begin_plan", "choose_methods", "make_plan"]
 
 
 def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
@@ -25,13 +25,16 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
     bits = 4 if options.bits is None else options.bits
     ends = 8 if options.first_last_bits is None else options.first_last_bits
     frame = begin_plan(intake, options, samples)
+    methods = choose_methods(options, samples)
+    if len(methods) > 1:
+        raise InputError(f"--method {options.method}: several are to choose from; that takes a --budget")
     choices, skipped = uniform_choices(
         intake.layers,
         bits=bits,
         act_bits=_act_bits(options, samples),
         group_size=options.group_size,
         first_last_bits=ends,
-        method=choose_method(options, samples),
+        method=methods[0],
         target=find_target(options.target),
         ignore=options.ignore,
     )
@@ -55,12 +58,14 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     ):
         if value is not None and not (isinstance(value, int) and low <= value <= 8):
             raise InputError(f"{name} {value}: allowed are {low} to 8")
+    if options.group_size is not None and options.act_bits is not None:
+        raise InputError("--group-size quantizes weights alone: integer kernels take one scale a row; drop --act-bits")
     if options.group_size is not None and not (isinstance(options.group_size, int) and options.group_size >= 2):
         raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
     if options.iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     resolve(OBSERVERS, options.observer, "observer")
-    needs_data = resolve(METHODS, choose_method(options, samples), "method").needs_data
+    needs_data = any(resolve(METHODS, name, "method").needs_data for name in choose_methods(options, samples))
     correction = options.bias_correction if options.bias_correction is not None else not needs_data
     if samples is None and (options.statistics_tuning or options.bias_tuning or options.bias_correction):
         raise InputError("bias correction, statistics tuning and bias tuning need calibration data: give --calib")
@@ -82,27 +87,26 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     )
 
 
-def choose_method(options: Options, samples: Samples | None) -> str:
-    """The method asked for, or the best there is for the data.
+def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]:
+    """The methods asked for, several separated by commas, or the best there is for the data.
 
     Raises:
-        InputError: it is unknown, or needs data that are not there.
+        InputError: one is unknown, or needs data that are not there.
     """
-    if options.group_size is None:
-        method = options.method or ("adaquant" if samples is not None else "mse")
-    else:
-        method = options.method or ("gptq" if samples is not None else "hqq")
-    found = resolve(METHODS, method, "method")
-    if found.needs_data and samples is None:
-        raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
-    if options.group_size is not None and not found.grouped:
-        able = ", ".join(name for name in METHODS if resolve(METHODS, name, "method").grouped)
-        raise InputError(f"--method {method} gives a whole row one grid; with --group-size choose {able}")
-    return method
+    grouped = options.group_size is not None
+    best = ("gptq" if grouped else "adaquant") if samples is not None else ("hqq" if grouped else "mse")
+    names = tuple((options.method or best).split(","))
+    for name in names:
+        method = resolve(METHODS, name, "method")
+        if method.needs_data and samples is None:
+            raise InputError(f"--method {name} needs calibration data: give --calib, or choose --method mse")
+        if grouped and not method.grouped:
+            able = ", ".join(each for each in METHODS if resolve(METHODS, each, "method").grouped)
+            raise InputError(f"--method {name} gives a whole row one grid; with --group-size choose {able}")
+    return names
 
 
 def _act_bits(options: Options, samples: Samples | None) -> int | None:
-    """Width of the activations; groups are for weights alone, unless a width is asked for."""
     if options.act_bits is not None or samples is None or options.group_size is not None:
         return options.act_bits
     return 8

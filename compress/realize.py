@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.allocation.budgets import format_value
 from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
@@ -109,6 +110,7 @@ def realize(
                 calibration_seconds=calibrated - started,
                 notes=[*notes, *compressed.notes, *continued],
             )
+            report = report.model_copy(update={"notes": (*report.notes, *_missed(report))})
             if folder is not None:
                 with new_folder(folder, overwrite) as partial:
                     write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
@@ -133,6 +135,20 @@ def _whole_error(float_model: TracedModel, model: TracedModel, plan: Plan, sampl
     last = tuple(x[-GATE_SAMPLES:] for x in samples.inputs)
     labels = samples.labels[-GATE_SAMPLES:] if samples.labels is not None else None
     return output_loss(float_model, model, last, labels, measure)
+
+
+def _missed(report: Report) -> list[str]:
+    """A sentence for each budget that the finished file does not keep."""
+    allocation = report.plan.allocation
+    found = []
+    for budget in allocation.budgets if allocation else ():
+        assert allocation is not None
+        limit = budget.limit * (allocation.float_totals.get(budget.quantity, 1.0) if budget.relative else 1.0)
+        value = report.measured.get(budget.quantity)
+        if value is not None and value > limit:
+            said = (format_value(budget.quantity, each) for each in (value, limit))
+            found.append("BUDGET MISSED: {} of {}, allowed {}".format(budget.quantity, *said))
+    return found
 
 
 def _metadata(plan: Plan, parity: Parity, report: Report) -> dict[str, str]:

@@ -135,6 +135,9 @@ class Allocation(Record):
     float_totals: dict[str, float] = Field(default_factory=dict, description="of the float model")
     chosen: tuple[Candidate, ...] = Field(description="one a layer, those left float included")
     notes: tuple[str, ...] = ()
+    settings: str = Field("", description="digest of the plan's settings besides its choices")
+    threads: int = Field(1, description="of ONNX Runtime, where latency was measured")
+    batch: int = 1
 
 
 class Skip(Record):
@@ -182,7 +185,8 @@ class FrontPoint(Record):
     predicted: dict[str, float]
     measured: dict[str, float] = Field(description="of the exported file; with --measure also error and accuracy")
     greedy_error: float | None = Field(description="what greedy allocation predicts within the same budget")
-    bound: float = Field(description="no plan within the budget has a smaller predicted error")
+    limit: float = Field(description="of the quantity that was swept")
+    bound: float = Field(description="no plan within the limit has a smaller predicted error")
     gap: float
     status: str
 

@@ -62,7 +62,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     assert "holds no graph.json" in refused(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"holds no plan\.json"):
+    with pytest.raises(InputError, match=r"plan\.json does not exist"):
         load_plan(tmp_path)
 
 

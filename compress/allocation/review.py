@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.allocation.eligibility import find_format_for
+from compress.cache import digest
 from compress.calib.observers import OBSERVERS
 from compress.errors import InputError
 from compress.formats import find_format
@@ -13,7 +14,7 @@ from compress.records import Choice, LayerSpec, Plan, Skip
 from compress.registry import resolve
 from compress.targets import Target, find_target
 
-__all__ = ["review_plan"]
+__all__ = ["review_plan", "settings_digest"]
 
 _STEPS_WITH_DATA = ("bias_correction", "statistics_tuning", "bias_tuning")
 
@@ -67,7 +68,8 @@ def review_plan(
     allocation = plan.allocation
     if allocation is not None:
         planned = {(each.layer, each.method, each.option, each.format) for each in allocation.chosen if each.option}
-        if planned != {(each.layer, each.method, each.option, each.format) for each in plan.choices}:
+        chosen = {(each.layer, each.method, each.option, each.format) for each in plan.choices}
+        if planned != chosen or allocation.settings != settings_digest(plan):
             allocation = None
             notes.append("the plan was edited since it was found: its predictions and its certificate no longer hold")
     stamped = {
@@ -77,6 +79,11 @@ def review_plan(
         "samples": samples,
     }
     return plan.model_copy(update=stamped), notes
+
+
+def settings_digest(plan: Plan) -> str:
+    """A short name for everything in ``plan`` that decides its result, besides choices, model and data."""
+    return digest(plan.model_dump(mode="json", include={"target", "observer", "steps", "iterations", "seed"}))
 
 
 def _problem(choice: Choice, layer: LayerSpec | None, target: Target, with_data: bool) -> str | None:

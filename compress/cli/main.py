@@ -22,7 +22,7 @@ from compress.errors import CompressError
 __all__ = ["app", "main"]
 
 _INTERRUPTED = 130
-_STOPPED = "stopped; layers that are finished are kept, and the same command continues with them"
+_STOPPED = "stopped; what is finished is kept, and the same command continues with it"
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 app = typer.Typer(

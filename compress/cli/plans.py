@@ -44,7 +44,8 @@ def allocation_lines(allocation: Allocation | None, measured: Mapping[str, float
         if name in allocation.measured:
             parts.append(f"{format_value(name, allocation.measured[name])} in the uncalibrated file")
         if name in measured:
-            parts.append(f"{format_value(name, measured[name])} measured")
+            where = " on calibration samples" if name == "error" else ""
+            parts.append(f"{format_value(name, measured[name])} measured{where}")
         if name in limits:
             parts.append(f"allowed {_limit(limits[name], allocation)}")
         if parts and (name in limits or name in ("size", "latency", "error", "drop")):
@@ -113,4 +114,4 @@ def _limit(budget: Budget, allocation: Allocation) -> str:
         return format_value(budget.quantity, budget.limit)
     whole = allocation.float_totals.get(budget.quantity)
     absolute = f" ({format_value(budget.quantity, budget.limit * whole)})" if whole else ""
-    return f"{budget.limit:g} of the float model's{absolute}"
+    return f"{budget.limit:g}x the float model's{absolute}"

@@ -42,7 +42,7 @@ def quantize(
     settings = settings_of(given)
     if dry_run:
         with ProgressBar(enabled=not given["quiet"]) as bar:
-            preview = api.preview(model, calib=calib, progress=bar.update, bits=bits, **settings)
+            preview = api.preview(model, calib=calib, eval_data=evaluate, progress=bar.update, bits=bits, **settings)
         _print_preview(preview, given["json"])
         return
     name = "budget" if settings["budgets"] else _widths_name(bits, given["act_bits"], calib)

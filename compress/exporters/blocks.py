@@ -1,9 +1,9 @@
 """Linears whose weight stays packed at run time: ``com.microsoft::MatMulNBits``.
 
 The exporter leaves a marker for the weight, ``BlockWeight<bits>g<group>k<row>(packed, scale, zero_point)``, and an
-ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its layout
-([N, blocks, bytes of a block], first code in the lowest bits) is compress.packing's, but for rows that end within a
-block, which are filled up.
+ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its
+layout ([N, blocks, bytes of a block], first code in the lowest bits) is compress.packing's; only rows that end within a
+block are filled up.
 
 ``accuracy_level`` is always written: without it 8- and 2-bit nodes run many times slower than floats. Level 4 rounds
 each block of the input to int8, which the gate's parity shows.

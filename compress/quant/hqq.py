@@ -1,7 +1,7 @@
 """HQQ: half-quadratic quantization of weights without data (Badri and Shaji, 2023, mobiusml.github.io/hqq_blog).
 
 Minimises ``||W - (q - z) s||_p^p`` with p = 0.7, which large errors of few weights do not dominate. The error is split
-in two: ``E``, its sparse part, by a generalised soft threshold, then zero point and scale by least squares on ``W - E``.
+in two: ``E``, its sparse part, by a generalised soft threshold; zero point and scale by least squares on ``W - E``.
 Unlike the original the zero point stays a whole number, as it is stored, and the scale is fitted too.
 """
 

@@ -32,6 +32,8 @@ def check_front_folder(folder: Path, overwrite: bool) -> None:
 def write_front(folder: Path, front: Front, plans: Sequence[Plan]) -> None:
     """Write ``front.csv``, ``front.json``, ``front.png``, ``front.svg`` and the plans into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("plan-*.json"):
+        old.unlink()
     for point, plan in zip(front.points, plans, strict=True):
         save_plan(plan, folder / point.plan)
     rows = [_row(point) for point in front.points]

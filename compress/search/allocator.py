@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from compress.allocation.budgets import format_value
 from compress.allocation.checker import check
 from compress.allocation.program import Answer, Pair, Picks, Program
+from compress.allocation.review import settings_digest
 from compress.allocation.solver import InfeasibleProgram, solve
-from compress.errors import InfeasibleBudget
+from compress.errors import InfeasibleBudget, SolverError
 from compress.graph.traced import TracedModel
 from compress.latency.model import COMPUTE_OF
 from compress.options import Search
@@ -32,6 +34,7 @@ from compress.targets import Target
 __all__ = ["Allocator", "Draft"]
 
 _ATTEMPTS = 8
+_LEAST_SECONDS = 1.0  # for a solver that others have left no time
 # Two sessions on one file differ by this much (compress/benchmark.py): a plan is to hold in the next one too.
 _LATENCY_RESERVE = 0.02
 # Share of the file that the functions of all widths must be for a plan to be looked for without some of them.
@@ -150,9 +153,8 @@ class Allocator:
             InfeasibleBudget: no plan does; the message has the smallest reachable value of each.
             SolverError: the solver gave nothing.
         """
-        tightened = dict(budgets)
-        if "latency" in tightened:
-            tightened["latency"] *= 1 - _LATENCY_RESERVE
+        tightened = _with_reserve(budgets)
+        bound: float | None = None
         notes: tuple[str, ...] = ()
         for attempt in itertools.count():
             try:
@@ -162,7 +164,9 @@ class Allocator:
             answers = [answer]
             if self._timed(budgets, objective):
                 answers += self._next_best(best, answer, self.search.top - 1)
-            drafts = [self._draft(best, each, notes) for each in answers]
+            # What is proven is proven of the first program: later ones leave out its best plans, or have less room.
+            bound = answer.bound if bound is None else min(bound, answer.bound)
+            drafts = [self._draft(best, _with_bound(each, bound), notes) for each in answers]
             kept = [draft for draft in drafts if self._over(draft, budgets) == {}]
             if kept:
                 return min(kept, key=lambda draft: draft.measured.get(objective, draft.predicted[objective]))
@@ -187,10 +191,14 @@ class Allocator:
         for name, limit in budgets.items():
             others = {other: value for other, value in budgets.items() if other != name}
             alone = self.smallest(name, {})
+            if name == "latency" and alone is not None:
+                alone /= 1 - _LATENCY_RESERVE
             sentence = f"{name} is limited to {format_value(name, limit)}; the smallest that can be reached is "
             sentence += format_value(name, alone) if alone is not None else "not known"
+            if name == "latency":
+                sentence += f", with {_LATENCY_RESERVE:.0%} to spare for what timings differ by"
             if others and alone is not None and alone <= limit:
-                within = self.smallest(name, others)
+                within = self.smallest(name, _with_reserve(others))
                 if within is not None:
                     sentence += f", and {format_value(name, within)} within the other budgets"
             sentences.append(sentence)
@@ -206,7 +214,7 @@ class Allocator:
             return
         try:
             # Any objective but the error, which may not be known yet.
-            self._solve(next(iter(budgets)), budgets)
+            self._solve(next(iter(budgets)), _with_reserve(budgets))
         except InfeasibleProgram as error:
             raise InfeasibleBudget(self.explain(budgets)) from error
 
@@ -223,37 +231,45 @@ class Allocator:
 
     def _solve(self, objective: str, budgets: Mapping[str, float]) -> tuple[Restricted, Answer]:
         """The best plan over all sets of widths, and a bound that holds for all of them."""
-        answers = []
+        answers: list[tuple[Restricted, Answer]] = []
+        bounds: list[float] = []
+        failure: SolverError | None = None
+        deadline = time.monotonic() + self.search.time_limit
         for each in self.programs(objective, budgets):
             try:
-                answers.append((each, self._answer(each.program)))
+                answers.append((each, self._answer(each.program, deadline)))
+                bounds.append(answers[-1][1].bound)
             except InfeasibleProgram:
                 continue
+            except SolverError as error:  # no answer for these widths; the others' still count
+                failure = error
+                bounds.append(_least(each.program))
         if not answers:
-            raise InfeasibleProgram("no plan is inside the budgets")
+            raise failure or InfeasibleProgram("no plan is inside the budgets")
         best, answer = min(answers, key=lambda pair: pair[1].objective)
-        bound = min(each.bound for _, each in answers)
-        return best, replace(
+        proven = failure is None and all(each.status == "optimal" for _, each in answers)
+        found = replace(
             answer,
-            bound=bound,
-            gap=(answer.objective - bound) / max(abs(answer.objective), 1e-300),
-            status="optimal" if all(each.status == "optimal" for _, each in answers) else "feasible",
+            status="optimal" if proven else "feasible",
             seconds=sum(each.seconds for _, each in answers),
         )
+        return best, _with_bound(found, min(bounds))
 
-    def _answer(self, program: Program, excluded: Sequence[Picks] = ()) -> Answer:
+    def _answer(self, program: Program, deadline: float, excluded: Sequence[Picks] = ()) -> Answer:
         search = self.search
-        answer = solve(program, solver=search.solver, gap=search.gap, time_limit=search.time_limit, excluded=excluded)
+        left = max(deadline - time.monotonic(), _LEAST_SECONDS)
+        answer = solve(program, solver=search.solver, gap=search.gap, time_limit=left, excluded=excluded)
         check(program, answer)
         return answer
 
     def _next_best(self, restricted: Restricted, first: Answer, count: int) -> list[Answer]:
         """The ``count`` plans that follow ``first``, by cutting off those found."""
         answers = [first]
+        deadline = time.monotonic() + self.search.time_limit
         while len(answers) <= count:
             try:
-                answers.append(self._answer(restricted.program, [answer.picks for answer in answers]))
-            except InfeasibleProgram:
+                answers.append(self._answer(restricted.program, deadline, [answer.picks for answer in answers]))
+            except (InfeasibleProgram, SolverError):
                 break
         return answers[1:]
 
@@ -325,11 +341,31 @@ class Allocator:
             float_totals=self.costs.float_totals,
             chosen=candidates,
             notes=(*self.costs.notes, *draft.notes),
+            settings=settings_digest(frame),
+            threads=self.search.threads,
+            batch=self.search.batch,
         )
         choices = tuple(way.choice(layer) for layer, way in draft.ways.items() if way.option is not None)
         return frame.model_copy(
             update={"choices": choices, "skipped": (*self.space.skipped, *kept), "allocation": allocation}
         )
+
+
+def _with_reserve(budgets: Mapping[str, float]) -> dict[str, float]:
+    """Budgets as a plan has to be predicted to keep them."""
+    return {name: value * (1 - _LATENCY_RESERVE if name == "latency" else 1) for name, value in budgets.items()}
+
+
+def _with_bound(answer: Answer, bound: float) -> Answer:
+    gap = (answer.objective - bound) / max(abs(answer.objective), 1e-300)
+    return replace(answer, bound=bound, gap=gap)
+
+
+def _least(program: Program) -> float:
+    """A bound that needs no solver: every unit's and pair's smallest cost."""
+    units = sum(float(costs[program.objective].min()) for costs in program.costs)
+    pairs = sum(float(pair.costs.min()) for pair in program.pairs if pair.quantity == program.objective)
+    return program.fixed.get(program.objective, 0.0) + units + pairs
 
 
 def _restricted(program: Program, kept: Sequence[Sequence[int]], paid: int) -> Program:

@@ -201,6 +201,7 @@ def _fit(
         note = f"latency: all operators timed again, as those in {path} are slower than the whole model is now"
     if wanted:
         rows = time_operators([shapes[each] for each in sorted(wanted)], target, search.threads, progress)
+        table, path = open_table(own, target.provider, search.threads)  # another run may have added to it meanwhile
         table = table.with_operators(rows)
         table.save(path)
     return fit(places, table, kinds), (note,)

@@ -17,14 +17,17 @@ from compress.search.prepare import Prepared
 __all__ = ["Tried", "search_drop"]
 
 _EVALUATIONS = 7
+_PROGRAMS = 20
+_CLOSE = 0.02  # of the error's logarithm
+_SMALLEST = 1e-6  # of the largest error: a float model's is zero
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One plan carried out: the cap on its predicted error, what it came to."""
+    """One plan carried out: its predicted error, what it came to."""
 
     plan: Plan
-    error_cap: float
+    error: float
     value: float
     drop: float
 
@@ -48,22 +51,22 @@ def search_drop(prepared: Prepared, evaluate: Callable[[Plan], float]) -> tuple[
         draft = allocator.find({**limits, "error": cap}, prepared.objective)
         plan = allocator.plan(prepared.frame, draft, prepared.budgets, prepared.measure, prepared.objective)
         known = next((each for each in tried if each.plan.choices == plan.choices), None)
-        value = draft.measured.get(prepared.objective, draft.predicted[prepared.objective])
-        tried.append(Tried(plan, cap, value, known.drop if known else evaluate(plan)))
-        return tried[-1]
+        if known is None:
+            value = draft.measured.get(prepared.objective, draft.predicted[prepared.objective])
+            tried.append(Tried(plan, draft.predicted["error"], value, evaluate(plan)))
+        return known or tried[-1]
 
-    low, high = math.log(max(least * (1 + 1e-9), 1e-12)), math.log(max(most, 1e-12))
+    low, high = (math.log(max(each, most * _SMALLEST, 1e-12)) for each in (least * (1 + 1e-9), most))
     if attempt(math.exp(high)).drop > prepared.drop:
-        while len(tried) < _EVALUATIONS:
+        for _ in range(_PROGRAMS):
+            if len(tried) >= _EVALUATIONS or high - low < _CLOSE:
+                break
             middle = (low + high) / 2
-            before = tried[-1].plan.choices
             found = attempt(math.exp(middle))
             if found.drop <= prepared.drop:
                 low = middle
-            else:
-                high = middle
-            if found.plan.choices == before and len(tried) > 2:
-                break
+            else:  # no cap that lets this plan in is small enough
+                high = min(middle, math.log(max(found.error, 1e-12)))
         if not any(each.drop <= prepared.drop for each in tried):
             attempt(math.exp(low))
     kept = [each for each in tried if each.drop <= prepared.drop]

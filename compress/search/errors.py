@@ -96,7 +96,8 @@ def measure_errors(
             )
         finally:
             store.leave()
-    note = f"sensitivity {measure}: {count} of {total} measured in this run, the rest kept from earlier ones"
+    rest = ", the rest kept from earlier ones" if count < total else ""
+    note = f"sensitivity {measure}: {count} of {total} measured in this run{rest}"
     return {layer: _errors(space, layer, known[layer]) for layer in space.ways}, note
 
 

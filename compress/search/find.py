@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 from compress.allocation.budgets import format_value, parse_budgets
@@ -28,6 +29,7 @@ def find_plan(
     drop_of: Callable[[Plan], float] | None,
     progress: Callable[[str, int, int], None],
     pending: Path | None = None,
+    evaluation: str | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
     """The best plan inside ``options.budgets``, with its certificate, and notes for the report.
 
@@ -35,6 +37,7 @@ def find_plan(
         drop_of: carries a plan out and returns its accuracy drop in points; None without labelled data.
         pending: file that keeps the plan until it is carried out. Latencies differ from run to run, and with them
             plans: a run that was stopped is to continue with the one it had.
+        evaluation: fingerprint of the labelled data.
 
     Raises:
         InputError: options that do not go together.
@@ -43,7 +46,8 @@ def find_plan(
     """
     if drop_of is None and any(budget.quantity == "drop" for budget in parse_budgets(options.budgets)):
         raise InputError("--budget drop=... is kept by evaluating plans: give labelled data with classes as --eval")
-    key = digest([intake.fingerprint, samples.fingerprint if samples else None, asdict(options)])
+    versions = [version(name) for name in ("compress-toolchain", "onnxruntime", "torch")]
+    key = digest([intake.fingerprint, samples.fingerprint if samples else None, evaluation, asdict(options), versions])
     if pending is not None and (kept := _kept(pending, key)) is not None:
         return kept, ("continued with the plan that an earlier run found",)
     prepared = prepare(intake, options, samples, progress)

@@ -8,7 +8,7 @@ import numpy as np
 
 from compress.allocation.greedy import greedy
 from compress.errors import InfeasibleBudget, InputError
-from compress.records import Front, FrontPoint, Plan
+from compress.records import Budget, Front, FrontPoint, Plan
 from compress.search.allocator import Allocator
 from compress.search.prepare import Prepared
 
@@ -48,7 +48,10 @@ def sweep_front(
     known = [name for name in ("size", "latency", "bops") if name != "latency" or allocator.costs.latency is not None]
     if over not in known:
         raise InputError(f"--over {over}: known are {', '.join(known)}")
-    others = {name: value for name, value in prepared.limits.items() if name != over}
+    if prepared.drop is not None or over in prepared.limits:
+        named = "drop" if prepared.drop is not None else over
+        raise InputError(f"--budget {named}=...: a front has limits of {over} of its own, and keeps no drop")
+    others = prepared.limits
     free = allocator.find(others)
     least = allocator.smallest(over, others)
     if least is None:
@@ -64,7 +67,8 @@ def sweep_front(
             draft = allocator.find(budgets)
         except InfeasibleBudget:
             continue  # the file of the very smallest plan may come out larger than predicted
-        plan = allocator.plan(prepared.frame, draft, prepared.budgets, prepared.measure, "error")
+        kept = (*prepared.budgets, Budget.model_validate({"quantity": over, "limit": limit}))
+        plan = allocator.plan(prepared.frame, draft, kept, prepared.measure, "error")
         if plan.choices in [each.choices for each in plans] or not plan.choices:
             continue
         measured = dict(draft.measured)
@@ -77,6 +81,7 @@ def sweep_front(
                 predicted=draft.predicted,
                 measured=measured,
                 greedy_error=_greedy_error(allocator, draft.limits),
+                limit=limit,
                 bound=draft.answer.bound,
                 gap=draft.answer.gap,
                 status=draft.answer.status,
@@ -84,12 +89,15 @@ def sweep_front(
         )
         plans.append(plan)
     progress("front", count, count)
+    fewer = count - len(points)
+    missing = [f"{fewer} of {count} limits gave no plan of their own: out of reach, all float, or the one before"]
+    missing = missing if fewer else []
     front = Front(
         over=over,
         sensitivity=prepared.measure,
         float_totals=allocator.costs.float_totals,
         points=tuple(points),
-        notes=(*allocator.costs.notes, *prepared.notes),
+        notes=(*allocator.costs.notes, *prepared.notes, *missing),
     )
     return front, plans
 

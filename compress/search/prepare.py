@@ -10,11 +10,9 @@ from compress.allocation.solver import SOLVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import Intake
-from compress.methods import METHODS
 from compress.options import Options
-from compress.planning import begin_plan, choose_method
+from compress.planning import begin_plan, choose_methods
 from compress.records import Budget, Plan
-from compress.registry import resolve
 from compress.search.allocator import Allocator
 from compress.search.costs import measure_costs
 from compress.search.errors import decide_measure, measure_errors
@@ -76,6 +74,10 @@ def prepare(
     """
     if options.bits is not None:
         raise InputError("give either --bits, one width for all layers, or --budget, which chooses widths by layer")
+    if options.group_size is not None:
+        raise InputError("--group-size goes with --bits; budgets choose among whole rows")
+    if options.equalize:
+        raise InputError("--equalize changes the weights that sensitivities are measured on; with budgets leave it out")
     budgets = parse_budgets(options.budgets)
     objective = _objective(options, budgets)
     _check_solver(options)
@@ -94,7 +96,7 @@ def prepare(
         intake.traced,
         intake.layers,
         options,
-        _methods(options, samples),
+        choose_methods(options, samples),
         target,
         with_data=samples is not None,
         timed=timed,
@@ -135,14 +137,3 @@ def _check_solver(options: Options) -> None:
     ):
         if not value >= least:
             raise InputError(f"{name} {value:g}: it must be at least {least:g}")
-
-
-def _methods(options: Options, samples: Samples | None) -> tuple[str, ...]:
-    """Methods to choose from: the one asked for, or several given with commas."""
-    names = (options.method or "").split(",")
-    if len(names) == 1:
-        return (choose_method(options, samples),)
-    for name in names:
-        if resolve(METHODS, name, "method").needs_data and samples is None:
-            raise InputError(f"--method {name} needs calibration data: give --calib")
-    return tuple(names)

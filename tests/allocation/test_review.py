@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from compress.allocation.review import review_plan
+from compress.allocation.review import review_plan, settings_digest
 from compress.errors import InputError
-from compress.records import Allocation, Candidate, Choice, Cost, LayerSpec, Plan, QuantOption, Skip
+from compress.records import Allocation, Candidate, Choice, Cost, LayerSpec, Plan, QuantOption, Skip, Steps
 
 MODEL, DATA = "m" * 64, "d" * 64
 
@@ -55,6 +55,7 @@ def allocation(choices: Sequence[Choice], floats: Sequence[str] = ()) -> Allocat
     return Allocation(
         budgets=(), sensitivity="kl", objective="error", value=1.0, bound=1.0, gap=0.0, status="optimal",
         solver="highs", seconds=0.0, predicted={"size": 30.0}, chosen=tuple(chosen),
+        settings=settings_digest(plan(choices)),
     )  # fmt: skip
 
 
@@ -206,6 +207,14 @@ def test_an_edited_plan_loses_its_certificate(edited: list[Choice]) -> None:
     assert reviewed.allocation is None
     assert reviewed.choices == tuple(edited)
     assert notes == ["the plan was edited since it was found: its predictions and its certificate no longer hold"]
+
+
+def test_edited_settings_lose_the_certificate_too() -> None:
+    choices = [choice("a", 3)]
+    found = plan(choices, allocation=allocation(choices))
+    assert review(found)[0].allocation is not None
+    for edited in ({"iterations": 5}, {"observer": "minmax"}, {"steps": Steps(statistics_tuning=True)}):
+        assert review(found.model_copy(update=edited))[0].allocation is None, edited
 
 
 def test_other_data_is_noted_and_stamped() -> None:

@@ -119,3 +119,20 @@ def test_without_a_folder_nothing_stays(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_have_scratch_folders_of_their_own(tmp_path: Path) -> None:
+    store = ResumeStore(tmp_path / "store", "same")
+    mine = store.fresh_scratch()
+    (mine / "file").write_text("mine")
+    other = tmp_path / "store" / "scratch-1"  # a process that lives
+    other.mkdir()
+    (other / "file").write_text("another's")
+    gone = tmp_path / "store" / "scratch-999999999"
+    gone.mkdir()
+    assert list(store.fresh_scratch().iterdir()) == []
+    assert (other / "file").exists()
+    assert not gone.exists()
+    store.leave()
+    assert (other / "file").exists()
+    assert not mine.exists()

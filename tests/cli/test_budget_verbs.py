@@ -47,7 +47,7 @@ def plan(forks: Forks, folder: Path) -> Path:
     """The plan of a size budget, printed as a person sees it."""
     text = good(forks, folder, "allocate", "model.pt", *DATA, *QUICK, "--budget", "size=0.22x", "-o", "plan.json")
     assert "proven optimal" in text
-    assert "of the float model's" in text
+    assert "x the float model's" in text
     return folder / "plan.json"
 
 

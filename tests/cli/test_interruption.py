@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def arguments(out: str, *more: object) -> list[object]:
-    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 80, "--out", out]
+    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 240, "--out", out]
     return [*fixed, *more]
 
 
@@ -67,7 +67,7 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
 
     code, said = stop(folder, "out", 1, signal.SIGINT)
     assert code == 130
-    assert said == "error: stopped; layers that are finished are kept, and the same command continues with them\n"
+    assert said == "error: stopped; what is finished is kept, and the same command continues with it\n"
     assert not (folder / "out").exists()
     kept = sorted(path.name for path in (folder / ".out.work").iterdir())
     assert "fingerprint" in kept

@@ -65,7 +65,7 @@ def test_set_weight_twice_replaces_everything() -> None:
     last = nearest(torch.randn(5, 6), 7)
     set_weight(traced, "0", last, "float")
     (call,) = layer_calls(traced)["0"]
-    assert call.args[1].args[3:] == (7, [5, 6], "float")
+    assert call.args[1].args[3:] == (7, [5, 6], "float", None)
     assert len(traced.graph.find_nodes(op="call_function", target=call.args[1].target)) == 1
     x = torch.randn(3, 6)
     torch.testing.assert_close(traced.module(x), nn.functional.linear(x, last.dequantize(), module[0].bias))

@@ -60,6 +60,18 @@ def test_between_the_ends(prepared: Prepared) -> None:
     assert next(each.value for each in kept if each.plan == plan) <= best + 0.1 * whole
 
 
+def test_a_plan_met_twice_does_not_end_the_search(prepared: Prepared) -> None:
+    """Whatever the drop allowed, the answer is not much larger than the smallest plan that keeps it."""
+    least, most = ends(prepared.allocator)
+    for share in (0.1, 0.35, 0.8):
+        allowed = least * (most / least) ** share
+        plan, tried = search_drop(limited(prepared, allowed), Scale(1.0))
+        assert plan.allocation is not None
+        best = prepared.allocator.find({"error": allowed}, "size").predicted["size"]
+        assert plan.allocation.predicted["size"] <= best * 1.1
+        assert len(tried) <= 8
+
+
 def test_other_budgets_hold_too(prepared: Prepared) -> None:
     least = prepared.allocator.smallest("bops", {})
     assert least is not None

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from compress.calib.samples import Samples
+from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
-from compress.intake import Intake
+from compress.intake import Intake, take_in
 from compress.options import Options, Search
-from compress.planning import begin_plan
+from compress.planning import begin_plan, make_plan
 from compress.search import errors as module
 from compress.search.errors import SMALLEST_ERROR, decide_measure, measure_errors
+from compress.search.prepare import prepare
 from compress.search.space import FLOAT, Space
 from tests.search.conftest import silent, space_of  # type: ignore[import-not-found]
 
@@ -28,7 +31,7 @@ def measured(
 
 def test_narrow_widths_hurt_more_and_float_not_at_all(intake: Intake, samples: Samples) -> None:
     found, note = measured(intake, space_of(intake, weight_widths=(2, 4, 8), floats=True), samples)
-    assert note == "sensitivity output: 15 of 15 measured in this run, the rest kept from earlier ones"
+    assert note == "sensitivity output: 15 of 15 measured in this run"
     for layer, errors in found.items():
         assert errors.pop((32, 32)) == 0.0
         in_order = [errors[key] for key in sorted(errors)]
@@ -89,3 +92,20 @@ def test_measures_that_cannot_be_taken(measure: str, with_data: bool, sentence: 
 def test_the_measure_that_fits(samples: Samples) -> None:
     assert decide_measure(Options(), None) == "weight"
     assert decide_measure(Options(), samples) == "output"
+
+
+def test_several_methods_are_ways_to_choose_from(intake: Intake, samples: Samples) -> None:
+    options = Options(method="mse,minmax", budgets=("size=0.5x",), search=Search(weight_widths=(4,)))
+    prepared = prepare(intake, options, samples, silent)
+    assert {way.method for way in prepared.allocator.space.ways["deep"]} == {"mse", "minmax"}
+    with pytest.raises(InputError, match="that takes a --budget"):
+        make_plan(intake, Options(method="mse,minmax"), samples)
+
+
+@pytest.mark.parametrize("measure", ["gram", "kl"])
+def test_layers_without_a_bias(measure: str) -> None:
+    data = load_samples(torch.randn(20, 1, 6, 6))
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten())
+    taken = take_in(net, samples=data)
+    found, _ = measured(taken, space_of(taken, weight_widths=(2, 8)), data, measure)
+    assert all(error > 0 for errors in found.values() for error in errors.values())

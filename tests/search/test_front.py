@@ -52,6 +52,17 @@ def test_measured_values_are_added(prepared: Prepared) -> None:
     assert [point.measured["accuracy"] for point in front.points] == [1 / (n + 1) for n in range(len(plans))]
 
 
+def test_every_point_has_its_own_limit(prepared: Prepared) -> None:
+    front, plans = sweep_front(prepared, "size", 4, silent)
+    for point, plan in zip(front.points, plans, strict=True):
+        assert plan.allocation is not None
+        (budget,) = plan.allocation.budgets
+        assert (budget.quantity, budget.limit) == ("size", point.limit)
+        assert point.measured["size"] <= point.limit
+    with pytest.raises(InputError, match="a front has limits of size of its own"):
+        sweep_front(replace(prepared, budgets=(Budget(quantity="size", limit=1e6),)), "size", 3, silent)
+
+
 def test_refusals(prepared: Prepared) -> None:
     with pytest.raises(InputError, match="--over latency: known are size, bops"):
         sweep_front(prepared, "latency", 3, silent)
