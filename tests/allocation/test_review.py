@@ -94,7 +94,7 @@ WRONG = {
         choice("a", format="float-weights"),
         "layer a: format float-weights does not run W4A8; integer does",
     ),
-    "unknown method": (choice("a", method="magic"), "layer a: unknown method 'magic'; known: minmax, mse, adaquant"),
+    "unknown method": (choice("a", method="magic"), "layer a: unknown method 'magic'; known: minmax, mse, hqq"),
 }
 
 
