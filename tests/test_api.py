@@ -249,7 +249,7 @@ def test_progress_names_every_layer_and_ends_full() -> None:
         ({"first_last_bits": 16}, "--first-last-bits 16: allowed are 2 to 8"),
         ({"iterations": -1}, "--iterations -1: allowed are 0"),
         ({"samples": 0}, "0 samples of the samples given are not possible"),
-        ({"method": "magic"}, "unknown method 'magic'; known: minmax, mse, adaquant, adaquant-parallel"),
+        ({"method": "magic"}, "unknown method 'magic'; known: minmax, mse, hqq, gptq, adaquant, adaquant-parallel"),
         ({"observer": "magic"}, "unknown observer 'magic'; known: minmax, percentile, mse, histogram"),
         ({"target": "magic"}, "unknown target 'magic'; known: onnx-cpu, onnx-arm"),
         ({"ignore": ("nothing*",)}, "--ignore 'nothing*' matches no layer"),
