@@ -195,7 +195,8 @@ def _fit(
             kinds.append((runs, time_us))
     computes = {COMPUTE_OF[kind] for base, _ in kinds for kind in base.values()}
     wanted = {signature for signature in shapes if any(table.find(signature, each) is None for each in computes)}
-    note = f"latency: {len(wanted)} of {len(shapes)} operators timed in this run, the rest from {path}"
+    known = "kept in" if len(wanted) == len(shapes) else "the rest from"
+    note = f"latency: {len(wanted)} of {len(shapes)} operators timed in this run, {known} {path}"
     if not wanted and _stale(places, table, times_us[0]):
         wanted = set(shapes)
         note = f"latency: all operators timed again, as those in {path} are slower than the whole model is now"
