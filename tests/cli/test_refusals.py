@@ -28,7 +28,7 @@ CASES = {
     "somebody else's folder": (("model.pt", "--out", "taken", "--overwrite"), "so --overwrite leaves it alone"),
     "too many bits": (("model.pt", "--bits", "9"), "--bits 9: allowed are 2 to 8"),
     "activations without data": (("model.pt", "--act-bits", "8"), "--act-bits needs calibration data: give --calib"),
-    "unknown method": (("model.pt", "--method", "magic"), "unknown method 'magic'; known: minmax, mse, hqq, gptq, adaquant"),
+    "unknown method": (("model.pt", "--method", "magic"), "unknown method 'magic'; known: minmax, mse, hqq, gptq"),
     "unknown target": (("model.pt", "--target", "magic"), "unknown target 'magic'; known: onnx-cpu, onnx-arm"),
     "unknown observer": (("model.pt", "--observer", "magic"), "unknown observer 'magic'; known: minmax, percentile"),
     "bad normalisation": (("model.pt", "--calib", "calib.npz", "--mean", "a,b"), "--mean 'a,b': numbers separated"),
