@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def arguments(out: str, *more: object) -> list[object]:
-    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 240, "--out", out]
+    fixed = ["quantize", "model.pt", "--calib", "calib.npz", "--bits", 3, "--iterations", 80, "--out", out]
     return [*fixed, *more]
 
 
@@ -50,6 +50,8 @@ def stop(folder: Path, out: str, finished: int, how: signal.Signals) -> tuple[in
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests themselves run in the background, an ignored Ctrl-C would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     work, deadline = folder / f".{out}.work", time.monotonic() + 120
     while len(list(work.glob("*.safetensors"))) < finished:
