@@ -105,7 +105,7 @@ def test_an_edited_plan_is_carried_out_as_edited(forks: Forks, folder: Path, pla
     assert [row["layer"] for row in rows if row["changed"]] == [layer]
 
 
-def test_sweep_writes_a_front_of_plans_that_apply(forks: Forks, folder: Path, plan: Path) -> None:
+def test_sweep_writes_a_front_of_plans(forks: Forks, folder: Path, plan: Path) -> None:
     text = good(forks, folder, "sweep", "model.pt", *DATA, *QUICK, "--points", 3, "-o", "front")
     assert "Front over size" in text
     with open(folder / "front" / "front.csv") as file:
@@ -119,7 +119,7 @@ def test_sweep_writes_a_front_of_plans_that_apply(forks: Forks, folder: Path, pl
     assert all(float(row["greedy_error"]) >= float(row["predicted_error"]) * (1 - 1e-9) for row in rows)
     assert (folder / "front" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "front" / "front.svg").read_text()
-    good(forks, folder, "apply", f"front/{rows[0]['plan']}", "model.pt", *DATA, "-o", "smallest")
+    good(forks, folder, "diff", f"front/{rows[0]['plan']}", f"front/{rows[-1]['plan']}")
     run = forks.run(folder, "sweep", "model.pt", *DATA, *QUICK, "-o", "at-nothing", "--points", 1)
     assert (run.returncode, "needs at least 2" in run.stderr) == (2, True)
 

@@ -40,8 +40,9 @@ def folder_of(module: nn.Module, tmp_path: Path, **settings: object) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 16), (4, 16), (4, 32), (8, 64), (4, 128)])
-@pytest.mark.parametrize("method", ["hqq", "mse"])
+@pytest.mark.parametrize(
+    ("bits", "group", "method"), [(2, 16, "hqq"), (4, 16, "mse"), (4, 32, "hqq"), (8, 64, "mse"), (4, 128, "hqq")]
+)
 def test_packed_weights_stay_packed(module: nn.Module, tmp_path: Path, bits: int, group: int, method: str) -> None:
     out = folder_of(module, tmp_path, bits=bits, group_size=group, method=method, first_last_bits=bits)
     graph = onnx.load(out / "model.onnx").graph

@@ -23,7 +23,7 @@ def priced(intake: Intake, **changes: object) -> tuple[Space, Costs]:
 def test_sizes_of_mixed_plans(intake: Intake, tmp_path: Path, floats: bool) -> None:
     space, costs = priced(intake, weight_widths=(2, 3, 5, 8), act_widths=(4, 8), floats=floats)
     rng = np.random.default_rng()
-    for _ in range(3):
+    for _ in range(2):
         ways = {layer: found[rng.integers(len(found))] for layer, found in space.ways.items()}
         size = export_ways(intake.traced, ways, CPU, tmp_path / "mixed.onnx").stat().st_size
         # Floats among integers leave quantizers out: a plan's file is weighed before the plan is accepted.
