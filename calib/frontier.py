@@ -59,7 +59,7 @@ class Frontier:
         varying = self._varying()
         stored = [node for node in nodes if node.name in needed and node.name in varying and _is_tensor(node)]
         fresh = {node.name: SpilledSamples(self._scratch / f"{node.name}.samples") for node in stored}
-        self._batch_dims.update({node.name: _batch_dim(node) for node in stored})
+        self._batch_dims.update({node.name: self._batch_dim(node) or 0 for node in stored})
         for index in self._batches():
             known = self._run(nodes, index)
             for name, samples in fresh.items():
@@ -161,9 +161,20 @@ class Frontier:
         """Names of the values that differ from sample to sample."""
         varying: set[str] = set()
         for node in self._traced.graph.nodes:
-            if node.op == "placeholder" or any(source.name in varying for source in node.all_input_nodes):
+            if node.op == "placeholder" or (
+                any(source.name in varying for source in node.all_input_nodes) and not self._is_of_any_batch(node)
+            ):
                 varying.add(node.name)
         return varying
+
+    def _is_of_any_batch(self, node: fx.Node) -> bool:
+        """Whether ``node``'s value has no dimension that grows with the batch: positions along a sequence have not."""
+        return self._traced.dynamic_batch and _is_tensor(node) and self._batch_dim(node) is None
+
+    def _batch_dim(self, node: fx.Node) -> int | None:
+        """The first dimension of ``node``'s value that grows with the batch; None where there is none."""
+        batch = _symbols(self._traced.inputs()[0].meta["val"].shape[0])
+        return next((d for d, size in enumerate(node.meta["val"].shape) if batch & _symbols(size)), None)
 
     def _stored(self, name: str, index: Tensor) -> Tensor:
         rows = len(self._values[name]) // len(self._inputs[0])  # a sample
@@ -203,6 +214,6 @@ def _is_tensor(node: fx.Node) -> bool:
     return node.op != "placeholder" and isinstance(node.meta.get("val"), Tensor)
 
 
-def _batch_dim(node: fx.Node) -> int:
-    """The dimension of ``node``'s value that grows with the batch: the only size that is not fixed; else the first."""
-    return next((d for d, size in enumerate(node.meta["val"].shape) if isinstance(size, torch.SymInt)), 0)
+def _symbols(size: int | torch.SymInt) -> set[str]:
+    """Names of the dynamic sizes that ``size`` is computed from."""
+    return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()

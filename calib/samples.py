@@ -8,40 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-import re
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from compress.calib.images import check_channels, from_bytes, list_images, normalise, read_images
+from compress.calib.sources import LABEL_KEYS, Array, Found, check_lengths, open_source
+from compress.calib.text import TEXT_SUFFIXES, read_texts
 from compress.errors import InputError
-from compress.factory import import_object, one_line, user_code
+from compress.huggingface import TextReader
 
 __all__ = ["Samples", "load_samples"]
-
-_INPUT_KEYS = ("images", "x", "inputs", "input", "data")
-_LABEL_KEYS = ("labels", "y", "targets", "label", "target")
-_SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-_Array = np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Inputs [N, ...] (one tensor for each input of the model, float32 or int64), labels [N] (int64 or float32)."""
+    """Inputs [N, ...] (one tensor for each input of the model, float32 or int64), labels [N] (int64 or float32).
+
+    ``names`` are the parameters of the model's ``forward`` that take the inputs; () where they go by position.
+    """
 
     inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor | None
     source: str
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -63,27 +57,17 @@ class Samples:
         if chosen is None:
             return dataclasses.replace(self, notes=self.notes + notes)
         labels = None if self.labels is None else self.labels[chosen]
-        return Samples(tuple(x[chosen] for x in self.inputs), labels, self.source, self.notes + notes)
+        return Samples(tuple(x[chosen] for x in self.inputs), labels, self.source, self.notes + notes, self.names)
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the dtypes, shapes and bytes of inputs and labels."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(",".join(self.names).encode())
         for tensor in (*self.inputs, *(() if self.labels is None else (self.labels,))):
             digest.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             for row in tensor.split(256):
                 digest.update(row.contiguous().numpy().data)
         return digest.hexdigest()
-
-
-@dataclass
-class _Found:
-    """What a source holds before selection and conversion: [N, ...] arrays of any dtype by name."""
-
-    inputs: list[tuple[str, _Array]]
-    labels: _Array | None
-    keys: list[str]
-    notes: list[str]
 
 
 def load_samples(
@@ -96,12 +80,17 @@ def load_samples(
     limit: int | None = None,
     seed: int = 0,
     labelled: bool = False,
+    parameters: Sequence[str] = (),
+    text: TextReader | None = None,
+    length: int | None = None,
 ) -> Samples:
     """Samples from an array, tensor, tuple (x, y), dict, Samples, DataLoader, path or "package.module:function".
 
     Bytes shaped [N, H, W, C] become float [N, C, H, W] in 0..1, then (x - mean) / std for each channel; float arrays
     are taken as they are unless mean or std is given. `size` and `resize` are for folders of pictures. `limit` keeps
-    a seeded subset, chosen before anything is converted; of an iterable, the first ones.
+    a seeded subset, chosen before anything is converted; of an iterable, the first ones. `parameters` are those of
+    the model's forward(): arrays of their names are its inputs. `text` makes token ids of text files, at most `length`
+    a sample.
 
     Raises:
         InputError: the source is missing, damaged, of an unknown kind, empty, pickled, not numeric or not finite; its
@@ -109,13 +98,19 @@ def load_samples(
     """
     means = [mean] if isinstance(mean, int | float) else mean
     stds = [std] if isinstance(std, int | float) else std
-    name, found = _open(source, limit)
+    name, found = (
+        ("the samples given", _as_found(source))
+        if isinstance(source, Samples)
+        else open_source(source, limit, parameters)
+    )
+    if isinstance(found, Path) and found.suffix.lower() in TEXT_SUFFIXES:
+        return _from_text(found, text, length, limit, seed, labelled)
     if isinstance(found, Path):
         return _from_folder(found, means, stds, size, resize, limit, seed, labelled)
     notes = list(found.notes)
     if size is not None or resize is not None:
         notes.append("size and resize are for folders of pictures and were not used")
-    count = _check_lengths(found, name)
+    count = check_lengths(found, name)
     chosen, more = _choose(count, limit, seed, name)
     labels = _labels(found, name, labelled, notes)
     inputs = []
@@ -135,7 +130,7 @@ def load_samples(
         inputs.append(x)
     if labels is not None and chosen is not None:
         labels = labels[chosen]
-    return Samples(tuple(inputs), labels, name, (*notes, *more))
+    return Samples(tuple(inputs), labels, name, (*notes, *more), found.names)
 
 
 def _normalised(mean: Sequence[float] | None, std: Sequence[float] | None) -> str:
@@ -184,156 +179,40 @@ def _from_folder(
     return Samples((normalise(x, mean, std),), labels, str(folder), tuple(notes))
 
 
-def _open(source: object, limit: int | None) -> tuple[str, _Found | Path]:
-    """A name for messages, and the arrays, or the path of a folder of pictures."""
-    if isinstance(source, str) and _FUNCTION.fullmatch(source) and not Path(source).exists():
-        function = import_object(source, "the data function")
-        if not callable(function):
-            raise InputError(f"{source} is a {type(function).__name__}, not a function that returns samples.")
-        with user_code():
-            try:
-                return source, _from_object(function(), source, limit)
-            except InputError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise InputError(f"{source} raised {one_line(error)}; it is called without arguments.") from error
-    if not isinstance(source, str | Path):
-        return "the samples given", _from_object(source, "the samples given", limit)
-    path = Path(source)
-    if path.is_dir():
-        return str(path), path
-    if not path.exists():
-        raise InputError(f"There is no file or folder {path}; check the path, or give package.module:function.")
-    if path.suffix.lower() not in _SUFFIXES:
+def _as_found(samples: Samples) -> Found:
+    inputs: list[tuple[str, Array]] = [(f"input {i}", x) for i, x in enumerate(samples.inputs)]
+    return Found(inputs, samples.labels, [key for key, _ in inputs], list(samples.notes), samples.names)
+
+
+def _from_text(
+    path: Path, reader: TextReader | None, length: int | None, limit: int | None, seed: int, labelled: bool
+) -> Samples:
+    if reader is None:
         raise InputError(
-            f"{path} ends in {path.suffix!r}; samples come from {', '.join(_SUFFIXES)}, a folder of pictures, or "
-            "package.module:function."
+            f"{path} is text, which takes the tokenizer of a Hugging Face model folder; give token ids in an .npz"
         )
-    return str(path), _from_object(_read(path), str(path), limit)
+    texts, labels = read_texts(path)
+    if labelled and labels is None:
+        raise InputError(f"{path} has no labels; give a .tsv or .csv with a column label")
+    more: tuple[str, ...] = ()
+    if not reader.causal:
+        chosen, more = _choose(len(texts), limit, seed, str(path))
+        if chosen is not None:
+            texts = [texts[i] for i in chosen.tolist()]
+            labels = None if labels is None else labels[chosen]
+    encoded = reader.encode(texts, length)
+    first = next(iter(encoded.values()))
+    notes = [f"text as {len(first)} samples of {first.shape[1]} tokens", *more]
+    samples = Samples(tuple(encoded.values()), labels, str(path), tuple(notes), reader.call_names(encoded))
+    return samples.take(limit, seed) if reader.causal else samples
 
 
-def _read(path: Path) -> object:
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-        if suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if suffix in (".npy", ".npz") and ("pickle" in str(error) or "Python object" in str(error)):
-            raise InputError(
-                f"{path} holds pickled Python objects, which are not read because they can run code; save a plain "
-                "array of numbers."
-            ) from error
-        if suffix in (".npy", ".npz", ".safetensors") or isinstance(error, zipfile.BadZipFile | EOFError):
-            raise InputError(f"{path} is empty, truncated or damaged ({one_line(error)}); write it again.") from error
-        raise InputError(
-            f"{path} could not be read safely; save a tensor, a tuple (x, y) or a dict of tensors with torch.save."
-        ) from error
-
-
-def _from_object(content: object, name: str, limit: int | None) -> _Found:
-    if isinstance(content, Samples):
-        inputs: list[tuple[str, _Array]] = [(f"input {i}", x) for i, x in enumerate(content.inputs)]
-        return _Found(inputs, content.labels, [key for key, _ in inputs], list(content.notes))
-    if isinstance(content, np.ndarray | torch.Tensor):
-        return _Found([("the array", content)], None, ["the array"], [])
-    if isinstance(content, Mapping):
-        return _from_mapping(content, name)
-    if isinstance(content, tuple) and content and all(isinstance(x, np.ndarray | torch.Tensor) for x in content):
-        # The last of several is the labels when it has one number for each sample.
-        *xs, last = content
-        has_labels = bool(xs) and last.ndim in (1, 2) and math.prod(last.shape) == len(xs[0])
-        xs = xs if has_labels else [*xs, last]
-        named = [(f"array {i}", x) for i, x in enumerate(xs)]
-        return _Found(named, last if has_labels else None, [key for key, _ in named], [])
-    if isinstance(content, torch.utils.data.Dataset) or not isinstance(content, Iterable) or isinstance(content, str):
-        raise InputError(
-            f"{name} gave a {type(content).__name__}; samples are an array, a tuple (x, y), a dict of arrays or an "
-            "iterable of batches (for a Dataset: a DataLoader)."
-        )
-    return _from_batches(content, name, limit)
-
-
-def _from_mapping(content: Mapping[object, object], name: str) -> _Found:
-    arrays = {
-        str(key): value if isinstance(value, torch.Tensor) else np.asarray(value)
-        for key, value in content.items()
-        if isinstance(value, np.ndarray | torch.Tensor | list)
-    }
-    by_lower = {key.lower(): key for key in arrays}
-    label_key = next((by_lower[key] for key in _LABEL_KEYS if key in by_lower), None)
-    known = [by_lower[key] for key in _INPUT_KEYS if key in by_lower]
-    others = [key for key in arrays if key != label_key]
-    if not others:
-        raise InputError(
-            f"{name} holds no samples (found: {', '.join(map(str, content)) or 'nothing'}); name the array "
-            f"{' or '.join(_INPUT_KEYS[:2])}."
-        )
-    key = (known or others)[0]
-    rest = [other for other in others if other != key]
-    notes = [f"{key} was taken as the input, {', '.join(rest)} not used"] if rest else []
-    labels = None if label_key is None else arrays[label_key]
-    return _Found([(key, arrays[key])], labels, list(arrays), notes)
-
-
-def _from_batches(batches: Iterable[object], name: str, limit: int | None) -> _Found:
-    """Batches put together; reading stops when `limit` samples are there, since an iterable may never end."""
-    parts: list[_Found] = []
-    count = 0
-    for batch in batches:
-        content = tuple(batch) if isinstance(batch, list) else batch
-        if not isinstance(content, tuple | Mapping | np.ndarray | torch.Tensor):
-            raise InputError(
-                f"{name} gave a batch of type {type(batch).__name__}; a batch is an array, a tuple (x, y) or a dict."
-            )
-        parts.append(_from_object(content, name, None))
-        count += _check_lengths(parts[-1], name)
-        if limit is not None and count >= limit:
-            break
-    if not parts:
-        raise InputError(f"{name} is empty: it gave no batch.")
-    first = parts[0]
-    stop = count if limit is None else min(limit, count)
-    try:
-        inputs: list[tuple[str, _Array]] = [
-            (key, torch.cat([torch.as_tensor(part.inputs[i][1]) for part in parts])[:stop])
-            for i, (key, _) in enumerate(first.inputs)
-        ]
-        labelled = [torch.as_tensor(part.labels).reshape(-1) for part in parts if part.labels is not None]
-        labels = torch.cat(labelled)[:stop] if len(labelled) == len(parts) else None
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise InputError(f"{name}: its batches do not fit together ({one_line(error)}).") from error
-    notes = [f"the first {stop} samples of the iterable"] if limit is not None else []
-    return _Found(inputs, labels, first.keys, first.notes + notes)
-
-
-def _check_lengths(found: _Found, name: str) -> int:
-    for key, array in found.inputs:
-        if array.ndim == 0:
-            raise InputError(f"{name}: {key} is a single number, not samples [N, ...].")
-    key, first = found.inputs[0]
-    count = len(first)
-    if count == 0:
-        raise InputError(f"{name} is empty: {key} has shape {list(first.shape)}.")
-    for other, array in found.inputs[1:]:
-        if len(array) != count:
-            raise InputError(f"{name}: {key} has {count} samples and {other} {len(array)}; they must be as many.")
-    if found.labels is not None and found.labels.ndim > 0 and len(found.labels) != count:
-        raise InputError(f"{name}: {key} has {count} samples and there are {len(found.labels)} labels.")
-    return count
-
-
-def _labels(found: _Found, name: str, labelled: bool, notes: list[str]) -> torch.Tensor | None:
+def _labels(found: Found, name: str, labelled: bool, notes: list[str]) -> torch.Tensor | None:
     """Labels [N] as int64 or float32; unusable ones are an error only when they are needed."""
     if found.labels is None:
         if labelled:
             raise InputError(
-                f"{name} has no labels (found: {', '.join(found.keys)}); name them {' or '.join(_LABEL_KEYS[:2])}."
+                f"{name} has no labels (found: {', '.join(found.keys)}); name them {' or '.join(LABEL_KEYS[:2])}."
             )
         return None
     labels = found.labels
@@ -349,7 +228,7 @@ def _labels(found: _Found, name: str, labelled: bool, notes: list[str]) -> torch
     return flat.float() if flat.is_floating_point() else flat.to(torch.int64)
 
 
-def _tensor(array: _Array) -> torch.Tensor:
+def _tensor(array: Array) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         return array.detach().cpu()
     # A copy: torch does not take read-only (memory-mapped), foreign-endian or negatively strided arrays.
@@ -357,7 +236,7 @@ def _tensor(array: _Array) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=wide, order="C"))
 
 
-def _rows(array: _Array, chosen: torch.Tensor | None, key: str, name: str) -> torch.Tensor:
+def _rows(array: Array, chosen: torch.Tensor | None, key: str, name: str) -> torch.Tensor:
     """The chosen rows as a tensor, of the dtype they have in the source."""
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":

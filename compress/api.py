@@ -18,7 +18,6 @@ from compress.allocation.diff import PlanDiff, diff_plans
 from compress.allocation.review import review_plan
 from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact, load_plan, save_plan
 from compress.cache import remembered
-from compress.calib.samples import Samples, load_samples
 from compress.compression import plan_fingerprint
 from compress.errors import GateError
 from compress.estimate import Estimate, estimate
@@ -26,19 +25,20 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify as verify_file
 from compress.gate import verify_or_raise
 from compress.graph.traced import TracedModel
+from compress.huggingface import is_pretrained
 from compress.intake import Intake, ModelLike, noise, take_in
 from compress.kernels.table import register_operators
 from compress.options import Options, Settings, Source, check_unused, gather
 from compress.planning import make_plan
 from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realize
 from compress.records import Front, LayerSpec, Plan
-from compress.report.build import check_metric
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
 from compress.search.prepare import prepare
 from compress.targets import find_target
+from compress.work import Work, open_work, read_samples
 
 __all__ = [
     "Preview",
@@ -63,24 +63,6 @@ class Preview:
     layers: list[LayerSpec]
     notes: list[str]
     estimate: Estimate
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A model and its data, read and checked against each other."""
-
-    intake: Intake
-    samples: Samples | None
-    labelled: Samples | None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        evaluation = self.labelled.notes if self.labelled else ()
-        return (
-            *self.intake.notes,
-            *(self.samples.notes if self.samples else ()),
-            *(f"evaluation data: {note}" for note in evaluation),
-        )
 
 
 def quantize(
@@ -110,7 +92,7 @@ def quantize(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_folder(folder, overwrite)
-    work = _open(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source)
     pending = folder.with_name(f".{folder.name}.plan.json") if folder is not None else None
     plan, notes = _make_plan(work, options, progress or _silent, pending)
     try:
@@ -146,7 +128,7 @@ def allocate(
     path = Path(out) if out is not None else None
     if path is not None:
         check_free(path, overwrite)
-    work = _open(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source)
     plan, _ = _make_plan(work, options, progress or _silent)
     if path is not None:
         save_plan(plan, path)
@@ -178,7 +160,7 @@ def apply(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_folder(folder, overwrite)
-    work = _open(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source)
     samples = work.samples
     reviewed, notes = review_plan(
         found,
@@ -218,7 +200,7 @@ def sweep(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_front_folder(folder, overwrite)
-    work = _open(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source)
     report_progress = progress or _silent
     prepared = prepare(work.intake, options, work.samples, report_progress, also_timed=over == "latency")
 
@@ -255,7 +237,7 @@ def preview(
     A ``drop`` among the budgets is searched for, with ``eval_data``, by carrying plans out.
     """
     options, source = gather(settings)
-    work = _open(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source)
     plan, _ = _make_plan(work, options, progress or _silent)
     count = len(work.samples) if work.samples else 0
     return Preview(plan, work.intake.layers, list(work.notes), estimate(work.intake.traced, plan, count))
@@ -309,36 +291,14 @@ def verify(folder: str | Path, *, data: object | None = None, **settings: Unpack
     plan = load_plan(path)
     samples = None
     if data is not None:
-        samples = load_samples(
-            data, limit=GATE_SAMPLES, seed=plan.seed, mean=source.mean, std=source.std, size=source.size
-        )
+        samples = read_samples(data, source, traced.input_names, limit=GATE_SAMPLES, seed=plan.seed)
     return verify_file(
         traced, path / ONNX_FILE, *gate_inputs(traced, samples, plan.seed), find_target(plan.target).provider
     )
 
 
-def _open(model: ModelLike, calib: object | None, eval_data: object | None, options: Options, source: Source) -> _Work:
-    samples = labelled = None
-    if calib is not None:
-        samples = load_samples(
-            calib, limit=options.samples, seed=options.seed, mean=source.mean, std=source.std, size=source.size
-        )
-    if eval_data is not None:
-        labelled = load_samples(eval_data, labelled=True, mean=source.mean, std=source.std, size=source.size)
-    intake = take_in(
-        model,
-        factory=source.model_factory,
-        allow=source.allow,
-        input_shape=source.input_shape,
-        samples=samples,
-    )
-    if labelled is not None:
-        check_metric(intake, labelled)
-    return _Work(intake, samples, labelled)
-
-
 def _make_plan(
-    work: _Work, options: Options, progress: Progress, pending: Path | None = None
+    work: Work, options: Options, progress: Progress, pending: Path | None = None
 ) -> tuple[Plan, tuple[str, ...]]:
     """The uniform plan, or the one that the budgets lead to; and notes on how it was found."""
     if not options.budgets:
@@ -360,7 +320,7 @@ def _make_plan(
 
 
 def _realize(
-    work: _Work,
+    work: Work,
     plan: Plan,
     options: Options,
     folder: Path | None,
@@ -389,7 +349,7 @@ def _given(asked: int, planned: int) -> int:
 
 def _traced(model: ModelLike, source: Source) -> TracedModel:
     register_operators()
-    if not isinstance(model, torch.nn.Module) and Path(model).is_dir():
+    if not isinstance(model, torch.nn.Module) and Path(model).is_dir() and not is_pretrained(Path(model)):
         return load_artifact(Path(model))
     return take_in(model, factory=source.model_factory, allow=source.allow, input_shape=source.input_shape).traced
 

@@ -1,4 +1,5 @@
-"""Model files in: .pt, .pth, .th, .bin (torch.save), .safetensors and .pt2 (torch.export), to a module.
+"""Model files in: .pt, .pth, .th, .bin (torch.save), .safetensors, .pt2 (torch.export) and Hugging Face folders, to a
+module.
 
 Loading runs no code from the file. torch.save files go through torch's weights_only unpickler, which knows torch.nn's
 own layers and the names the user allowed; archives of torch.export are checked first (compress.pt2).
@@ -7,6 +8,7 @@ own layers and the names the user allowed; archives of torch.export are checked 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import pickletools
 import re
@@ -25,6 +27,7 @@ import torch
 
 from compress.errors import InputError
 from compress.factory import build_module, fit_state, import_dotted, one_line
+from compress.huggingface import TextReader, is_pretrained, open_pretrained
 from compress.pt2 import load_exported
 
 __all__ = ["LoadedModel", "fingerprint", "load_model", "read_safely"]
@@ -52,6 +55,12 @@ class LoadedModel:
     source: str
     fingerprint: str
     notes: tuple[str, ...] = ()
+    text: TextReader | None = None  # how text becomes its inputs, for Hugging Face folders that take token ids
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments of ``forward``, in order."""
+        return tuple(inspect.signature(self.module.forward).parameters)
 
 
 def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow: Sequence[str] = ()) -> LoadedModel:
@@ -65,6 +74,8 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow:
             factory's module, or holds weights that are not finite.
     """
     file = Path(path)
+    if is_pretrained(file):
+        return _load_pretrained(file, model)
     kind = _kind(file)
     notes: list[str] = []
     example: tuple[torch.Tensor, ...] | None = None
@@ -93,6 +104,16 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow:
     return LoadedModel(module, example, str(file), fingerprint(module), tuple(notes))
 
 
+def _load_pretrained(folder: Path, model: str | None) -> LoadedModel:
+    if model is not None:
+        raise InputError(f"{folder} says itself what it is; leave out --model {model}, or give the .safetensors file")
+    found = open_pretrained(folder)
+    notes = list(found.notes)
+    _to_float_eval(found.module, folder, notes, None)
+    _check_weights(found.module, folder)
+    return LoadedModel(found.module, None, str(folder), fingerprint(found.module), tuple(notes), found.text)
+
+
 def fingerprint(module: torch.nn.Module) -> str:
     """sha256 over the names, dtypes, shapes and bytes of all tensors of a module, sorted by name."""
     digest = hashlib.sha256()
@@ -109,7 +130,7 @@ def _kind(file: Path) -> str:
     """ "torch", "safetensors" or "pt2", by suffix and by the first bytes."""
     if file.is_dir():
         raise InputError(
-            f"{file} is a folder, and Hugging Face model folders are not supported yet; give a .pt, .pth, .pt2 or "
+            f"{file} is a folder without a config.json, so no Hugging Face model; give one, or a .pt, .pth, .pt2 or "
             ".safetensors file."
         )
     if not file.exists():

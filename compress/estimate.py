@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 
+from compress.graph.layers import node_sizes
 from compress.graph.traced import TracedModel
 from compress.methods import METHODS
 from compress.records import Plan
@@ -48,7 +50,7 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
     steps = plan.iterations if trained else 0
     largest = max(
         (
-            node.meta["val"][0].numel() * 4
+            math.prod(node_sizes(node)[1:]) * 4
             for node in traced.graph.nodes
             if isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() > 1
         ),

@@ -22,7 +22,7 @@ from compress.graph.traced import TracedModel, trace
 from compress.records import LayerSpec
 from compress.shapes import find_input_shape
 
-__all__ = ["Intake", "ModelLike", "check_fits", "noise", "take_in"]
+__all__ = ["Intake", "ModelLike", "check_fits", "noise", "read_model", "take_in"]
 
 ModelLike = str | os.PathLike[str] | torch.nn.Module
 
@@ -38,6 +38,7 @@ class Intake:
         fingerprint: hash of the module's tensors and graph.
         name: stem of the file, or the module's class.
         notes: what was assumed (input shape, conversions), as sentences.
+        names: parameters of ``original`` that take the inputs; () where they go by position.
     """
 
     traced: TracedModel
@@ -46,36 +47,49 @@ class Intake:
     fingerprint: str
     name: str
     notes: list[str]
+    names: tuple[str, ...] = ()
+
+
+def read_model(model: ModelLike, *, factory: str | None = None, allow: Sequence[str] = ()) -> LoadedModel:
+    """Load ``model`` if it is a path; else a copy of it, so that the caller's module stays in the mode it is in.
+
+    Raises:
+        InputError: see :func:`compress.checkpoint.load_model`.
+    """
+    if isinstance(model, torch.nn.Module):
+        return LoadedModel(copy.deepcopy(model).eval(), None, type(model).__name__.lower(), fingerprint(model))
+    return load_model(model, model=factory, allow=allow)
 
 
 def take_in(
-    model: ModelLike,
+    model: ModelLike | LoadedModel,
     *,
     factory: str | None = None,
     allow: Sequence[str] = (),
     input_shape: Sequence[int] | None = None,
     samples: Samples | None = None,
 ) -> Intake:
-    """Load ``model`` if it is a path, find its input shape, trace and fold it.
+    """Read ``model`` if that is still to be done, find its input shape, trace and fold it.
 
     Raises:
         InputError: see :func:`compress.checkpoint.load_model`, :func:`compress.shapes.find_input_shape` and
             :func:`compress.graph.traced.trace`.
     """
-    if isinstance(model, torch.nn.Module):
-        # A copy: the caller's module stays in the mode it is in.
-        loaded = LoadedModel(copy.deepcopy(model).eval(), None, type(model).__name__, fingerprint(model))
-        name = type(model).__name__.lower()
-    else:
-        loaded = load_model(model, model=factory, allow=allow)
-        name = Path(model).stem
+    loaded = model if isinstance(model, LoadedModel) else read_model(model, factory=factory, allow=allow)
     notes = list(loaded.notes)
+    names: tuple[str, ...] = ()
     if loaded.example is not None:
         inputs = loaded.example
         notes.append(f"input shape {_shapes(inputs)}, from the .pt2 file")
     elif samples is not None and input_shape is None:
-        inputs = tuple(x[:2] for x in samples.inputs)
+        inputs, names = tuple(x[:2] for x in samples.inputs), samples.names
+        if loaded.text is not None:
+            loaded.text.check_ids(samples.inputs[0], samples.source)
         notes.append(f"input shape {_shapes(inputs)}, from {samples.source}")
+    elif loaded.text is not None:
+        made = loaded.text.example()
+        inputs, names = tuple(made.values()), loaded.text.call_names(made)
+        notes.append(f"input shape {_shapes(inputs)}: token ids at random")
     else:
         found = find_input_shape(
             loaded.module, given=input_shape, data_shape=samples.inputs[0].shape[1:] if samples else None
@@ -83,9 +97,9 @@ def take_in(
         inputs = (torch.zeros((1, *found.shape)),)
         notes.append(f"input shape {_shapes(inputs)}, {found.source}")
     try:
-        traced = trace(loaded.module, inputs)
+        traced = trace(loaded.module, inputs, names=names)
     except InputError:
-        if samples is not None:  # where their shape is at fault, this says what the first layer expects
+        if samples is not None and not names:  # where their shape is at fault, this says what the first layer expects
             find_input_shape(loaded.module, data_shape=samples.inputs[0].shape[1:])
         raise
     simplify(traced)
@@ -96,7 +110,7 @@ def take_in(
     # The same weights in another architecture, or at another size, are another model.
     content = "\0".join((loaded.fingerprint, str(traced.graph), _shapes(traced.example)))
     identity = hashlib.sha256(content.encode()).hexdigest()
-    return Intake(traced, list_layers(traced), loaded.module, identity, name, notes)
+    return Intake(traced, list_layers(traced), loaded.module, identity, Path(loaded.source).stem, notes, names)
 
 
 def check_fits(samples: Samples, traced: TracedModel) -> None:
@@ -121,10 +135,11 @@ def noise(traced: TracedModel, count: int, seed: int) -> tuple[Tensor, ...]:
     """``count`` samples of seeded noise for every input of ``traced``: what there is to compare on without data."""
     generator = torch.Generator().manual_seed(seed)
     count = count if traced.dynamic_batch else len(traced.example[0])
+    # Whole numbers are ids, masks and the like: only those of the example are known to be valid.
     return tuple(
         torch.randn((count, *x.shape[1:]), generator=generator)
         if x.is_floating_point()
-        else torch.zeros((count, *x.shape[1:]), dtype=x.dtype)
+        else torch.cat([x] * -(-count // len(x)))[:count]
         for x in traced.example
     )
 

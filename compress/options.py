@@ -20,6 +20,7 @@ class Source:
         allow: classes a model file may use besides torch.nn's own.
         input_shape: shape of one input, where neither file nor data tell.
         mean, std, size: how images given as bytes or files are normalised and cropped.
+        length: tokens of a sample, at most, where text is given; None: 128, or what the model takes.
     """
 
     model_factory: str | None = None
@@ -28,6 +29,7 @@ class Source:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     size: int | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Settings(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     size: int | None
+    length: int | None
 
 
 def gather(settings: Mapping[str, Any]) -> tuple[Options, Source]:

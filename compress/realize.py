@@ -95,7 +95,7 @@ def realize(
             progress("measuring", total, total)
             metric = None
             if labelled is not None:
-                metric = measure_metric(intake.original, compressed.model, file, labelled, provider)
+                metric = measure_metric(intake, compressed.model, file, labelled, provider)
             report = build_report(
                 plan=plan,
                 layers=intake.layers,

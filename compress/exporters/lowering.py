@@ -29,6 +29,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.compress.fake_quantize.default: _fake_quantize,
         torch.ops.compress.dequantize_weight.default: _dequantize_weight,
         torch.ops.compress.dequantize_bias.default: _dequantize_bias,
+        torch.ops.aten.gelu.default: _gelu,
     }
 
 
@@ -78,6 +79,16 @@ def _spread(grid: Any, shape: Sequence[int], group_size: int | None) -> Any:
 
 def _dequantize_bias(codes: Any, input_scale: Any, weight_scale: Any) -> Any:
     return op.DequantizeLinear(codes, op.Mul(input_scale, weight_scale), axis=0)
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """In the one order of factors that ONNX Runtime makes a single operator of."""
+    if approximate == "none":
+        erf = op.Erf(op.Div(x, _constant(np.float32(math.sqrt(2.0)))))
+        return op.Mul(op.Mul(x, op.Add(erf, _constant(np.float32(1.0)))), _constant(np.float32(0.5)))
+    inner = op.Add(x, op.Mul(_constant(np.float32(0.044715)), op.Pow(x, _constant(np.float32(3.0)))))
+    tanh = op.Tanh(op.Mul(_constant(np.float32(math.sqrt(2.0 / math.pi))), inner))
+    return op.Mul(op.Mul(_constant(np.float32(0.5)), x), op.Add(_constant(np.float32(1.0)), tanh))
 
 
 def _unpack(packed: Any, bits: int, shape: Sequence[int]) -> Any:

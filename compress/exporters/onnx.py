@@ -30,7 +30,7 @@ def build_onnx(traced: TracedModel) -> ir.Model:
     Raises:
         InputError: an operator has no ONNX form; the message names it.
     """
-    program = export_program(traced.module, traced.example, traced.dynamic_batch)
+    program = export_program(traced.module, traced.example, traced.dynamic_batch, traced.dynamic_length)
     names = [node.name for node in traced.inputs()]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -42,6 +42,7 @@ def build_onnx(traced: TracedModel) -> ir.Model:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=names,
+                output_names=traced.output_names or None,
                 custom_translation_table=translations(),
                 optimize=True,
                 verbose=False,
@@ -53,9 +54,23 @@ def build_onnx(traced: TracedModel) -> ir.Model:
     assert exported is not None
     model = exported.model
     tidy(model, _layers(program))
+    _name_sizes(model.graph)
     model.producer_name = "compress"
     model.producer_version = version("compress-toolchain")
     return model
+
+
+def _name_sizes(graph: ir.Graph) -> None:
+    """Call the dynamic sizes of inputs and outputs ``batch`` and ``sequence`` instead of the exporter's symbols."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for size, name in zip(value.shape or (), ("batch", "sequence"), strict=False):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names.setdefault(size.value, name)
+    for value in (*graph.inputs, *graph.outputs):
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value in names:
+                value.shape[axis] = ir.SymbolicDim(names[size.value])
 
 
 def _layers(program: torch.export.ExportedProgram) -> dict[str, str]:

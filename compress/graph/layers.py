@@ -19,6 +19,7 @@ __all__ = [
     "layer_computes",
     "layer_name",
     "list_layers",
+    "node_sizes",
 ]
 
 aten = torch.ops.aten
@@ -113,12 +114,12 @@ def _weighted(traced: TracedModel) -> list[fx.Node]:
 
 def _rows(call: fx.Node) -> int:
     """Output positions of the example batch: spatial ones of a convolution, sequence ones of a linear."""
-    sizes = _sizes(call)
+    sizes = node_sizes(call)
     channels = sizes[-1] if call.target is aten.linear.default else sizes[1]
     return math.prod(sizes) // channels
 
 
-def _sizes(node: fx.Node) -> tuple[int, ...]:
+def node_sizes(node: fx.Node) -> tuple[int, ...]:
     """The node's shape for the example batch; ``int`` of a symbolic size would fix the batch in the whole graph."""
     return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
 
@@ -132,7 +133,7 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
         if kind is None:
             continue
         weight = node.args[0] if node.target is aten.embedding.default else node.args[1]
-        shape = _sizes(weight)
+        shape = node_sizes(weight)
         name = layer_name(node)
         calls = found[name].calls + 1 if name in found else 1
         found[name] = LayerSpec(name=name, kind=kind, weight_shape=shape, macs=0, rows=0, calls=calls, refusal=reason)

@@ -1,7 +1,7 @@
 """Place activation quantizers where an integer runtime needs them to fuse.
 
 - On the input of every integer layer, at that layer's width; on both inputs of a residual add, on the inputs of average
-  pools, products and concatenations, at 8 bits. An operator is integer when an integer operator feeds it.
+  pools, products and concatenations, at 8 bits. An operator is integer when one that writes integers feeds it.
 - On the result of every integer operator but a linear: its kernel writes integers. A linear's writes floats; but with a
   ReLU and a float reader behind it, ONNX Runtime would merge the two into a float kernel first.
 - The result of an operator is its ReLU's output when the ReLU alone reads it: the quantizer absorbs the ReLU.
@@ -151,19 +151,20 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _integer_operators(traced: TracedModel, act_bits: Mapping[str, int]) -> list[fx.Node]:
-    """Layers named in ``act_bits`` and the operators they feed, directly or through ReLUs and moves."""
+    """Layers named in ``act_bits`` and the operators that are fed integers, directly or through ReLUs and moves."""
     integer: list[fx.Node] = []
-    known: set[fx.Node] = set()
+    writers: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in LAYER_KINDS:
             chosen = node.args[1].op == "get_attr" and layer_name(node) in act_bits
         else:
-            chosen = _may_be_integer(node) and any(_origin(operand) in known for operand in _operands(node))
+            chosen = _may_be_integer(node) and any(_origin(operand) in writers for operand in _operands(node))
         if chosen:
             integer.append(node)
-            known.add(node)
+            if _writes_integers(node):
+                writers.add(node)
     return integer
 
 

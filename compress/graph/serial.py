@@ -17,7 +17,7 @@ from compress.graph.traced import TracedModel
 
 __all__ = ["GRAPH_VERSION", "graph_to_json", "json_to_graph"]
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 _NAMESPACES = ("aten", "compress")
 _PLAIN = {
     f"operator.{name}": getattr(operator, name)
@@ -27,7 +27,7 @@ _CONSTANTS = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.
 
 
 def graph_to_json(traced: TracedModel) -> dict[str, Any]:
-    """The graph as JSON-able values; several outputs become a tuple, whatever structure the module gave them.
+    """The graph as JSON-able values.
 
     Raises:
         InputError: it calls something that cannot be stored.
@@ -42,12 +42,11 @@ def graph_to_json(traced: TracedModel) -> dict[str, Any]:
         }
         for node in traced.graph.nodes
     ]
-    with torch.no_grad():
-        single = isinstance(traced.module(*traced.example), Tensor)
     return {
         "version": GRAPH_VERSION,
-        "single_output": single,
         "dynamic_batch": traced.dynamic_batch,
+        "dynamic_length": traced.dynamic_length,
+        "output_names": list(traced.output_names),
         "inputs": [{"shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")} for x in traced.example],
         "example_batch": len(traced.example[0]),
         "nodes": nodes,
@@ -68,7 +67,13 @@ def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedM
     example = tuple(
         torch.zeros((batch, *each["shape"]), dtype=getattr(torch, each["dtype"])) for each in stored["inputs"]
     )
-    traced = TracedModel(fx.GraphModule(torch.nn.Module(), graph), example, stored["dynamic_batch"])
+    traced = TracedModel(
+        fx.GraphModule(torch.nn.Module(), graph),
+        example,
+        stored["dynamic_batch"],
+        dynamic_length=stored["dynamic_length"],
+        output_names=tuple(stored["output_names"]),
+    )
     for entry in stored["nodes"]:
         target: Any = entry["target"]
         if entry["op"] == "call_function":
@@ -80,9 +85,6 @@ def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedM
         elif entry["op"] not in ("placeholder", "output"):
             raise InputError(f"graph.json: node {entry['name']!r} has the unknown kind {entry['op']!r}")
         args, kwargs = _decode(entry["args"], known), _decode(entry["kwargs"], known)
-        if entry["op"] == "output" and stored["single_output"]:
-            (result,) = args
-            args = tuple(result) if isinstance(result, tuple) else (result,)  # a graph that was read has no tuple
         known[entry["name"]] = traced.graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
     traced.graph.lint()
     traced.module.recompile()

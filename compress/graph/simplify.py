@@ -4,7 +4,9 @@
 2. ``conv.padding`` with "same" or "valid" becomes a convolution with numbers, where the padding is even on both sides.
 3. A mean over all spatial positions becomes an adaptive average pool to 1, the form integer runtimes know.
 4. Every spelling of ReLU and ReLU6 (relu6, clamp, clamp_min) becomes ``relu`` or ``hardtanh(0, 6)``.
-5. A layer's weight is called ``<layer>.weight``, so that the layer has a name and its bias, codes and scales a place.
+5. Attention becomes its two products and the softmax between (compress/graph/attention.py).
+6. A size that a reshape leaves open (-1) is written down where it is the same for every batch.
+7. A layer's weight is called ``<layer>.weight``, so that the layer has a name and its bias, codes and scales a place.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from compress.graph.attention import open_attention
 from compress.graph.layers import LAYER_KINDS
 from compress.graph.traced import TracedModel
 
@@ -30,6 +33,7 @@ _END = 1 << 62
 
 def simplify(traced: TracedModel) -> None:
     """Apply the rewrites in place."""
+    open_attention(traced)
     for node in list(traced.graph.nodes):
         if node.op != "call_function":
             continue
@@ -38,8 +42,9 @@ def simplify(traced: TracedModel) -> None:
             traced.graph.erase_node(node)
         elif (bounds := _clip_bounds(node)) in ((0.0, 6.0), (0.0, None)):
             _name_activation(node, bounds)
-        elif node.target in (aten.view.default, aten._unsafe_view.default):
+        elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
             node.target = aten.reshape.default  # a view may need the memory layout that a dropped clone made
+            _number_sizes(node)
         elif node.target in (aten.conv1d.padding, aten.conv2d.padding):
             _number_padding(traced, node)
         elif node.target is aten.mean.dim:
@@ -47,6 +52,12 @@ def simplify(traced: TracedModel) -> None:
         if node.target in LAYER_KINDS:
             _name_weight(traced, node.args[1])
     traced.finish()
+
+
+def _number_sizes(node: fx.Node) -> None:
+    shape = node.meta["val"].shape
+    sizes = [n if size == -1 and isinstance(n, int) else size for size, n in zip(node.args[1], shape, strict=True)]
+    node.args = (node.args[0], sizes)
 
 
 def _is_identity(node: fx.Node) -> bool:

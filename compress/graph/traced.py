@@ -14,7 +14,8 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +23,15 @@ from torch.export import Dim
 
 from compress.errors import InputError
 
-__all__ = ["ChannelStatistics", "TracedModel", "example_batch", "export_program", "first_output", "trace"]
+__all__ = [
+    "ChannelStatistics",
+    "TracedModel",
+    "call_module",
+    "example_batch",
+    "export_program",
+    "first_output",
+    "trace",
+]
 
 _EXAMPLE_BATCH = 2
 
@@ -43,8 +52,10 @@ class TracedModel:
         module: the graph; parameters and buffers keep the names they had in the user's module.
         example: one example batch, the inputs the graph is traced with.
         dynamic_batch: whether the first dimension of every input may vary.
+        dynamic_length: whether the second dimension of token inputs (whole numbers [N, L]) may vary too.
         statistics: per folded convolution, by layer name.
         notes: sentences for the report (a static batch, a module left unfolded).
+        output_names: the keys of a module that returns a dictionary (or a named record); () for others.
     """
 
     module: fx.GraphModule
@@ -52,6 +63,8 @@ class TracedModel:
     dynamic_batch: bool
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dynamic_length: bool = False
+    output_names: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -62,7 +75,7 @@ class TracedModel:
         """An independent copy, node names and tensors included."""
         with _no_copy_warning():
             module = copy.deepcopy(self.module)
-        return TracedModel(module, self.example, self.dynamic_batch, dict(self.statistics), list(self.notes))
+        return replace(self, module=module, statistics=dict(self.statistics), notes=list(self.notes))
 
     def finish(self) -> None:
         """Drop dead nodes and rebuild the module's code after an edit of the graph."""
@@ -98,9 +111,25 @@ class TracedModel:
         node.meta["val"] = self.tensor(name)
         return node
 
+    def insert(
+        self, target: Any, args: tuple[Any, ...], *, before: fx.Node | None = None, after: fx.Node | None = None
+    ) -> fx.Node:
+        """A call of ``target`` right before or after a node, with the value that it would have for the example."""
+        where = self.graph.inserting_before(before) if before is not None else self.graph.inserting_after(after)
+        with where:
+            node = self.graph.call_function(target, args)
+        values = fx.map_arg(args, lambda source: source.meta["val"])
+        node.meta["val"] = target(*values)
+        return node
+
     def inputs(self) -> list[fx.Node]:
         """The graph's input nodes, in order."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What the inputs are called: the parameters of the module's ``forward``."""
+        return tuple(node.name for node in self.inputs())
 
     def outputs(self) -> list[fx.Node]:
         """The nodes that the graph returns."""
@@ -139,10 +168,23 @@ def example_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x, x])[:_EXAMPLE_BATCH].contiguous() for x in inputs)
 
 
-def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...], *, fixed: bool = False) -> TracedModel:
-    """Export ``module`` in eval mode with a dynamic batch; ``inputs`` is a batch of one sample or more.
+def call_module(module: torch.nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> Any:
+    """What ``module`` returns for ``inputs``, handed over by ``names`` where there are any, else by position."""
+    return module(**dict(zip(names, inputs, strict=True))) if names else module(*inputs)
 
-    With ``fixed`` the graph takes batches of just the size that ``inputs`` has.
+
+def trace(
+    module: torch.nn.Module, inputs: tuple[Tensor, ...], *, names: tuple[str, ...] = (), fixed: bool = False
+) -> TracedModel:
+    """Export ``module`` in eval mode with a dynamic batch, and a dynamic length where it takes token ids [N, L].
+
+    Whatever structure the module gives its results, the graph returns one tensor or a flat tuple of them; it takes its
+    inputs by position.
+
+    Args:
+        inputs: a batch of one sample or more.
+        names: parameters of the module's ``forward`` to hand them over by; () for by position.
+        fixed: let the graph take batches of just the size that ``inputs`` has.
 
     Raises:
         InputError: the module does not run on ``inputs``, or torch.export cannot follow it; the message names the
@@ -150,55 +192,91 @@ def trace(module: torch.nn.Module, inputs: tuple[Tensor, ...], *, fixed: bool = 
     """
     if not isinstance(module, fx.GraphModule):  # an exported one has no modes, and refuses
         module = module.eval()
-    example, dynamic = (inputs, False) if fixed else (example_batch(inputs), True)
-    try:
-        _check_runs(module, example)
-        program = export_program(module, example, dynamic)
-    except InputError as error:
-        if fixed:
-            raise
-        # A model that fixes its batch can still be traced: for one sample, or for as many as came with it.
-        example, program, dynamic = *_fixed_batch(module, inputs, error), False
+    tokens = any(map(_is_tokens, inputs))
+    first: InputError | None = None
+    # The freest form first. A model that fixes its batch can still be traced: for one sample, or for as many as came.
+    for example, batch, length in (
+        *(((example_batch(inputs), True, True),) if tokens and not fixed else ()),
+        *(((example_batch(inputs), True, False),) if not fixed else ()),
+        *(((tuple(x[:1].contiguous() for x in inputs), False, False),) if not fixed else ()),
+        (inputs, False, False),
+    ):
+        try:
+            _check_runs(module, example, names)
+            program = export_program(module, example, batch, length, names)
+            break
+        except InputError as error:
+            first = first or error
+    else:
+        assert first is not None
+        raise first
     with _no_copy_warning():
-        traced = TracedModel(program.run_decompositions({}).module(check_guards=False), example, dynamic)
-    if not dynamic:
+        graph = _flat(program.run_decompositions({}).module(check_guards=False))
+    names_out = _output_names(program)
+    traced = TracedModel(graph, example, batch, dynamic_length=length, output_names=names_out)
+    if not batch and not fixed:
         traced.notes.append(f"the model fixes its batch size to {len(example[0])}, and so does the exported file")
+    if tokens and not length and not fixed:
+        traced.notes.append(f"the model fixes its sequence length to {example[0].shape[1]}, and so does the file")
     return traced
 
 
-def _fixed_batch(
-    module: torch.nn.Module, inputs: tuple[Tensor, ...], first: InputError
-) -> tuple[tuple[Tensor, ...], torch.export.ExportedProgram]:
-    for example in (tuple(x[:1].contiguous() for x in inputs), inputs):
-        try:
-            _check_runs(module, example)
-            return example, export_program(module, example, dynamic=False)
-        except InputError:
-            continue
-    raise first
+def _is_tokens(x: Tensor) -> bool:
+    return x.dim() == 2 and not x.is_floating_point()
 
 
-def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...]) -> None:
+def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    spec = program.call_spec.out_spec
+    keys = (
+        spec.context if spec is not None else None
+    )  # a list of keys for dictionaries and what is registered like them
+    if isinstance(keys, list) and len(keys) == spec.num_leaves and all(isinstance(key, str) for key in keys):
+        return tuple(keys)
+    return ()
+
+
+def _flat(module: fx.GraphModule) -> fx.GraphModule:
+    """Inputs by position, and one tensor or a flat tuple out: no trees of the user's classes in between."""
+    (output,) = module.graph.find_nodes(op="output")
+    results = tuple(output.args[0])
+    output.args = (results[0] if len(results) == 1 else results,)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.recompile()
+    return module
+
+
+def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
     try:
         with torch.no_grad():
-            first_output(module(*example))
+            first_output(call_module(module, example, names))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in example)
         raise InputError(f"the model does not run on an input of shape {shapes}: {_first_line(error)}") from error
 
 
-def export_program(module: torch.nn.Module, example: tuple[Tensor, ...], dynamic: bool) -> torch.export.ExportedProgram:
-    """``torch.export`` of ``module`` with or without a dynamic batch.
+def export_program(
+    module: torch.nn.Module,
+    example: tuple[Tensor, ...],
+    dynamic_batch: bool,
+    dynamic_length: bool = False,
+    names: tuple[str, ...] = (),
+) -> torch.export.ExportedProgram:
+    """``torch.export`` of ``module`` with or without a dynamic batch and token length.
 
     Raises:
         InputError: as :func:`trace`.
     """
-    shapes = tuple({0: Dim.DYNAMIC} for _ in example) if dynamic else None
+    sizes = [
+        {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if dynamic_length and _is_tokens(x) else {}) if dynamic_batch else {}
+        for x in example
+    ]
+    args, kwargs = ((), dict(zip(names, example, strict=True))) if names else (example, {})
+    shapes = dict(zip(names, sizes, strict=True)) if names else tuple(sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with _quiet_torch():
-                return torch.export.export(module, example, dynamic_shapes=shapes)
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:
             raise InputError(
                 f"torch.export cannot trace the model{_offending_line(error)}: {_first_line(error)} "

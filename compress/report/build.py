@@ -15,7 +15,7 @@ from compress.calib.calibrate import LayerResult
 from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.exporters.session import open_session, run_session
-from compress.graph.traced import TracedModel, first_output
+from compress.graph.traced import TracedModel, call_module, first_output
 from compress.intake import Intake, check_fits
 from compress.machine import describe_environment
 from compress.records import LayerSpec, Plan
@@ -117,7 +117,7 @@ def check_metric(intake: Intake, samples: Samples) -> None:
 
 
 def measure_metric(
-    original: torch.nn.Module, model: TracedModel, compressed_file: Path, samples: Samples, provider: str
+    intake: Intake, model: TracedModel, compressed_file: Path, samples: Samples, provider: str
 ) -> Metric:
     """Accuracy for whole-number labels, mean squared error for others, of all three models on the same samples."""
     assert samples.labels is not None
@@ -126,7 +126,7 @@ def measure_metric(
     inputs, labels = tuple(x[:count] for x in samples.inputs), samples.labels[:count]
     parts = list(zip(*(x.split(size) for x in inputs), strict=True))
     with torch.no_grad():
-        float_outputs = torch.cat([first_output(original(*part)) for part in parts])
+        float_outputs = torch.cat([first_output(call_module(intake.original, part, intake.names)) for part in parts])
     torch_outputs = model.run(iter(parts))
     onnx_outputs = run_session(open_session(compressed_file, "ORT_ENABLE_ALL", provider=provider), parts)[0]
     if labels.is_floating_point():

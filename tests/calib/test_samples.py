@@ -217,9 +217,9 @@ def test_pickles_do_not_run(tmp_path: Path, suffix: str) -> None:
 def test_file_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file or folder"):
         load_samples(tmp_path / "absent.npz")
-    (tmp_path / "d.csv").write_text("1,2")
-    with pytest.raises(InputError, match=r"ends in '.csv'; samples come from .npz, .npy, .pt"):
-        load_samples(tmp_path / "d.csv")
+    (tmp_path / "d.doc").write_text("1,2")
+    with pytest.raises(InputError, match=r"ends in '.doc'; samples come from .npz, .npy, .pt"):
+        load_samples(tmp_path / "d.doc")
     for suffix in (".npz", ".npy", ".safetensors"):
         (tmp_path / f"cut{suffix}").write_bytes(b"")
         with pytest.raises(InputError, match="empty, truncated or damaged"):

@@ -1,0 +1,272 @@
+"""Hugging Face model folders: ``config.json`` and safetensors to a module, and the folder's tokenizer to token ids.
+
+``transformers`` builds the module from its own code; a folder that brings code of its own is refused. Nothing is
+fetched: only files of the folder are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import InputError
+from compress.factory import one_line
+
+__all__ = ["PretrainedFolder", "TextReader", "is_pretrained", "open_pretrained"]
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_DEFAULT_LENGTH = 128
+_EXAMPLE_LENGTH = 16
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether ``folder`` is a model as ``save_pretrained`` writes it."""
+    return (folder / _CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class PretrainedFolder:
+    """A model folder that was read.
+
+    Attributes:
+        module: in eval mode, float32, without a key-value cache.
+        text: how text becomes the module's inputs; None for models that take no token ids.
+        notes: sentences for the report.
+    """
+
+    module: torch.nn.Module
+    text: TextReader | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Token ids for a model: from text with the folder's tokenizer, or made up.
+
+    Attributes:
+        folder: where the tokenizer is.
+        inputs: the module's parameters that a tokenizer fills, in the module's order.
+        positional: all of the module's parameters.
+        vocabulary: ids run from 0 to this.
+        longest: tokens a sample may have at most.
+        causal: whether the model predicts the next token: its samples are cut from running text.
+    """
+
+    folder: Path
+    inputs: tuple[str, ...]
+    positional: tuple[str, ...]
+    vocabulary: int
+    longest: int
+    causal: bool
+
+    def encode(self, texts: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
+        """``texts`` as int64 [N, L] by input, L at most ``length`` tokens (None: 128, or what the model takes).
+
+        A causal model's texts are run together and cut into N whole samples; other models get a text a sample, the
+        shorter ones padded.
+
+        Raises:
+            InputError: there is no tokenizer, it is another model's, or the model takes no such length.
+        """
+        length = self.check_length(length)
+        tokenizer = self._tokenizer()
+        if self.causal:
+            ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+            count = len(ids) // length
+            if count == 0:
+                raise InputError(f"the text holds {len(ids)} tokens, less than one sample of {length}; give more text")
+            rows = torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+            found = {"input_ids": rows}
+        else:
+            encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+            found = {name: value.to(torch.int64) for name, value in encoded.items()}
+        ids_found = found["input_ids"]
+        self.check_ids(ids_found, f"the tokenizer in {self.folder} is another model's:")
+        found.setdefault("attention_mask", torch.ones_like(ids_found))
+        found.setdefault("token_type_ids", torch.zeros_like(ids_found))
+        return {name: found[name] for name in self.inputs}
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """Two samples of ids at random, for models without data."""
+        shape = (2, min(_EXAMPLE_LENGTH, self.longest))
+        ids = torch.randint(self.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        made = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
+        return {name: made[name] for name in self.inputs}
+
+    def call_names(self, inputs: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+        """Names to hand ``inputs`` over by; () where position comes to the same."""
+        return tuple(inputs) if tuple(inputs) != self.positional[: len(inputs)] else ()
+
+    def check_ids(self, ids: torch.Tensor, source: str) -> None:
+        """Refuse ``ids`` [N, L] that the model does not know, and more of them than it takes.
+
+        Raises:
+            InputError: naming ``source``.
+        """
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocabulary:
+            raise InputError(f"{source} token ids run from {low} to {high}, the model knows 0 to {self.vocabulary - 1}")
+        if ids.shape[1] > self.longest:
+            raise InputError(f"{source} {ids.shape[1]} tokens a sample, the model takes {self.longest}")
+
+    def check_length(self, length: int | None) -> int:
+        """``length``, or the usual one.
+
+        Raises:
+            InputError: the model takes no such length.
+        """
+        if length is None:
+            return min(_DEFAULT_LENGTH, self.longest)
+        if not 2 <= length <= self.longest:
+            raise InputError(f"--length {length}: {self.folder} takes 2 to {self.longest} tokens a sample")
+        return length
+
+    def _tokenizer(self) -> Any:
+        transformers = _transformers()
+        try:
+            with _quiet():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:
+            raise InputError(
+                f"{self.folder} has no tokenizer that can be read ({one_line(error)}); give the samples as token ids "
+                f"in an .npz with {', '.join(self.inputs)}"
+            ) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+def open_pretrained(folder: Path) -> PretrainedFolder:
+    """The module that ``folder`` holds.
+
+    Raises:
+        InputError: transformers is not installed, a file is missing or damaged, the folder brings code of its own, or
+            the weights do not fit the architecture that ``config.json`` names.
+    """
+    settings = _json(folder / _CONFIG)
+    if "auto_map" in settings:
+        raise InputError(
+            f"{folder} builds its model with code of its own (auto_map in config.json), which is not run; save the "
+            "weights as .safetensors and give --model package.module:factory"
+        )
+    _check_weights(folder)
+    name, architecture = _architecture(folder, settings)
+    try:
+        with _quiet():
+            module, loading = architecture.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:
+        raise InputError(f"{folder} cannot be read as {name}: {one_line(error)}") from error
+    missing = sorted([*loading["missing_keys"], *(str(each) for each in loading["mismatched_keys"])])
+    if missing:
+        raise InputError(f"{folder}: the weights lack {', '.join(missing[:4])} of {name}; they are another model's")
+    unused = sorted(loading["unexpected_keys"])
+    notes = [f"{folder.name} holds weights that {name} does not use: {', '.join(unused[:4])}"] if unused else []
+    module.config.use_cache = False
+    return PretrainedFolder(module.eval(), _text_reader(folder, module), tuple(notes))
+
+
+def _architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name and class of what ``config.json`` says the folder holds."""
+    transformers = _transformers()
+    names = settings.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(
+            f"{folder / _CONFIG} names the architecture {name!r}, which transformers {transformers.__version__} does "
+            "not have"
+        )
+    return str(name), found
+
+
+def _text_reader(folder: Path, module: Any) -> TextReader | None:
+    parameters = inspect.signature(module.forward).parameters
+    if "input_ids" not in parameters:
+        return None
+    embeddings = module.get_input_embeddings()
+    settings = module.config
+    inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in parameters]
+    if getattr(settings, "type_vocab_size", 0) < 2 and "token_type_ids" in inputs:
+        inputs.remove("token_type_ids")
+    if settings.is_encoder_decoder:
+        raise InputError(f"{folder} holds an encoder and a decoder, which are not compressed together yet")
+    return TextReader(
+        folder,
+        tuple(name for name in parameters if name in inputs),
+        tuple(parameters),
+        vocabulary=embeddings.num_embeddings,
+        longest=getattr(settings, "max_position_embeddings", None) or 1 << 20,
+        causal="CausalLM" in type(module).__name__ or "LMHead" in type(module).__name__,
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    """All shards must be there before any is read; weights in pickles are not read."""
+    if (folder / _INDEX).is_file():
+        shards = _json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{folder / _INDEX} has no weight_map; download the folder again")
+        missing = sorted({shard for shard in shards.values() if not (folder / str(shard)).is_file()})
+        if missing:
+            raise InputError(
+                f"{folder} lacks {', '.join(missing[:4])}, of the {len(set(shards.values()))} files that {_INDEX} "
+                "names; download the folder again"
+            )
+    elif not (folder / _WEIGHTS).is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; its {pickled[0]} is a pickle: save it again with safe_serialization=True" if pickled else ""
+        raise InputError(f"{folder} has a {_CONFIG} but no {_WEIGHTS}{hint}")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not JSON ({one_line(error)}); download the folder again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object; download the folder again")
+    return content
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        with _quiet():
+            import transformers
+    except ImportError as error:
+        raise InputError(
+            "Hugging Face folders need the package transformers: pip install 'compress-toolchain[hf]'"
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers logs, warns and draws bars of its own; what matters of it becomes notes and errors."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,81 @@
+"""A model and its data, read and checked against each other: where every verb that compresses begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compress.calib.samples import Samples, load_samples
+from compress.huggingface import TextReader
+from compress.intake import Intake, ModelLike, read_model, take_in
+from compress.options import Options, Source
+from compress.report.build import check_metric
+
+__all__ = ["Work", "open_work", "read_samples"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model, calibration samples (None: none given) and labelled samples (None: none given)."""
+
+    intake: Intake
+    samples: Samples | None
+    labelled: Samples | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed of all three, as sentences."""
+        evaluation = self.labelled.notes if self.labelled else ()
+        return (
+            *self.intake.notes,
+            *(self.samples.notes if self.samples else ()),
+            *(f"evaluation data: {note}" for note in evaluation),
+        )
+
+
+def open_work(
+    model: ModelLike, calib: object | None, eval_data: object | None, options: Options, source: Source
+) -> Work:
+    """Read everything that a run needs.
+
+    Raises:
+        InputError: one of them cannot be read, or they do not go together.
+    """
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    samples = labelled = None
+    if calib is not None:
+        samples = read_samples(calib, source, loaded.parameters, loaded.text, limit=options.samples, seed=options.seed)
+    if eval_data is not None:
+        labelled = read_samples(eval_data, source, loaded.parameters, loaded.text, labelled=True)
+    intake = take_in(loaded, input_shape=source.input_shape, samples=samples)
+    if labelled is not None:
+        check_metric(intake, labelled)
+    return Work(intake, samples, labelled)
+
+
+def read_samples(
+    data: object,
+    source: Source,
+    parameters: tuple[str, ...],
+    text: TextReader | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    labelled: bool = False,
+) -> Samples:
+    """Samples as ``source`` says, for a model whose ``forward`` has ``parameters``, and that takes ``text``.
+
+    Raises:
+        InputError: see :func:`compress.calib.samples.load_samples`.
+    """
+    return load_samples(
+        data,
+        limit=limit,
+        seed=seed,
+        labelled=labelled,
+        mean=source.mean,
+        std=source.std,
+        size=source.size,
+        parameters=parameters,
+        text=text,
+        length=source.length,
+    )
