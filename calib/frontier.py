@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.calib.spill import SpilledSamples
+from compress.calib.tokens import RealTokens, real_tokens, select_real
 from compress.graph.traced import TracedModel
 
 __all__ = ["Frontier"]
@@ -38,6 +39,7 @@ class Frontier:
         self._traced = traced
         self._inputs = inputs
         self._scratch = scratch
+        self._mask = real_tokens(traced, inputs)
         self._batch_size = batch_size or (_BATCH if traced.dynamic_batch else len(traced.example[0]))
         self._done: set[str] = set()
         self._values: dict[str, SpilledSamples] = {}
@@ -65,7 +67,7 @@ class Frontier:
             for name, samples in fresh.items():
                 samples.append(known[name].movedim(self._batch_dims[name], 0))
             for name, look in (watch or {}).items():
-                look(known[name])
+                look(self._real(known[name], index))
         self._done.update(node.name for node in nodes)
         self._values.update(fresh)
         self.release(keep)
@@ -75,7 +77,7 @@ class Frontier:
         if self.passed(name):
             node = next(node for node in self._traced.graph.nodes if node.name == name)
             for index in self._batches():
-                look(self._value(node, {}, index))
+                look(self._real(self._value(node, {}, index), index))
         else:
             self.advance(name, watch={name: look})
 
@@ -88,7 +90,7 @@ class Frontier:
         if len(segment) > 1:
             self.advance(segment[-2].name)
         for index in self._batches():
-            look(self._run(segment[-1:], index)[name])
+            look(self._real(self._run(segment[-1:], index)[name], index))
 
     def finish(self, instead: Mapping[str, Callable[[Tensor], Tensor]], index: Tensor) -> Any:
         """What the graph returns for the samples at ``index``, from the position on; the frontier stays where it is.
@@ -112,12 +114,17 @@ class Frontier:
                     known[node.name] = self._compute(node, known, index)
         raise AssertionError("a graph ends with its output")
 
-    def samples(self, name: str) -> SpilledSamples:
+    def samples(self, name: str) -> SpilledSamples | RealTokens:
         """All samples of the value called ``name``, kept or still needed, along the first dimension.
 
-        A value that holds a sample's windows or positions as rows has that many rows a sample.
+        A value that holds a sample's windows or positions as rows has that many rows a sample. Of padded samples only
+        the real tokens are there.
         """
-        return self._values[name]
+        values = self._values[name]
+        mask = self._mask
+        if mask is None or len(values) != len(mask) or len(values.shape) != 2 or values.shape[0] != mask.shape[1]:
+            return values
+        return RealTokens(values, mask.flatten().nonzero()[:, 0])
 
     def passed(self, name: str) -> bool:
         """Whether the node called ``name`` has run: edits of it have no effect any more."""
@@ -134,6 +141,9 @@ class Frontier:
         for samples in self._values.values():
             samples.close()
         self._values.clear()
+
+    def _real(self, value: Tensor, index: Tensor) -> Tensor:
+        return value if self._mask is None else select_real(value, self._mask[index])
 
     def _batches(self) -> tuple[Tensor, ...]:
         return torch.arange(len(self._inputs[0])).split(self._batch_size)

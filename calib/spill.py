@@ -50,10 +50,22 @@ class SpilledSamples:
             view = view[self._file.write(view) :]
         self._count += len(batch)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self._shape
+
     def take(self, index: Tensor) -> Tensor:
         """The samples at ``index`` ([n] int64), as [n, ...]."""
-        out = torch.empty((len(index), *self._shape), dtype=self._dtype)
-        size = math.prod(self._shape) * out.element_size()
+        return self._read(index, self._shape)
+
+    def take_parts(self, index: Tensor) -> Tensor:
+        """The parts at ``index`` ([n] int64) of samples [L, ...] put end to end, as [n, ...]."""
+        return self._read(index, self._shape[1:])
+
+    def _read(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty((len(index), *shape), dtype=self._dtype)
+        size = math.prod(shape) * out.element_size()
         rows = out.view(-1).view(torch.uint8).view(len(index), size).numpy()
         for row, sample in enumerate(index.tolist()):
             if os.preadv(self._file.fileno(), [memoryview(rows[row])], sample * size) != size:

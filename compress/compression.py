@@ -18,7 +18,7 @@ from compress.calib.statistics import tune_statistics
 from compress.errors import InputError
 from compress.formats import find_format
 from compress.graph.layers import layer_calls
-from compress.graph.quantizers import place_quantizers
+from compress.graph.quantizers import quantize_inputs
 from compress.graph.rewrite import absorb_activations, store_biases
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
@@ -78,10 +78,8 @@ def apply_plan(
         batch = tuple(x[:size] for x in inputs) if inputs is not None else None
         notes += apply_transform("equalize", float_model, batch)
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
-    act_bits = {choice.layer: choice.option.act_bits for choice in plan.choices if choice.option.act_bits is not None}
     model = float_model.copy()
-    dtype = getattr(torch, find_target(plan.target).activation_type)
-    quantizers = place_quantizers(model, act_bits, dtype) if act_bits else []
+    quantizers = quantize_inputs(model, plan.choices, find_target(plan.target))
     layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
     if plan.steps.statistics_tuning and inputs is not None:
         changed = tune_statistics(float_model, model, list(computes), inputs, store.fresh_scratch())

@@ -2,7 +2,8 @@
 
 Storage is the same for all: packed codes, exactly ``bits`` bits a weight. Compute is integer (the codes become an int8
 weight when the file is loaded, and the layer an integer kernel), float (they become an ordinary float weight), or
-blocks (they stay packed in memory, and the kernel unpacks them block by block: ONNX Runtime's MatMulNBits).
+blocks (they stay packed in memory, and the kernel unpacks them block by block: ONNX Runtime's MatMulNBits). Dynamic is
+integer too, but for the input, whose grid is measured as the model runs: it takes no calibration.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class Format:
     """One pair of storage and compute.
 
     Attributes:
-        compute: "integer", "float" or "blocks".
+        compute: "integer", "dynamic", "float" or "blocks".
         kinds: layer kinds it runs.
         asymmetric: whether weights may have a zero point of their own.
-        activations: whether the layer's input is quantized.
+        inputs: what the layer reads: "float", "static" (integers on a calibrated grid) or "dynamic" (integers on the
+            grid of their own range, measured as the model runs).
         widths: bits a weight may have.
         group_sizes: weights that may share a grid; empty: any number, or the whole row.
     """
@@ -33,7 +35,7 @@ class Format:
     compute: str
     kinds: tuple[str, ...]
     asymmetric: bool
-    activations: bool
+    inputs: str
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     group_sizes: tuple[int | None, ...] = ()
 
@@ -50,8 +52,8 @@ class Format:
             return f"format {self.name} takes groups of {sizes}, not {option.group_size or 'none'}"
         if not option.symmetric and not self.asymmetric:
             return f"format {self.name} needs symmetric weights: integer kernels take one zero point a tensor"
-        if self.activations and option.act_bits is None:
-            return f"format {self.name} needs quantized activations; give calibration data"
+        if self.inputs != option.inputs:
+            return f"format {self.name} takes {self.inputs} inputs, not {option.inputs} ones"
         return None
 
 
@@ -61,15 +63,16 @@ def _listed(values: Sequence[object]) -> str:
 
 FORMATS = {
     "integer": Format(
-        "integer", "integer", ("conv1d", "conv2d", "linear"), asymmetric=False, activations=True, group_sizes=(None,)
+        "integer", "integer", ("conv1d", "conv2d", "linear"), asymmetric=False, inputs="static", group_sizes=(None,)
     ),
+    "dynamic": Format("dynamic", "dynamic", ("linear",), asymmetric=False, inputs="dynamic", group_sizes=(None,)),
     # Block sizes above 256 gave wrong results before ONNX Runtime 1.32; other widths are refused by it.
     "matmul-nbits": Format(
-        "matmul-nbits", "blocks", ("linear",), asymmetric=True, activations=False,
+        "matmul-nbits", "blocks", ("linear",), asymmetric=True, inputs="float",
         widths=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256),
     ),
     "float-weights": Format(
-        "float-weights", "float", ("conv1d", "conv2d", "linear"), asymmetric=True, activations=False
+        "float-weights", "float", ("conv1d", "conv2d", "linear"), asymmetric=True, inputs="float"
     ),
 }  # fmt: skip
 

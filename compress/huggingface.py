@@ -27,7 +27,6 @@ __all__ = ["PretrainedFolder", "TextReader", "is_pretrained", "open_pretrained"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DEFAULT_LENGTH = 128
-_EXAMPLE_LENGTH = 16
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -99,7 +98,7 @@ class TextReader:
 
     def example(self) -> dict[str, torch.Tensor]:
         """Two samples of ids at random, for models without data."""
-        shape = (2, min(_EXAMPLE_LENGTH, self.longest))
+        shape = (2, self.check_length(None))
         ids = torch.randint(self.vocabulary, shape, generator=torch.Generator().manual_seed(0))
         made = {
             "input_ids": ids,

@@ -81,6 +81,8 @@ class Options:
     Attributes:
         bits: width of the weights, 2..8. None: 4, or whatever the budgets allow.
         act_bits: width of the activations, 4..8; needs calibration data. None: 8 with data, float without.
+        dynamic: measure the ranges of linears' inputs as the model runs, at 8 bits. None: where ``act_bits`` is given
+            without calibration data.
         group_size: weights of a linear's row that share a grid (``--group-size``); None: the whole row.
         budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with
             them the widths are chosen layer by layer.
@@ -99,6 +101,7 @@ class Options:
 
     bits: int | None = None
     act_bits: int | None = None
+    dynamic: bool | None = None
     group_size: int | None = None
     budgets: tuple[str, ...] = ()
     method: str | None = None
@@ -122,6 +125,7 @@ class Settings(TypedDict, total=False):
     options: Options | None
     bits: int | None
     act_bits: int | None
+    dynamic: bool | None
     group_size: int | None
     budgets: str | Sequence[str]
     method: str | None

@@ -32,6 +32,7 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
         intake.layers,
         bits=bits,
         act_bits=_act_bits(options, samples),
+        dynamic=is_dynamic(options, samples),
         group_size=options.group_size,
         first_last_bits=ends,
         method=methods[0],
@@ -47,10 +48,13 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     Raises:
         InputError: options that do not go together.
     """
-    if options.act_bits is not None and samples is None:
-        raise InputError(
-            "--act-bits needs calibration data: give --calib, or leave it out to quantize the weights only"
-        )
+    if is_dynamic(options, samples):
+        if options.budgets:
+            raise InputError("--budget chooses among calibrated grids: give --calib and leave out --dynamic")
+        if options.act_bits not in (None, 8):
+            raise InputError(
+                f"--act-bits {options.act_bits}: ranges measured as the model runs are for 8 bits; give --calib"
+            )
     for name, value, low in (
         ("--bits", options.bits, 2),
         ("--act-bits", options.act_bits, 4),
@@ -58,8 +62,10 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     ):
         if value is not None and not (isinstance(value, int) and low <= value <= 8):
             raise InputError(f"{name} {value}: allowed are {low} to 8")
-    if options.group_size is not None and options.act_bits is not None:
-        raise InputError("--group-size quantizes weights alone: integer kernels take one scale a row; drop --act-bits")
+    if options.group_size is not None and (options.act_bits is not None or options.dynamic):
+        raise InputError(
+            "--group-size quantizes weights alone: integer kernels take one scale a row; drop --act-bits and --dynamic"
+        )
     if options.group_size is not None and not (isinstance(options.group_size, int) and options.group_size >= 2):
         raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
     if options.iterations < 0:
@@ -106,7 +112,14 @@ def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]
     return names
 
 
+def is_dynamic(options: Options, samples: Samples | None) -> bool:
+    """Whether the ranges of inputs are measured as the model runs."""
+    return options.dynamic if options.dynamic is not None else options.act_bits is not None and samples is None
+
+
 def _act_bits(options: Options, samples: Samples | None) -> int | None:
+    if is_dynamic(options, samples):
+        return 8
     if options.act_bits is not None or samples is None or options.group_size is not None:
         return options.act_bits
     return 8

@@ -104,7 +104,9 @@ def realize(
                 float_file=float_file,
                 compressed_file=file,
                 parity=parity,
-                latency=measure_latency(float_file, file, provider, threads=threads, batch=batch),
+                latency=measure_latency(
+                    float_file, file, provider, threads=threads, batch=batch, length=intake.traced.length
+                ),
                 metric=metric,
                 measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
                 calibration_seconds=calibrated - started,

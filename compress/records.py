@@ -62,12 +62,21 @@ class QuantOption(Record):
 
     bits: int = Field(ge=2, le=8)
     act_bits: int | None = Field(None, ge=2, le=8)
+    dynamic: bool = Field(False, description="the input's grid is measured as the model runs; 8 bits, linears only")
     symmetric: bool = True
     group_size: int | None = Field(None, ge=2, description="weights of a row that share a grid; None: the whole row")
 
+    @property
+    def inputs(self) -> str:
+        """What the layer reads: "float", "static" (on a calibrated grid) or "dynamic"."""
+        if self.act_bits is None:
+            return "float"
+        return "dynamic" if self.dynamic else "static"
+
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
-        return f"W{self.bits}{group}" + (f"A{self.act_bits}" if self.act_bits else "")
+        dynamic = "d" if self.dynamic else ""
+        return f"W{self.bits}{group}" + (f"A{self.act_bits}{dynamic}" if self.act_bits else "")
 
 
 class Choice(Record):

@@ -15,7 +15,7 @@ from compress.calib.observers import activation_grid
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.formats import find_format
 from compress.graph.layers import ACTIVATIONS
-from compress.graph.quantizers import Quantizer, place_quantizers
+from compress.graph.quantizers import Quantizer, quantize_inputs
 from compress.graph.rewrite import absorb_activations, set_grid, set_weight, store_biases
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
@@ -39,8 +39,7 @@ def build_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: 
     """
     register_operators()
     model = float_model.copy()
-    act_bits = {choice.layer: choice.option.act_bits for choice in choices if choice.option.act_bits is not None}
-    quantizers = place_quantizers(model, act_bits, getattr(torch, target.activation_type)) if act_bits else []
+    quantizers = quantize_inputs(model, choices, target)
     for number, quantizer in enumerate(quantizers):
         set_grid(model, quantizer.name, *_made_up_grid(model, quantizer, number))
     for choice in choices:

@@ -8,6 +8,7 @@ __all__ = ["OPERATORS", "register_operators"]
 
 OPERATORS = {
     "fake_quantize": "compress.kernels.fake_quantize:fake_quantize",
+    "fake_quantize_dynamic": "compress.kernels.dynamic:fake_quantize_dynamic",
     "dequantize_weight": "compress.kernels.dequantize:dequantize_weight",
     "dequantize_bias": "compress.kernels.dequantize:dequantize_bias",
 }

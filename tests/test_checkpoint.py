@@ -117,7 +117,7 @@ def test_tied_weights_stored_once(tmp_path: Path, factories: str) -> None:
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     _refused(tmp_path / "absent.pt", "There is no file")
-    _refused(tmp_path, "Hugging Face model folders are not supported yet")
+    _refused(tmp_path, "a folder without a config.json")
     (tmp_path / "empty.pt").write_bytes(b"")
     _refused(tmp_path / "empty.pt", "is empty; save or download it again")
     (tmp_path / "text.pt").write_text("hello, this is text")

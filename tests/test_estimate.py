@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from compress import api
+from compress.calib.samples import load_samples
 from compress.estimate import Estimate, estimate
 from compress.intake import take_in
 from compress.options import Options
@@ -26,7 +27,7 @@ class Clock:
 def estimated(monkeypatch: object, samples: int, **options: object) -> Estimate:
     intake = take_in(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), input_shape=(3, 16, 16))
     monkeypatch.setattr("compress.estimate.time", Clock())  # type: ignore[attr-defined]
-    data = api.load_samples(torch.zeros(max(samples, 1), 3, 16, 16)) if samples else None
+    data = load_samples(torch.zeros(max(samples, 1), 3, 16, 16)) if samples else None
     return estimate(intake.traced, make_plan(intake, Options(**options), data), samples)  # type: ignore[arg-type]
 
 

@@ -53,7 +53,7 @@ def find_format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tu
     """
     reason = None
     for name in target.formats:
-        if FORMATS[name].activations == (option.act_bits is not None):
+        if FORMATS[name].inputs == option.inputs:
             reason = FORMATS[name].refusal(layer, option)
             if reason is None:
                 return name, None

@@ -92,12 +92,12 @@ def _problem(choice: Choice, layer: LayerSpec | None, target: Target, with_data:
         return "the model has no layer of that name; `compress inspect` lists them"
     if choice.format not in target.formats:
         return f"target {target.name} has no format {choice.format!r}; it has {', '.join(target.formats)}"
-    if refusal := find_format(choice.format).refusal(layer, choice.option):
-        return refusal
-    if find_format(choice.format).activations != (choice.option.act_bits is not None):
+    if find_format(choice.format).inputs != choice.option.inputs:
         right, _ = find_format_for(layer, choice.option, target)
         return f"format {choice.format} does not run {choice.option}; {right or 'no format'} does"
-    if choice.option.act_bits is not None and not with_data:
+    if refusal := find_format(choice.format).refusal(layer, choice.option):
+        return refusal
+    if choice.option.inputs == "static" and not with_data:
         return "quantized activations need calibration data: give --calib"
     if choice.method not in METHODS:
         return f"unknown method {choice.method!r}; known: {', '.join(METHODS)}"

@@ -17,6 +17,7 @@ def uniform_choices(
     *,
     bits: int,
     act_bits: int | None,
+    dynamic: bool = False,
     group_size: int | None = None,
     first_last_bits: int,
     method: str,
@@ -27,6 +28,8 @@ def uniform_choices(
 
     Args:
         act_bits: None for weights only.
+        dynamic: measure the ranges of inputs as the model runs; other layers than linears get their weights quantized
+            only.
         group_size: weights of a linear's row that share a grid; None, and elsewhere: the whole row.
         first_last_bits: width of weights and inputs of the first and the last layer, where that is more than ``bits``.
         ignore: names to leave float, as shell patterns, or regular expressions after ``re:``.
@@ -40,11 +43,14 @@ def uniform_choices(
     leading = slow_on_integers(layers, target) if act_bits is not None else set()
     for layer in layers:
         wide = first_last_bits if layer.name in outer else 0
+        slow = layer.name in leading or (dynamic and layer.kind != "linear")
+        integer = act_bits is not None and not slow
         option = QuantOption(
             bits=max(bits, wide),
-            act_bits=None if act_bits is None or layer.name in leading else max(act_bits, wide),
+            act_bits=max(act_bits, wide) if act_bits is not None and not slow else None,
+            dynamic=dynamic and integer,
             # Integer kernels take one zero point a tensor; a float weight may have one a channel, which fits better.
-            symmetric=act_bits is not None and layer.name not in leading,
+            symmetric=integer,
             group_size=group_size if layer.kind == "linear" and act_bits is None else None,
         )
         format_name, reason = find_format_for(layer, option, target)
@@ -53,15 +59,12 @@ def uniform_choices(
         if reason:
             skipped.append(Skip(layer=layer.name, reason=reason))
         else:
-            slow = f"runs on floats: faster with fewer than {target.integer_channels} output channels"
+            if layer.name in leading:
+                why = f"runs on floats: faster with fewer than {target.integer_channels} output channels"
+            else:
+                why = "runs on floats: only linears measure ranges as they run; give --calib" if slow else ""
             choices.append(
-                Choice(
-                    layer=layer.name,
-                    method=method,
-                    option=option,
-                    format=format_name,
-                    reason=slow if layer.name in leading else None,
-                )
+                Choice(layer=layer.name, method=method, option=option, format=format_name, reason=why or None)
             )
     if not choices:
         reasons = (

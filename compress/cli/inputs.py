@@ -8,7 +8,7 @@ import typer
 
 from compress.errors import InputError
 
-__all__ = ["Allow", "Factory", "InputShape", "Mean", "Size", "Std", "numbers", "shape"]
+__all__ = ["Allow", "Factory", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape"]
 
 Factory = Annotated[
     str | None,
@@ -27,6 +27,9 @@ Mean = Annotated[
 ]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Divides them after that")]
 Size = Annotated[int | None, typer.Option(help="Crop size for a folder of images")]
+Length = Annotated[
+    int | None, typer.Option(help="Tokens of a sample of text, at most  [default: 128, or what the model takes]")
+]
 
 
 def numbers(text: str | None, option: str) -> list[float] | None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, InputShape, Mean, Size, Std, numbers, shape
+from compress.cli.inputs import Allow, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
 from compress.errors import InputError
 
 __all__ = ["Calib", "Eval", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
@@ -26,7 +26,8 @@ _PLAN = "What is done to every layer"
 Calib = Annotated[
     str | None,
     typer.Option(
-        help="Calibration samples: .npz, .npy, .pt, .safetensors, a folder of images, or package.module:function"
+        help="Calibration samples: .npz, .npy, .pt, .safetensors, a folder of images, text (.txt, .tsv, .csv), or "
+        "package.module:function"
     ),
 ]
 Eval = Annotated[str | None, typer.Option("--eval", help="Labelled samples: adds the metric before and after")]
@@ -41,6 +42,7 @@ def reading(
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
+    length: Length = None,
 ) -> None:
     """How the model and the samples are read."""
 
@@ -49,6 +51,15 @@ def planning(
     act_bits: Annotated[
         int | None,
         typer.Option(help="Bits an activation, 4 to 8  [default: 8 with --calib]", rich_help_panel=_PLAN),
+    ] = None,
+    dynamic: Annotated[
+        bool | None,
+        typer.Option(
+            "--dynamic/--static",
+            help="Ranges of linears' inputs measured as the model runs  [default: where --act-bits 8 comes without "
+            "--calib]",
+            rich_help_panel=_PLAN,
+        ),
     ] = None,
     group_size: Annotated[
         int | None,

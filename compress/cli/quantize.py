@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @takes(planning, searching, timing, reading, writing)
 def quantize(
-    model: Annotated[str, typer.Argument(help="Model file: .pt, .pth, .th (torch.save), .pt2, .safetensors")],
+    model: Annotated[str, typer.Argument(help="Model: .pt, .pth, .th, .pt2, .safetensors, or a Hugging Face folder")],
     bits: Annotated[
         int | None, typer.Option("--bits", "-b", help="Bits a weight, 2 to 8  [default: 4, or what budgets allow]")
     ] = None,

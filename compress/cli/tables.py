@@ -80,7 +80,8 @@ def summary_lines(report: Report) -> list[str]:
     ]
     if latency := report.latency:
         lines.append(
-            f"Latency (batch {latency.batch}, {latency.threads} thread{'s' * (latency.threads > 1)}): "
+            f"Latency (batch {latency.batch}, {f'{latency.length} tokens, ' if latency.length else ''}"
+            f"{latency.threads} thread{'s' * (latency.threads > 1)}): "
             f"{latency.float_ms:.3f} ms float, "
             f"{latency.compressed_ms:.3f} ms compressed "
             f"({latency.compressed_ms / latency.float_ms:.2f}x the float model's time)"

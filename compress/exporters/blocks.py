@@ -20,12 +20,12 @@ from torch.nn import functional
 
 from compress.exporters.functions import DOMAIN
 from compress.exporters.initializers import constant_of, initialise
+from compress.exporters.products import MICROSOFT, replace_product
 from compress.packing import pack, unpack
 
 __all__ = ["ACCURACY_LEVEL", "block_weight_name", "declare_block_weight", "use_matmul_nbits"]
 
 ACCURACY_LEVEL = 4
-_MICROSOFT = "com.microsoft"
 _MARKER = re.compile(r"BlockWeight(\d+)g(\d+)k(\d+)")
 
 
@@ -63,7 +63,7 @@ def use_matmul_nbits(model: ir.Model) -> None:
             else:
                 _replace(graph, reader, stored)
         graph.remove(marker, safe=True)
-        model.opset_imports[_MICROSOFT] = 1
+        model.opset_imports[MICROSOFT] = 1
 
 
 def _store(
@@ -92,27 +92,6 @@ def _store(
 
 
 def _replace(graph: ir.Graph, product: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:
-    """Put MatMulNBits where ``product`` (a MatMul or a Gemm) and the bias behind it stand."""
     inputs, attributes = stored
-    assert product.op_type in ("MatMul", "Gemm"), f"{product.op_type} reads a packed weight"
-    bias, last = None, product
-    if product.op_type == "Gemm":
-        bias = product.inputs[2] if len(product.inputs) > 2 else None
-    else:
-        uses = list(product.outputs[0].uses())
-        if len(uses) == 1 and uses[0].node.op_type == "Add":
-            (other,) = (value for value in uses[0].node.inputs if value is not product.outputs[0])
-            if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
-                bias, last = other, uses[0].node
-    given = [product.inputs[0], *inputs, None, bias]
-    while given[-1] is None:
-        given.pop()
-    node = ir.Node(
-        _MICROSOFT, "MatMulNBits", given, [ir.AttrInt64(key, value) for key, value in attributes.items()],
-        metadata_props=dict(product.metadata_props),
-    )  # fmt: skip
-    graph.insert_before(last, node)
-    ir.convenience.replace_all_uses_with(last.outputs[0], node.outputs[0], replace_graph_outputs=True)
-    graph.remove(last, safe=True)
-    if last is not product:
-        graph.remove(product, safe=True)
+    written = tuple(ir.AttrInt64(key, value) for key, value in attributes.items())
+    replace_product(graph, product, "MatMulNBits", [product.inputs[0], *inputs, None], written)

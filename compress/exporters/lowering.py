@@ -27,6 +27,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     """Operator overload → translation, for ``torch.onnx.export(custom_translation_table=...)``."""
     return {
         torch.ops.compress.fake_quantize.default: _fake_quantize,
+        torch.ops.compress.fake_quantize_dynamic.default: _fake_quantize_dynamic,
         torch.ops.compress.dequantize_weight.default: _dequantize_weight,
         torch.ops.compress.dequantize_bias.default: _dequantize_bias,
         torch.ops.aten.gelu.default: _gelu,
@@ -41,6 +42,10 @@ def _fake_quantize(x: Any, scale: Any, zero_point: Any, bits: int) -> Any:
         low = np.iinfo(dtype).min
         codes = op.Clip(codes, _constant(dtype(low)), _constant(dtype(low + (1 << bits) - 1)))
     return op.DequantizeLinear(codes, scale, zero_point)
+
+
+def _fake_quantize_dynamic(x: Any) -> Any:
+    return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
 
 
 def _dequantize_weight(
@@ -58,7 +63,7 @@ def _dequantize_weight(
         declare_block_weight(name)
         return Op(Opset(DOMAIN, 1), name)(packed, scale, zero_point)
     codes = _unpack(packed, bits, shape)
-    if compute == "integer":
+    if compute in ("integer", "dynamic"):
         return op.DequantizeLinear(codes, scale, _constant(np.zeros(shape[0], dtype=np.int8)), axis=0)
     # The function returns codes less 2**(bits - 1); a grid's zero point is moved by as much.
     centre = op.Sub(op.Cast(zero_point, to=int(ir.DataType.FLOAT)), _constant(np.float32(1 << (bits - 1))))

@@ -8,7 +8,8 @@
 4. A float layer behind a DequantizeLinear reads one of its own, with the grid repeated for every channel: behind a
    scalar grid ONNX Runtime would quantize the layer's weights by itself.
 5. A mean over all positions becomes a GlobalAveragePool, which has an integer kernel.
-6. Products with a weight that stays packed become MatMulNBits (compress/exporters/blocks.py).
+6. Products with a weight that stays packed become MatMulNBits (compress/exporters/blocks.py), those of integers that
+   end in floats MatMulIntegerToFloat (compress/exporters/products.py).
 7. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
    they are; the exporter's traces go.
 """
@@ -24,10 +25,11 @@ import onnx_ir as ir
 from compress.exporters.blocks import use_matmul_nbits
 from compress.exporters.functions import DOMAIN, OPSET, unpack_function
 from compress.exporters.initializers import constant_of, initialise
+from compress.exporters.products import use_integer_products
 
 __all__ = ["layer_of", "tidy"]
 
-_LAYER_NODES = ("Conv", "Gemm", "MatMul", "MatMulNBits")
+_LAYER_NODES = ("Conv", "Gemm", "MatMul", "MatMulNBits", "MatMulIntegerToFloat")
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
 _UNPACKING = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Sub", "Mul", "Identity")
 _MOVES = ("Slice", "Pad", "Reshape", "Transpose", "Flatten")
@@ -52,6 +54,7 @@ def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
         elif node.op_type in _QUANTIZED_UNASKED:
             _keep_float(graph, node)
     use_matmul_nbits(model)
+    use_integer_products(model)
     _share_constants(graph)
     _remove_unread(graph)
     _name(graph, layers)

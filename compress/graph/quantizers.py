@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,17 @@ from torch import fx
 
 from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, activation_of, layer_name
 from compress.graph.traced import TracedModel
+from compress.records import Choice
+from compress.targets import Target
 
-__all__ = ["INTEGER_BITS", "Quantizer", "fake_quantize_op", "is_zero_pad", "place_quantizers"]
+__all__ = [
+    "INTEGER_BITS",
+    "Quantizer",
+    "fake_quantize_op",
+    "is_zero_pad",
+    "place_quantizers",
+    "quantize_inputs",
+]
 
 aten = torch.ops.aten
 
@@ -69,6 +78,26 @@ class _Edge:
 def fake_quantize_op() -> object:
     """The operator's overload; a function because it exists only once compress.kernels is imported."""
     return torch.ops.compress.fake_quantize.default
+
+
+def quantize_inputs(traced: TracedModel, choices: Iterable[Choice], target: Target) -> list[Quantizer]:
+    """Quantize every layer's input as ``choices`` say, and return the grids that are to be calibrated, in order."""
+    options = {choice.layer: choice.option for choice in choices}
+    _place_dynamic(traced, {name for name, option in options.items() if option.inputs == "dynamic"})
+    static = {name: option.act_bits for name, option in options.items() if option.inputs == "static"}
+    return place_quantizers(traced, static, getattr(torch, target.activation_type)) if static else []
+
+
+def _place_dynamic(traced: TracedModel, layers: set[str]) -> None:
+    """Let every call of ``layers`` read its input on the grid of the input's own range."""
+    placed: dict[fx.Node, fx.Node] = {}
+    for node in list(traced.graph.nodes):
+        if node.target in LAYER_KINDS and layer_name(node) in layers:
+            value = node.args[0]
+            if value not in placed:
+                placed[value] = traced.insert(torch.ops.compress.fake_quantize_dynamic.default, (value,), after=value)
+            node.update_arg(0, placed[value])
+    traced.finish()
 
 
 def place_quantizers(traced: TracedModel, act_bits: Mapping[str, int], dtype: torch.dtype) -> list[Quantizer]:

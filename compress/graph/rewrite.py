@@ -103,6 +103,8 @@ def _adds_integer_bias(node: fx.Node) -> bool:
     """Whether ``node`` is an integer layer with a float bias and an input on a grid."""
     if node.target not in LAYER_KINDS or not is_stored(node.args[1]) or node.args[1].args[5] != "integer":
         return False
+    if node.target is torch.ops.aten.linear.default and node.meta["val"].dim() > 2:
+        return False  # its kernel ends in floats, and adds the bias there
     bias = node.args[2] if len(node.args) > 2 else None
     return bias is not None and bias.op == "get_attr" and input_quantizer(node) is not None
 

@@ -131,6 +131,11 @@ class TracedModel:
         """What the inputs are called: the parameters of the module's ``forward``."""
         return tuple(node.name for node in self.inputs())
 
+    @property
+    def length(self) -> int | None:
+        """Tokens of a sample in the example, where they may be any number; else None."""
+        return next(x.shape[1] for x in self.example if _is_tokens(x)) if self.dynamic_length else None
+
     def outputs(self) -> list[fx.Node]:
         """The nodes that the graph returns."""
         (output,) = self.graph.find_nodes(op="output")
@@ -266,12 +271,11 @@ def export_program(
     Raises:
         InputError: as :func:`trace`.
     """
-    sizes = [
-        {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if dynamic_length and _is_tokens(x) else {}) if dynamic_batch else {}
-        for x in example
-    ]
+    sizes = [{0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if dynamic_length and _is_tokens(x) else {}) for x in example]
     args, kwargs = ((), dict(zip(names, example, strict=True))) if names else (example, {})
-    shapes = dict(zip(names, sizes, strict=True)) if names else tuple(sizes)
+    shapes: Any = None
+    if dynamic_batch:
+        shapes = dict(zip(names, sizes, strict=True)) if names else tuple(sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -78,13 +78,18 @@ def _measured(
 
 
 def measure_latency(
-    float_file: Path, compressed_file: Path, provider: str, *, threads: int = 1, batch: int = 1
+    float_file: Path, compressed_file: Path, provider: str, *, threads: int = 1, batch: int = 1, length: int | None
 ) -> Latency:
-    """Both files, interleaved; medians."""
+    """Both files, interleaved; medians. ``length`` is the number of tokens a sample, None for other inputs."""
     rows = bench(
-        [float_file, compressed_file], provider=provider, threads=threads, batch_sizes=(batch,), memory=False
+        [float_file, compressed_file],
+        provider=provider,
+        threads=threads,
+        batch_sizes=(batch,),
+        dims={"sequence": length} if length else {},
+        memory=False,
     ).rows
-    return Latency(threads=threads, batch=batch, float_ms=rows[0].p50_ms, compressed_ms=rows[1].p50_ms)
+    return Latency(threads=threads, batch=batch, length=length, float_ms=rows[0].p50_ms, compressed_ms=rows[1].p50_ms)
 
 
 def check_metric(intake: Intake, samples: Samples) -> None:

@@ -42,6 +42,7 @@ class Latency(Record):
 
     threads: int
     batch: int = 1
+    length: int | None = Field(None, description="tokens a sample; None for inputs of other kinds")
     float_ms: float
     compressed_ms: float
 
@@ -73,6 +74,9 @@ class Parity(Record):
     block_layers: int = Field(0, description="those whose weights stay packed at run time (MatMulNBits)")
     float_operators: dict[str, int] = Field(
         default_factory=dict, description="adds, pools and concatenations that an integer plan left on floats, by kind"
+    )
+    rounding_noise: float | None = Field(
+        None, description="how far the graph is from itself with float tensors a millionth away; where it was asked for"
     )
     failures: tuple[str, ...] = ()
 

@@ -285,7 +285,9 @@ class Allocator:
             measured = {"size": float(file.stat().st_size)}
             if self.costs.latency is not None:
                 plain = export_ways(self.traced, {}, self.target, Path(folder) / "float.onnx")
-                float_us, plan_us = time_files([plain, file], self.target, self.search, self.progress)
+                float_us, plan_us = time_files(
+                    [plain, file], self.target, self.search, self.traced.length, self.progress
+                )
                 # The machine may run at another speed than when the budget was set.
                 measured["latency"] = plan_us / float_us * self.costs.float_totals["latency"]
         predicted = program.totals(answer.picks)

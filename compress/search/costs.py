@@ -76,7 +76,7 @@ def measure_costs(
         notes: tuple[str, ...] = ()
         float_us: float | None = None
         if timed:
-            times_us = time_files(files, target, search, progress)
+            times_us = time_files(files, target, search, intake.traced.length, progress)
             latency, notes = _fit(intake.traced, space, bases, times_us, target, search, progress)
             float_us = times_us[0]
     widths = {way.widths[0] for ways in space.ways.values() for way in ways if _storage(way) == "packed"}
@@ -117,14 +117,19 @@ def export_ways(traced: TracedModel, ways: Mapping[str, Way], target: Target, pa
 
 
 def time_files(
-    files: Sequence[Path], target: Target, search: Search, progress: Callable[[str, int, int], None]
+    files: Sequence[Path],
+    target: Target,
+    search: Search,
+    length: int | None,
+    progress: Callable[[str, int, int], None],
 ) -> list[float]:
-    """Median microseconds of each file, interleaved."""
+    """Median microseconds of each file, interleaved; ``length`` tokens a sample (None: other inputs)."""
     report = bench(
         files,
         batch_sizes=(search.batch,),
         threads=search.threads,
         provider=target.provider,
+        dims={"sequence": length} if length else {},
         memory=False,
         progress=progress,
     )

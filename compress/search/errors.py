@@ -16,7 +16,7 @@ from compress.calib.sensitivity import FLOAT as FLOAT_LOSS
 from compress.calib.sensitivity import MEASURES, measure_sensitivity, stored_losses
 from compress.errors import InputError
 from compress.formats import find_format
-from compress.graph.quantizers import place_quantizers
+from compress.graph.quantizers import quantize_inputs
 from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.kernels.table import register_operators
@@ -126,9 +126,7 @@ def _base(intake: Intake, options: Options, samples: Samples | None, store: Resu
         return base
     plain = Options(bits=8, method="mse", observer=options.observer, target=options.target, ignore=options.ignore)
     plan = make_plan(intake, plain, samples)
-    act_bits = {choice.layer: choice.option.act_bits for choice in plan.choices if choice.option.act_bits is not None}
-    dtype = getattr(torch, find_target(plan.target).activation_type)
-    quantizers = place_quantizers(base, act_bits, dtype) if act_bits else []
+    quantizers = quantize_inputs(base, plan.choices, find_target(plan.target))
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
     unsaved = ResumeStore(store.fresh_scratch() / "base", "base")
     calibrate(intake.traced, base, quantizers, plan, computes, samples.inputs, unsaved, lambda layer: None)

@@ -147,7 +147,7 @@ def list_space(
             for act_bits in inputs:
                 option = QuantOption(bits=bits, act_bits=act_bits, symmetric=act_bits is not None)
                 for name in target.formats:
-                    fits = FORMATS[name].activations == (act_bits is not None)
+                    fits = FORMATS[name].inputs == option.inputs
                     if fits and FORMATS[name].refusal(layer, option) is None:
                         found += [Way(method, option, name) for method in methods]
         reason = "named by --ignore" if layer.name in kept else layer.refusal

@@ -1,0 +1,32 @@
+"""``compress::fake_quantize_dynamic``: an activation rounded to the 8-bit grid of its own range, and back.
+
+The grid is what ONNX's DynamicQuantizeLinear computes when the model runs: over the whole tensor, from its smallest to
+its largest value, zero among them. No calibration is needed; a sample's result depends a little on what else is in its
+batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["fake_quantize_dynamic"]
+
+_TOP = 255
+
+
+@torch.library.custom_op("compress::fake_quantize_dynamic", mutates_args=())
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """Reference in plain PyTorch: ``x`` float32 of any shape."""
+    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale = (high - low) / _TOP
+    if not bool(scale > 0):  # all zeros
+        return x.clone()
+    offset = torch.round((-low / scale).clamp(0, _TOP))
+    codes = torch.round(x / scale).add_(offset).clamp_(0, _TOP)
+    return codes.sub_(offset).mul_(scale)
+
+
+@fake_quantize_dynamic.register_fake
+def _shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
