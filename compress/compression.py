@@ -74,10 +74,15 @@ def apply_plan(
         inputs = tuple(x[:whole] for x in inputs)
     notes = []
     if plan.steps.equalize:
-        size = _CONTRACT_BATCH if float_model.dynamic_batch else len(float_model.example[0])
-        batch = tuple(x[:size] for x in inputs) if inputs is not None else None
+        batch = _contract_batch(float_model, inputs) if inputs is not None else None
         notes += apply_transform("equalize", float_model, batch)
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
+    if inputs is not None:
+        options = {choice.layer: choice.option for choice in plan.choices}
+        for name in ("smoothquant", "awq"):
+            if getattr(plan.steps, name):
+                batch = _contract_batch(float_model, inputs)
+                notes += apply_transform(name, float_model, batch, samples=inputs, options=options)
     model = float_model.copy()
     quantizers = quantize_inputs(model, plan.choices, find_target(plan.target))
     layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
@@ -97,6 +102,11 @@ def apply_plan(
     store_biases(model)
     absorb_activations(model)
     return Compressed(model, layers, notes)
+
+
+def _contract_batch(model: TracedModel, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a transform must not change the outputs on."""
+    return tuple(x[: _CONTRACT_BATCH if model.dynamic_batch else len(model.example[0])] for x in inputs)
 
 
 def _check(model: TracedModel, plan: Plan) -> None:

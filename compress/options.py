@@ -91,10 +91,12 @@ class Options:
         first_last_bits: width of the first and the last layer, where that is more than ``bits``. None: 8, or whatever
             the budgets allow.
         target: a name from compress/targets.py.
-        observer: how activation ranges are chosen (compress/calib/observers.py).
+        observer: how activation ranges are chosen (compress/calib/observers.py). None: ``mse``, or ``minmax`` for a
+            transformer's 8-bit inputs, whose outliers carry what the model knows.
         iterations: optimisation steps a layer.
         ignore: layers to leave float, by shell pattern or ``re:`` regular expression.
-        equalize, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.Steps.
+        smoothquant: whether SmoothQuant comes first. None: where linears of a transformer get quantized inputs.
+        equalize, awq, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.Steps.
         seed: of everything random.
         search: how budgets are met.
     """
@@ -108,10 +110,12 @@ class Options:
     samples: int = 1024
     first_last_bits: int | None = None
     target: str = "onnx-cpu"
-    observer: str = "mse"
+    observer: str | None = None
     iterations: int = 300
     ignore: tuple[str, ...] = ()
     equalize: bool = False
+    smoothquant: bool | None = None
+    awq: bool = False
     bias_correction: bool | None = None
     statistics_tuning: bool = False
     bias_tuning: bool = False
@@ -132,10 +136,12 @@ class Settings(TypedDict, total=False):
     samples: int
     first_last_bits: int | None
     target: str
-    observer: str
+    observer: str | None
     iterations: int
     ignore: tuple[str, ...]
     equalize: bool
+    smoothquant: bool | None
+    awq: bool
     bias_correction: bool | None
     statistics_tuning: bool
     bias_tuning: bool

@@ -13,7 +13,7 @@ from compress.records import Plan, Steps
 from compress.registry import resolve
 from compress.targets import find_target
 
-__all__ = ["begin_plan", "choose_methods", "make_plan"]
+__all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan"]
 
 
 def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
@@ -70,17 +70,24 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
         raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
     if options.iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
-    resolve(OBSERVERS, options.observer, "observer")
+    resolve(OBSERVERS, observer := choose_observer(intake, options, samples), "observer")
     needs_data = any(resolve(METHODS, name, "method").needs_data for name in choose_methods(options, samples))
     correction = options.bias_correction if options.bias_correction is not None else not needs_data
-    if samples is None and (options.statistics_tuning or options.bias_tuning or options.bias_correction):
-        raise InputError("bias correction, statistics tuning and bias tuning need calibration data: give --calib")
+    learned = (
+        options.statistics_tuning, options.bias_tuning, options.bias_correction, options.smoothquant, options.awq,
+    )  # fmt: skip
+    if samples is None and any(learned):
+        raise InputError(
+            "SmoothQuant, AWQ, bias correction, statistics tuning and bias tuning need calibration data: give --calib"
+        )
     return Plan(
         choices=(),
         target=find_target(options.target).name,
-        observer=options.observer,
+        observer=observer,
         steps=Steps(
             equalize=options.equalize,
+            smoothquant=_has_outliers(intake, options, samples) if options.smoothquant is None else options.smoothquant,
+            awq=options.awq,
             bias_correction=correction and samples is not None,
             statistics_tuning=options.statistics_tuning,
             bias_tuning=options.bias_tuning,
@@ -115,6 +122,19 @@ def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]
 def is_dynamic(options: Options, samples: Samples | None) -> bool:
     """Whether the ranges of inputs are measured as the model runs."""
     return options.dynamic if options.dynamic is not None else options.act_bits is not None and samples is None
+
+
+def choose_observer(intake: Intake, options: Options, samples: Samples | None) -> str:
+    """The observer asked for, or the best for the model."""
+    return options.observer or ("minmax" if _has_outliers(intake, options, samples) else "mse")
+
+
+def _has_outliers(intake: Intake, options: Options, samples: Samples | None) -> bool:
+    """Whether values along a sequence get 8-bit grids: transformers have channels far beyond the rest."""
+    sequences = any(
+        layer.kind == "linear" and layer.rows > layer.calls and not layer.refusal for layer in intake.layers
+    )
+    return sequences and samples is not None and _act_bits(options, samples) == 8
 
 
 def _act_bits(options: Options, samples: Samples | None) -> int | None:

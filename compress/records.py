@@ -160,6 +160,8 @@ class Steps(Record):
     """What happens besides the layers' own methods, in this order; None where data decide it is not possible."""
 
     equalize: bool = False
+    smoothquant: bool = False
+    awq: bool = False
     bias_correction: bool = False
     statistics_tuning: bool = False
     bias_tuning: bool = False

@@ -85,13 +85,28 @@ def planning(
         ),
     ] = None,
     observer: Annotated[
-        str, typer.Option(help="Activation ranges: minmax, percentile, mse, histogram", rich_help_panel=_PLAN)
-    ] = "mse",
+        str | None,
+        typer.Option(
+            help="Activation ranges: minmax, percentile, mse, histogram  [default: mse; minmax for transformers at 8 "
+            "bits]",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Layer to leave float; a pattern, or re:REGEX; several times", rich_help_panel=_PLAN),
     ] = None,
     equalize: Annotated[bool, typer.Option(help="Cross-layer equalisation first", rich_help_panel=_PLAN)] = False,
+    smoothquant: Annotated[
+        bool | None,
+        typer.Option(
+            help="Move ranges of linears' inputs into weights first  [default: with quantized inputs]",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    awq: Annotated[
+        bool, typer.Option("--awq", help="Scale up weights that meet large inputs first", rich_help_panel=_PLAN)
+    ] = False,
     bias_correction: Annotated[
         bool | None,
         typer.Option(

@@ -22,6 +22,8 @@ __all__ = ["PREPARATIONS", "TRANSFORMS", "apply_transform"]
 
 TRANSFORMS = {
     "equalize": "compress.transform.equalize:equalize",
+    "smoothquant": "compress.transform.scaling:smoothquant",
+    "awq": "compress.transform.scaling:awq",
 }
 
 PREPARATIONS = {
