@@ -303,7 +303,7 @@ def _make_plan(
     """The uniform plan, or the one that the budgets lead to; and notes on how it was found."""
     if not options.budgets:
         check_unused(options)
-        return make_plan(work.intake, options, work.samples), ()
+        return make_plan(work.intake, options, work.samples, progress), ()
 
     labels = work.labelled.labels if work.labelled is not None else None
     classes = labels is not None and not labels.is_floating_point()

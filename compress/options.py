@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from compress.errors import InputError
@@ -84,6 +84,7 @@ class Options:
         dynamic: measure the ranges of linears' inputs as the model runs, at 8 bits. None: where ``act_bits`` is given
             without calibration data.
         group_size: weights of a linear's row that share a grid (``--group-size``); None: the whole row.
+        rows: rows that a linear has in a call (tokens times batch): the fastest format for each is measured and chosen.
         budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with
             them the widths are chosen layer by layer.
         method: a name from compress/methods.py. None: ``adaquant`` with data, ``mse`` without.
@@ -105,6 +106,7 @@ class Options:
     act_bits: int | None = None
     dynamic: bool | None = None
     group_size: int | None = None
+    rows: int | None = None
     budgets: tuple[str, ...] = ()
     method: str | None = None
     samples: int = 1024
@@ -131,6 +133,7 @@ class Settings(TypedDict, total=False):
     act_bits: int | None
     dynamic: bool | None
     group_size: int | None
+    rows: int | None
     budgets: str | Sequence[str]
     method: str | None
     samples: int
@@ -208,6 +211,8 @@ def check_unused(options: Options) -> None:
         InputError: naming them.
     """
     plain = Search(threads=options.search.threads, batch=options.search.batch)
+    if options.rows is not None:
+        plain = replace(plain, latency_table=options.search.latency_table)
     given = [each.name for each in fields(Search) if getattr(options.search, each.name) != getattr(plain, each.name)]
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)

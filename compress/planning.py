@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+from compress.allocation.eligibility import ends as ends_of
 from compress.allocation.uniform import uniform_choices
 from compress.calib.observers import OBSERVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import Intake
+from compress.latency.fastest import find_fastest
 from compress.methods import METHODS
 from compress.options import Options
-from compress.records import Plan, Steps
+from compress.records import Choice, Plan, Steps
 from compress.registry import resolve
 from compress.targets import find_target
 
 __all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan"]
 
 
-def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
+def make_plan(
+    intake: Intake,
+    options: Options,
+    samples: Samples | None,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Plan:
     """The uniform plan: ``options.bits`` for every layer but the first and the last.
+
+    With ``options.rows`` each linear gets the format that runs it fastest.
 
     Raises:
         InputError: options that do not go together.
@@ -28,6 +40,22 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
     methods = choose_methods(options, samples)
     if len(methods) > 1:
         raise InputError(f"--method {options.method}: several are to choose from; that takes a --budget")
+    target = find_target(options.target)
+    fastest: dict[str, Choice] = {}
+    if options.rows is not None:
+        outer = ends_of(intake.layers)
+        fastest = find_fastest(
+            intake.traced,
+            intake.layers,
+            {layer.name: max(bits, ends) if layer.name in outer else bits for layer in intake.layers},
+            method=methods[0],
+            rows=options.rows,
+            with_data=samples is not None,
+            target=target,
+            threads=options.search.threads,
+            table_file=Path(options.search.latency_table) if options.search.latency_table else None,
+            progress=progress,
+        )
     choices, skipped = uniform_choices(
         intake.layers,
         bits=bits,
@@ -36,8 +64,9 @@ def make_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan
         group_size=options.group_size,
         first_last_bits=ends,
         method=methods[0],
-        target=find_target(options.target),
+        target=target,
         ignore=options.ignore,
+        fastest=fastest,
     )
     return frame.model_copy(update={"choices": tuple(choices), "skipped": tuple(skipped)})
 
@@ -48,6 +77,14 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     Raises:
         InputError: options that do not go together.
     """
+    if options.rows is not None and (
+        options.act_bits is not None or options.dynamic is not None or options.group_size is not None
+    ):
+        raise InputError(
+            "--rows chooses how inputs and groups are stored: leave out --act-bits, --dynamic and --group-size"
+        )
+    if options.rows is not None and options.budgets:
+        raise InputError("--rows chooses a uniform plan's formats: with --budget leave it out")
     if is_dynamic(options, samples):
         if options.budgets:
             raise InputError("--budget chooses among calibrated grids: give --calib and leave out --dynamic")
@@ -106,7 +143,7 @@ def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]
     Raises:
         InputError: one is unknown, or needs data that are not there.
     """
-    grouped = options.group_size is not None
+    grouped = options.group_size is not None or options.rows is not None
     best = ("gptq" if grouped else "adaquant") if samples is not None else ("hqq" if grouped else "mse")
     names = tuple((options.method or best).split(","))
     for name in names:
@@ -115,7 +152,7 @@ def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]
             raise InputError(f"--method {name} needs calibration data: give --calib, or choose --method mse")
         if grouped and not method.grouped:
             able = ", ".join(each for each in METHODS if resolve(METHODS, each, "method").grouped)
-            raise InputError(f"--method {name} gives a whole row one grid; with --group-size choose {able}")
+            raise InputError(f"--method {name} gives a whole row one grid; with --group-size or --rows choose {able}")
     return names
 
 

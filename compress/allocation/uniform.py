@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers
 from compress.errors import InputError
@@ -23,6 +23,7 @@ def uniform_choices(
     method: str,
     target: Target,
     ignore: Sequence[str] = (),
+    fastest: Mapping[str, Choice] | None = None,
 ) -> tuple[list[Choice], list[Skip]]:
     """Choose for every layer; what stays float is listed with its reason.
 
@@ -33,6 +34,7 @@ def uniform_choices(
         group_size: weights of a linear's row that share a grid; None, and elsewhere: the whole row.
         first_last_bits: width of weights and inputs of the first and the last layer, where that is more than ``bits``.
         ignore: names to leave float, as shell patterns, or regular expressions after ``re:``.
+        fastest: what is known to run these layers fastest, instead of what the widths alone would give.
 
     Raises:
         InputError: nothing is left to compress, or a pattern matches no layer.
@@ -54,12 +56,17 @@ def uniform_choices(
             group_size=group_size if layer.kind == "linear" and act_bits is None else None,
         )
         format_name, reason = find_format_for(layer, option, target)
+        measured = (fastest or {}).get(layer.name)
+        if measured is not None:
+            option, format_name, reason = measured.option, measured.format, None
         if layer.name in kept:
             reason = "named by --ignore"
         if reason:
             skipped.append(Skip(layer=layer.name, reason=reason))
         else:
-            if layer.name in leading:
+            if measured is not None:
+                why = measured.reason or ""
+            elif layer.name in leading:
                 why = f"runs on floats: faster with fewer than {target.integer_channels} output channels"
             else:
                 why = "runs on floats: only linears measure ranges as they run; give --calib" if slow else ""

@@ -68,6 +68,13 @@ def planning(
             rich_help_panel=_PLAN,
         ),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of a linear in a call (tokens times batch): measure which format is fastest, and choose it",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(

@@ -1,6 +1,6 @@
-"""Time exported operators: every distinct layer of a model, once on floats and once on integers.
+"""Time exported operators: every distinct layer of a model, on floats and on integers, or in given formats.
 
-All layers become branches of one small graph a kind of numbers, exported by the project's own exporter and run by ONNX
+All layers become branches of one small graph a format, exported by the project's own exporter and run by ONNX
 Runtime with its profiler on, the graphs in turn. The profile gives the time of each kernel; what stands before and
 after a layer in its branch is what a change of the kind of numbers costs there. A runtime's own work for a node is not
 in its profile: the same graphs are also run without it, and the difference is shared by the nodes.
@@ -28,12 +28,13 @@ from compress.exporters.session import open_session
 from compress.graph.layers import LAYER_KINDS, activation_of
 from compress.graph.simplify import simplify
 from compress.graph.traced import trace
+from compress.kernels.table import register_operators
 from compress.latency.table import Operator
 from compress.records import Choice, QuantOption
 from compress.skeleton import write_skeleton
 from compress.targets import Target
 
-__all__ = ["Shape", "shape_of", "time_operators"]
+__all__ = ["Shape", "Variant", "shape_of", "time_operators"]
 
 _ROUNDS = 150
 _KEPT = 0.8  # the slowest fifth of a kernel's runs are other programs'
@@ -83,32 +84,56 @@ def shape_of(call: fx.Node, batch: int) -> Shape:
     )
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a layer: ``option`` in ``format``."""
+
+    option: QuantOption
+    format: str
+
+    @property
+    def compute(self) -> str:
+        """What its time is filed under: everything that the time depends on besides the shape."""
+        if self.format == "float-weights":
+            return "float"  # unpacked when the file is loaded
+        return str(self.option) if self.format == "matmul-nbits" else self.format
+
+
+_FLOAT = Variant(QuantOption(bits=8, symmetric=False), "float-weights")
+_INTEGER = Variant(QuantOption(bits=8, act_bits=8), "integer")
+
+
 def time_operators(
-    shapes: Sequence[Shape], target: Target, threads: int, progress: Callable[[str, int, int], None]
+    shapes: Sequence[Shape],
+    target: Target,
+    threads: int,
+    progress: Callable[[str, int, int], None],
+    variants: Sequence[Variant] = (),
 ) -> list[Operator]:
-    """One row a shape and kind of numbers, ``integer`` only where ``target`` has a format for it.
+    """One row a shape and variant; by default on floats, and on integers where ``target`` has a format for it.
 
     Raises:
         InputError: ONNX Runtime cannot run an exported layer.
     """
-    computes = ["float", *(["integer"] if "integer" in target.formats else [])]
+    register_operators()
+    variants = variants or [_FLOAT, *([_INTEGER] if "integer" in target.formats else [])]
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         files: list[Path] = []
-        for compute in computes:
-            progress(f"exporting {len(shapes)} operators on {compute}s", len(files), len(computes))
-            files.append(_export(shapes, compute, target, Path(folder) / f"{compute}.onnx"))
+        for variant in variants:
+            progress(f"exporting {len(shapes)} operators, {variant.compute}", len(files), len(variants))
+            files.append(_export(shapes, variant, target, Path(folder) / f"{variant.compute}.onnx"))
         feeds = {
             f"x{position}": np.random.default_rng(position).standard_normal(shape.input, dtype=np.float32)
             for position, shape in enumerate(shapes)
         }
         profiles = _profile(files, feeds, target, threads, Path(folder), progress)
         rows = []
-        for compute, file, (kernels_us, total_us) in zip(computes, files, profiles, strict=True):
+        for variant, file, (kernels_us, total_us) in zip(variants, files, profiles, strict=True):
             parts = _parts(file, target.provider)
             if missing := [shape for position, shape in enumerate(shapes) if str(position) not in parts]:
                 raise InputError(
-                    f"ONNX Runtime's optimised graph has no node for {missing[0].signature} on {compute}s, so its time "
-                    "is not known; leave out the latency budget"
+                    f"ONNX Runtime's optimised graph has no node for {missing[0].signature}, {variant.compute}, so its "
+                    "time is not known; leave out what needs it"
                 )
             idle_us = max(total_us - sum(kernels_us.values()), 0.0) / max(len(kernels_us), 1)
             for position, shape in enumerate(shapes):
@@ -116,7 +141,13 @@ def time_operators(
                     sum(kernels_us.get(name, 0.0) + idle_us for name in names) for names in parts[str(position)]
                 )
                 rows.append(
-                    Operator(signature=shape.signature, compute=compute, layer_us=layer, enter_us=enter, leave_us=leave)
+                    Operator(
+                        signature=shape.signature,
+                        compute=variant.compute,
+                        layer_us=layer,
+                        enter_us=enter,
+                        leave_us=leave,
+                    )
                 )
     return rows
 
@@ -155,7 +186,7 @@ def _size(value: object) -> object:
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
-def _export(shapes: Sequence[Shape], compute: str, target: Target, path: Path) -> Path:
+def _export(shapes: Sequence[Shape], variant: Variant, target: Target, path: Path) -> Path:
     """Write the branches to ``path``; inputs are called x0, x1 ..., layers 0, 1 ..."""
     # The batch is fixed: it belongs to the shape.
     example = tuple(torch.zeros(shape.input) for shape in shapes)
@@ -164,12 +195,11 @@ def _export(shapes: Sequence[Shape], compute: str, target: Target, path: Path) -
         module = _Branches(shapes).eval()
     traced = trace(module, example, fixed=True)
     simplify(traced)
-    if compute == "float":
+    if variant.compute == "float":
         write_onnx(build_onnx(traced), path, {})
     else:
-        option = QuantOption(bits=8, act_bits=8)
         names = [f"layers.{position}" for position in range(len(shapes))]
-        choices = [Choice(layer=name, method="minmax", option=option, format="integer") for name in names]
+        choices = [Choice(layer=name, method="minmax", option=variant.option, format=variant.format) for name in names]
         write_skeleton(traced, choices, target, path)
     return path
 

@@ -28,7 +28,7 @@ class Operator(Record):
     """
 
     signature: str = Field(description="operator, weight, attributes and input shape with its batch")
-    compute: str = Field(description="integer or float")
+    compute: str = Field(description="integer, float, dynamic, or the option of packed weights")
     layer_us: float
     enter_us: float
     leave_us: float
