@@ -30,6 +30,7 @@ _LEAST_BATCH = 4
 # A convolution's output positions are its equations: a large map needs fewer images for as many.
 _POSITIONS = 32 * 1024
 _EVALUATED_BATCHES = 4
+_EVALUATED_VALUES = 1 << 26
 _CHECKS = 12
 _RATE_WEIGHT = 0.02  # steps of the weight grid an iteration
 _RATE_SCALE = 2e-3  # relative
@@ -82,7 +83,12 @@ PARALLEL = AdaQuant(sequential=False)
 
 
 def evaluation_rows(inputs: RowSource, targets: RowSource, count: int) -> tuple[Tensor, Tensor]:
-    """``count`` samples spread evenly over the set, inputs and targets: the fixed subset results are compared on."""
+    """``count`` samples spread evenly over the set, inputs and targets: the fixed subset results are compared on.
+
+    Of very large samples fewer are taken, at least two.
+    """
+    size = inputs.take(torch.zeros(1, dtype=torch.long)).numel()
+    count = min(count, max(_EVALUATED_VALUES // size, 2))
     index = torch.linspace(0, len(inputs) - 1, min(count, len(inputs))).round().long().unique()
     return inputs.take(index), targets.take(index)
 

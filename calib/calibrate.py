@@ -148,7 +148,9 @@ class _Calibration:
         output_error = nearest_error = None
         if problem.inputs is not None and problem.targets is not None:
             x, y = evaluation_rows(problem.inputs, problem.targets, _EVALUATED)
-            nearest = resolve(METHODS, "mse", "method").solve(problem, choice.option, Effort(0, 0))
+            nearest = replace(solution, bias=None, grid=None)
+            if choice.method != "mse":
+                nearest = resolve(METHODS, "mse", "method").solve(problem, choice.option, Effort(0, 0))
             output_error = _output_error(problem, solution, x, y)
             nearest_error = _output_error(problem, nearest, x, y)
             if not torch.isfinite(torch.tensor(output_error)):

@@ -17,7 +17,6 @@ from compress.calib.adaquant import evaluation_rows
 from compress.calib.gram import Gram
 from compress.graph.quantizers import fake_quantize_op
 from compress.problem import Effort, LayerProblem, Solution
-from compress.quant.grid import mse_grid
 from compress.quant.rtn import MSE
 from compress.records import QuantOption
 from compress.weights import QuantizedWeight, spread
@@ -52,7 +51,7 @@ class OptimalRounding:
         inverse, damping = _inverse_factor(gram, self.act_order)
         if inverse is None:
             return _noted(nearest, f"rounded to nearest: not positive definite at damping {_DAMPING[-1]:g}")
-        codes = _round(problem.weight.flatten(1), gram, inverse, option, self.act_order)
+        codes = _round(problem.weight.flatten(1), nearest.weight, inverse, _order(gram, self.act_order))
         codes = _better_channels(problem, codes.reshape(problem.weight.shape), nearest.weight)
         note = f"gptq damping {damping:g}" if damping != _DAMPING[0] else None
         return Solution(replace(nearest.weight, codes=codes), note=note)
@@ -100,31 +99,34 @@ def _inverse_factor(gram: Tensor, act_order: bool) -> tuple[Tensor | None, float
     return None, _DAMPING[-1]
 
 
-def _round(weight: Tensor, gram: Tensor, inverse: Tensor, option: QuantOption, act_order: bool) -> Tensor:
-    """Codes uint8 [O, I] of ``weight`` [O, I] on the grids of the smallest squared error."""
+def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Tensor) -> Tensor:
+    """Codes uint8 [O, I] of ``weight`` [O, I] on the grids of ``nearest``.
+
+    Args:
+        inverse: upper Cholesky factor of the damped inverse gram matrix, its columns in ``order``.
+    """
     shape = tuple(weight.shape)
+    # A column of the weight is a row here: what the inner loop reads lies side by side.
     scale, zero = (
-        spread(each.float(), shape, option.group_size).expand(shape)
-        for each in mse_grid(weight, option.bits, option.symmetric, option.group_size)
+        spread(each.float(), shape, nearest.group_size).expand(shape).T[order].contiguous()
+        for each in (nearest.scale, nearest.zero_point)
     )
-    order = _order(gram, act_order)
-    left, scale, zero = weight[:, order].clone(), scale[:, order], zero[:, order]
+    left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
-    top = (1 << option.bits) - 1
+    top = (1 << nearest.bits) - 1
     for start in range(0, shape[1], _BLOCK):
         stop = min(start + _BLOCK, shape[1])
-        errors = torch.empty(shape[0], stop - start)
+        errors = torch.empty(stop - start, shape[0])
         for column in range(start, stop):
-            q = (torch.round(left[:, column] / scale[:, column]) + zero[:, column]).clamp_(0, top)
-            codes[:, column] = q
-            rounded = (q - zero[:, column]) * scale[:, column]
-            error = (left[:, column] - rounded) / inverse[column, column]
-            left[:, column:stop] -= error[:, None] * inverse[column, column:stop]
-            errors[:, column - start] = error
-        left[:, stop:] -= errors @ inverse[start:stop, stop:]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
-    return codes[:, back].to(torch.uint8)
+            q = (left[column] / scale[column]).round_().add_(zero[column]).clamp_(0, top)
+            codes[column] = q
+            error = q.sub_(zero[column]).mul_(scale[column]).sub_(left[column]).div_(-inverse[column, column])
+            left[column + 1 : stop].addr_(inverse[column, column + 1 : stop], error, alpha=-1)
+            errors[column - start] = error
+        left[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+    found = torch.empty_like(weight, dtype=torch.uint8)
+    found[:, order] = codes.T.to(torch.uint8)
+    return found
 
 
 def _better_channels(problem: LayerProblem, codes: Tensor, nearest: QuantizedWeight) -> Tensor:
