@@ -1,8 +1,9 @@
 """Seconds that GPTQ takes for one linear, beside the published algorithm written out plainly, in the same run.
 
 ``python -m benchmarks.gptq`` writes ``benchmarks/results/gptq.json``: a 4096x4096 weight, 128 samples of 2048 rows, 4
-bits in groups of 128. The plain one follows the paper's algorithm 1 as public implementations do: the Hessian as a running
-mean of outer products, its inverse's Cholesky factor, columns of a row-major weight one by one within blocks of 128.
+bits in groups of 128. The plain one follows the paper's algorithm 1 as public implementations do: the Hessian as a
+running mean of outer products, its inverse's Cholesky factor, columns of a row-major weight one by one within blocks of
+128.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def table(result: dict[str, Any]) -> str:
         "# One linear, beside onnxruntime's own tools",
         "",
         f"`{result['command']}`: {environment['cpu']}, onnxruntime {environment['onnxruntime']}, batch 1; "
-        "milliseconds, medians of interleaved runs. To reach: ours at least as fast as the best of the tools (ratio at most 1, "
-        "give or take 0.05 of noise).",
+        "milliseconds, medians of interleaved runs. To reach: ours at least as fast as the best of the tools (ratio at "
+        "most 1, give or take 0.05 of noise).",
         "",
         f"| shape | rows | {' | '.join(names)} | chosen at 4 and 8 bits | ours / best tool | float / ours |",
         "|" + "---|" * (len(names) + 5),

@@ -31,7 +31,7 @@ from compress.records import Choice, Plan
 from compress.registry import resolve
 from compress.weights import QuantizedWeight
 
-__all__ = ["LayerResult", "calibrate", "layer_seed"]
+__all__ = ["LayerResult", "calibrate", "layer_seed", "quantize_table"]
 
 _EVALUATED = 128
 
@@ -90,6 +90,15 @@ def calibrate(
     finally:
         walk.close()
     return results
+
+
+def quantize_table(model: TracedModel, choice: Choice) -> LayerResult:
+    """Quantize an embedding's table in place; no data are needed."""
+    table = model.tensor(f"{choice.layer}.weight")
+    problem = LayerProblem(choice.layer, table, None, forward=lambda x, *_: x)
+    solution = resolve(METHODS, choice.method, "method").solve(problem, choice.option, Effort(0, 0))
+    set_weight(model, choice.layer, solution.weight, "blocks")
+    return LayerResult(choice.layer, _relative(solution.weight.dequantize(), table), None, None, None)
 
 
 class _Calibration:

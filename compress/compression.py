@@ -11,13 +11,13 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from compress.calib.calibrate import LayerResult, calibrate
+from compress.calib.calibrate import LayerResult, calibrate, quantize_table
 from compress.calib.distill_bias import tune_biases
 from compress.calib.resume import ResumeStore
 from compress.calib.statistics import tune_statistics
 from compress.errors import InputError
 from compress.formats import find_format
-from compress.graph.layers import layer_calls
+from compress.graph.layers import layer_calls, table_calls
 from compress.graph.quantizers import quantize_inputs
 from compress.graph.rewrite import absorb_activations, store_biases
 from compress.graph.traced import TracedModel
@@ -85,6 +85,7 @@ def apply_plan(
                 notes += apply_transform(name, float_model, batch, samples=inputs, options=options)
     model = float_model.copy()
     quantizers = quantize_inputs(model, plan.choices, find_target(plan.target))
+    tables = [quantize_table(model, choice) for choice in plan.choices if choice.layer in table_calls(model)]
     layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
     if plan.steps.statistics_tuning and inputs is not None:
         changed = tune_statistics(float_model, model, list(computes), inputs, store.fresh_scratch())
@@ -101,7 +102,7 @@ def apply_plan(
         progress("bias tuning")
     store_biases(model)
     absorb_activations(model)
-    return Compressed(model, layers, notes)
+    return Compressed(model, [*tables, *layers], notes)
 
 
 def _contract_batch(model: TracedModel, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -110,7 +111,7 @@ def _contract_batch(model: TracedModel, inputs: tuple[Tensor, ...]) -> tuple[Ten
 
 
 def _check(model: TracedModel, plan: Plan) -> None:
-    known = layer_calls(model)
+    known = layer_calls(model).keys() | table_calls(model).keys()
     for choice in plan.choices:
         if choice.layer not in known:
             raise InputError(

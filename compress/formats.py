@@ -71,6 +71,11 @@ FORMATS = {
         "matmul-nbits", "blocks", ("linear",), asymmetric=True, inputs="float",
         widths=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256),
     ),
+    # The table stays packed in memory; a row is unpacked when it is looked up (GatherBlockQuantized).
+    "gather-blocks": Format(
+        "gather-blocks", "blocks", ("embedding",), asymmetric=True, inputs="float",
+        widths=(4, 8), group_sizes=(16, 32, 64, 128, 256),
+    ),
     "float-weights": Format(
         "float-weights", "float", ("conv1d", "conv2d", "linear"), asymmetric=True, inputs="float"
     ),

@@ -35,7 +35,7 @@ TARGETS = {
         "onnx-cpu",
         "ONNX Runtime on x86-64 with VNNI: unsigned activations, signed weights (U8S8)",
         "uint8",
-        ("integer", "dynamic", "matmul-nbits", "float-weights"),
+        ("integer", "dynamic", "matmul-nbits", "gather-blocks", "float-weights"),
         "CPUExecutionProvider",
         # MLAS works on 16 output channels at a time: MobileNetV1 0.25's first two layers (8 channels, 112x112) take
         # 0.21 and 0.17 ms on integers against 0.09 and 0.04 ms on floats (benchmarks/results).
@@ -45,7 +45,7 @@ TARGETS = {
         "onnx-arm",
         "ONNX Runtime on Arm: signed activations and weights (S8S8)",
         "int8",
-        ("integer", "dynamic", "matmul-nbits", "float-weights"),
+        ("integer", "dynamic", "matmul-nbits", "gather-blocks", "float-weights"),
         "CPUExecutionProvider",
         integer_channels=0,
     ),

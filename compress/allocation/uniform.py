@@ -11,6 +11,9 @@ from compress.targets import Target
 
 __all__ = ["uniform_choices"]
 
+# Of a smaller table nothing is gained.
+_LEAST_ROWS = 16
+
 
 def uniform_choices(
     layers: Sequence[LayerSpec],
@@ -45,6 +48,15 @@ def uniform_choices(
     leading = slow_on_integers(layers, target) if act_bits is not None else set()
     for layer in layers:
         wide = first_last_bits if layer.name in outer else 0
+        if layer.kind == "embedding" and not layer.refusal:
+            choice = _embedding_choice(layer, max(bits, first_last_bits), target)
+            if layer.name in kept:
+                choice = Skip(layer=layer.name, reason="named by --ignore")
+            if isinstance(choice, Skip):
+                skipped.append(choice)
+            else:
+                choices.append(choice)
+            continue
         slow = layer.name in leading or (dynamic and layer.kind != "linear")
         integer = act_bits is not None and not slow
         option = QuantOption(
@@ -79,3 +91,19 @@ def uniform_choices(
         )
         raise InputError(f"nothing to compress: {reasons}")
     return choices, skipped
+
+
+def _embedding_choice(layer: LayerSpec, bits: int, target: Target) -> Choice | Skip:
+    """A table's rows in groups, rounded to nearest: no product follows that could make up for an error."""
+    rows, width = layer.weight_shape
+    group = next((group for group in (32, 16) if width % group == 0), None)
+    if rows < _LEAST_ROWS or group is None:
+        why = f"a table of {rows} rows" if rows < _LEAST_ROWS else f"rows of {width} are no multiple of 16"
+        return Skip(layer=layer.name, reason=f"left float: {why}")
+    option = QuantOption(bits=4 if bits <= 4 else 8, symmetric=False, group_size=group)
+    name, reason = find_format_for(layer, option, target)
+    return (
+        Skip(layer=layer.name, reason=reason)
+        if reason
+        else Choice(layer=layer.name, method="mse", option=option, format=name)
+    )

@@ -1,4 +1,4 @@
-"""Linears whose weight stays packed at run time: ``com.microsoft::MatMulNBits``.
+"""Weights that stay packed at run time: ``com.microsoft::MatMulNBits``, and GatherBlockQuantized for embeddings.
 
 The exporter leaves a marker for the weight, ``BlockWeight<bits>g<group>k<row>(packed, scale, zero_point)``, and an
 ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its
@@ -56,7 +56,9 @@ def use_matmul_nbits(model: ir.Model) -> None:
         stored = _store(graph, marker, *map(int, found.groups()))
         for use in list(marker.outputs[0].uses()):
             reader = use.node
-            if reader.op_type == "Transpose":
+            if reader.op_type == "Gather":
+                _look_up(graph, reader, stored)
+            elif reader.op_type == "Transpose":
                 for product in [each.node for each in reader.outputs[0].uses()]:
                     _replace(graph, product, stored)
                 graph.remove(reader, safe=True)
@@ -82,13 +84,34 @@ def _store(
     size = group * bits // 8
     blocks = packed.reshape(-1)[: channels * groups * size].reshape(channels, groups, size)
     inputs: list[ir.Value | None] = [initialise(graph, names[0], blocks), initialise(graph, names[1], scale)]
-    if (zero == 1 << (bits - 1)).all():  # what is assumed without
+    looked_up = any(use.node.op_type == "Gather" for use in marker.outputs[0].uses())
+    if not looked_up and (zero == 1 << (bits - 1)).all():  # what is assumed without
         inputs.append(None)
     else:
         filled = functional.pad(torch.from_numpy(zero.copy()), (0, -groups % (8 // bits)))
         run = pack(filled, bits).numpy().reshape(-1)[: filled.numel() * bits // 8]
         inputs.append(initialise(graph, names[2], run.reshape(channels, -1)))
     return inputs, {"K": row, "N": channels, "bits": bits, "block_size": group, "accuracy_level": ACCURACY_LEVEL}
+
+
+def _look_up(graph: ir.Graph, gather: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:
+    """Put GatherBlockQuantized where ``gather`` reads the table."""
+    (table, scale, zero), sizes = stored
+    assert table is not None
+    array = constant_of(table)
+    assert array is not None
+    rows = initialise(graph, str(table.name), array.reshape(len(array), -1))
+    attributes = {"bits": sizes["bits"], "block_size": sizes["block_size"], "gather_axis": 0, "quantize_axis": 1}
+    node = ir.Node(
+        MICROSOFT,
+        "GatherBlockQuantized",
+        [rows, gather.inputs[1], scale, zero],
+        [ir.AttrInt64(key, value) for key, value in attributes.items()],
+        metadata_props=dict(gather.metadata_props),
+    )
+    graph.insert_before(gather, node)
+    ir.convenience.replace_all_uses_with(gather.outputs[0], node.outputs[0], replace_graph_outputs=True)
+    graph.remove(gather, safe=True)
 
 
 def _replace(graph: ir.Graph, product: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:

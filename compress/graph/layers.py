@@ -13,6 +13,7 @@ from compress.records import LayerSpec
 __all__ = [
     "ACTIVATIONS",
     "LAYER_KINDS",
+    "TABLE",
     "activation_of",
     "is_stored",
     "layer_calls",
@@ -20,14 +21,18 @@ __all__ = [
     "layer_name",
     "list_layers",
     "node_sizes",
+    "table_calls",
+    "weight_position",
 ]
 
 aten = torch.ops.aten
 
 LAYER_KINDS = {aten.conv1d.default: "conv1d", aten.conv2d.default: "conv2d", aten.linear.default: "linear"}
 
+# Embeddings: their table comes first, and nothing is multiplied with it.
+TABLE = aten.embedding.default
+
 _REFUSED = {
-    aten.embedding.default: ("embedding", "embeddings are not compressed yet"),
     aten.conv_transpose2d.input: ("conv_transpose2d", "transposed convolutions are not compressed yet"),
     aten.conv_transpose1d.default: ("conv_transpose1d", "transposed convolutions are not compressed yet"),
     aten.conv3d.default: ("conv3d", "3-d convolutions are not compressed yet"),
@@ -45,7 +50,7 @@ def is_stored(weight: fx.Node) -> bool:
 
 def layer_name(call: fx.Node) -> str:
     """The layer's name: its weight's path without the last ``.weight``; the node's own if the weight is computed."""
-    weight = call.args[0] if call.target is aten.embedding.default else call.args[1]
+    weight = call.args[weight_position(call)]
     if is_stored(weight):
         return str(weight.args[0].target).removesuffix(".weight_packed")
     return str(weight.target).removesuffix(".weight") if weight.op == "get_attr" else call.name
@@ -60,6 +65,20 @@ def layer_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
             if weight.op == "get_attr" or is_stored(weight):
                 calls.setdefault(layer_name(node), []).append(node)
     return calls
+
+
+def table_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
+    """Embeddings by name, each with the nodes that read its table in execution order."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in traced.graph.find_nodes(op="call_function", target=TABLE):
+        if node.args[0].op == "get_attr" or is_stored(node.args[0]):
+            calls.setdefault(layer_name(node), []).append(node)
+    return calls
+
+
+def weight_position(call: fx.Node) -> int:
+    """Which argument of ``call`` is its weight."""
+    return 0 if call.target is TABLE else 1
 
 
 def layer_computes(traced: TracedModel) -> dict[str, str]:
@@ -100,15 +119,35 @@ def list_layers(traced: TracedModel) -> list[LayerSpec]:
                 block=name.rpartition(".")[0],
             )
         )
+    specs.extend(_tables(traced))
     specs.extend(_refused(traced))
     order = {layer_name(node): position for position, node in reversed(list(enumerate(_weighted(traced))))}
     return sorted(specs, key=lambda spec: order[spec.name])
 
 
+def _tables(traced: TracedModel) -> list[LayerSpec]:
+    linears = layer_calls(traced)
+    return [
+        LayerSpec(
+            name=name,
+            kind="embedding",
+            weight_shape=node_sizes(calls[0].args[0]),
+            macs=0,
+            rows=sum(math.prod(node_sizes(node)[:-1]) for node in calls) // len(traced.example[0]),
+            calls=len(calls),
+            block=name.rpartition(".")[0],
+        )
+        for name, calls in table_calls(traced).items()
+        if name not in linears  # of a tied table the linear is the layer
+    ]
+
+
 def _weighted(traced: TracedModel) -> list[fx.Node]:
     """Every call of an operator that is, or resembles, a layer."""
     return [
-        node for node in traced.graph.nodes if node.op == "call_function" and node.target in {*LAYER_KINDS, *_REFUSED}
+        node
+        for node in traced.graph.nodes
+        if node.op == "call_function" and node.target in {*LAYER_KINDS, *_REFUSED, TABLE}
     ]
 
 
@@ -132,8 +171,7 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
             kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
         if kind is None:
             continue
-        weight = node.args[0] if node.target is aten.embedding.default else node.args[1]
-        shape = node_sizes(weight)
+        shape = node_sizes(node.args[1])
         name = layer_name(node)
         calls = found[name].calls + 1 if name in found else 1
         found[name] = LayerSpec(name=name, kind=kind, weight_shape=shape, macs=0, rows=0, calls=calls, refusal=reason)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, is_stored, layer_calls, layer_name
+from compress.graph.layers import (
+    ACTIVATIONS,
+    LAYER_KINDS,
+    is_stored,
+    layer_calls,
+    layer_name,
+    table_calls,
+    weight_position,
+)
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
 from compress.weights import QuantizedWeight
@@ -23,9 +31,10 @@ def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute
     """
     for part, tensor in weight.tensors().items():
         traced.set_tensor(f"{layer}.weight_{part}", tensor)
-    calls = layer_calls(traced)[layer]
+    calls = [*layer_calls(traced).get(layer, ()), *table_calls(traced).get(layer, ())]
+    position = weight_position(calls[0])
     rest = (weight.bits, list(weight.codes.shape), compute, weight.group_size)
-    stored = calls[0].args[1]
+    stored = calls[0].args[position]
     if is_stored(stored):
         stored.args = (*stored.args[:3], *rest)
     else:
@@ -35,7 +44,7 @@ def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute
         with traced.graph.inserting_before(calls[0]):
             stored = traced.graph.call_function(torch.ops.compress.dequantize_weight.default, (*parts, *rest))
         for call in calls:
-            call.update_arg(1, stored)
+            call.update_arg(position, stored)
     stored.meta["val"] = weight.dequantize()
     traced.finish()
 
