@@ -63,6 +63,8 @@ GPTQ = OptimalRounding()
 def input_gram(problem: LayerProblem) -> Tensor:
     """``G`` [I, I] of the layer's input, on its grid where it has one, channels last."""
     assert problem.inputs is not None
+    if problem.gram is not None:
+        return problem.gram
     gram = Gram()
     for index in torch.arange(len(problem.inputs)).split(_BATCH):
         x = _on_grid(problem, problem.inputs.take(index))

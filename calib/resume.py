@@ -8,10 +8,11 @@ another run, and the folder is cleared.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,23 +22,61 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from compress.errors import InputError
+
 __all__ = ["ResumeStore", "open_store"]
+
+_PARTS = "parts.json"
 
 
 @contextmanager
-def open_store(folder: Path | None, fingerprint: str) -> Iterator[ResumeStore]:
-    """A store that goes when the block ends well; if not, its finished layers stay, but without ``folder``."""
+def open_store(
+    folder: Path | None, fingerprint: str, parts: Mapping[str, str] | None = None, *, restart: bool = True
+) -> Iterator[ResumeStore]:
+    """A store that goes when the block ends well; if not, its finished layers stay, but without ``folder``.
+
+    Args:
+        folder: None for one that is not to be continued.
+        fingerprint: of the run.
+        parts: what the run is made of, by name; said where it differs from what ``folder`` was begun with.
+        restart: whether finished layers of another run may be thrown away.
+
+    Raises:
+        InputError: ``folder`` holds finished layers of another run.
+    """
+    if folder is not None and not restart:
+        _refuse_another(folder, fingerprint, parts or {})
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="compress-") as work:
             yield ResumeStore(Path(work) / "work", fingerprint)
         return
     store = ResumeStore(folder, fingerprint)
+    (folder / _PARTS).write_text(json.dumps(parts or {}))
     try:
         yield store
     except BaseException:
         store.leave()
         raise
     store.clear()
+
+
+def _refuse_another(folder: Path, fingerprint: str, parts: Mapping[str, str]) -> None:
+    marker, count = folder / "fingerprint", len(list(folder.glob("*.safetensors")))
+    if not count or not marker.exists() or marker.read_text() == fingerprint:
+        return
+    try:
+        before = json.loads((folder / _PARTS).read_text())
+    except (OSError, ValueError):
+        before = {}
+    differences = [
+        f"{name} ({before.get(name, 'unknown')} then, {value} now)"
+        for name, value in parts.items()
+        if before.get(name) != value
+    ]
+    raise InputError(
+        f"{folder} holds {count} finished layers of another run; different: {', '.join(differences) or 'unknown'}. "
+        f"Finish that run with what it was begun with, choose another --out, or throw it away with --overwrite"
+    )
 
 
 class ResumeStore:
@@ -82,6 +121,14 @@ class ResumeStore:
         # Through Python's own file, whose errors say which file and why.
         temporary.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, strings))
         os.replace(temporary, path)
+
+    def move(self, name: str, destination: Path) -> None:
+        """Take what was saved under ``name`` out, as the file ``destination``."""
+        os.replace(self._path(name), destination)
+
+    def has(self, name: str) -> bool:
+        """Whether ``name`` was saved."""
+        return self._path(name).exists()
 
     def leave(self) -> None:
         """The run was interrupted: keep the finished layers, delete the rest, and all of it if there are none."""

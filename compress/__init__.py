@@ -28,6 +28,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "stream",
     "sweep",
     "verify",
 ]
@@ -48,6 +49,7 @@ _HOMES = {
     "inspect": "compress.api",
     "load": "compress.api",
     "quantize": "compress.api",
+    "stream": "compress.api",
     "sweep": "compress.api",
     "verify": "compress.api",
 }

@@ -37,6 +37,7 @@ from compress.report.schema import Parity
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
 from compress.search.prepare import prepare
+from compress.streaming.run import stream
 from compress.targets import find_target
 from compress.work import Work, open_work, read_samples
 
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "preview",
     "quantize",
+    "stream",
     "sweep",
     "verify",
 ]

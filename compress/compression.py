@@ -11,6 +11,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from compress.cache import digest
 from compress.calib.calibrate import LayerResult, calibrate, quantize_table
 from compress.calib.distill_bias import tune_biases
 from compress.calib.resume import ResumeStore
@@ -26,7 +27,7 @@ from compress.records import Plan
 from compress.targets import find_target
 from compress.transform.table import apply_transform
 
-__all__ = ["Compressed", "apply_plan", "plan_fingerprint"]
+__all__ = ["Compressed", "apply_plan", "plan_fingerprint", "plan_parts"]
 
 BIAS_TUNING_STEPS = 300
 _CONTRACT_BATCH = 64
@@ -49,6 +50,24 @@ def plan_fingerprint(plan: Plan) -> str:
     decided = plan.model_dump(mode="json", exclude={"allocation"})
     content = json.dumps([decided, version("compress-toolchain"), torch.__version__])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def plan_parts(plan: Plan) -> dict[str, str]:
+    """What makes a run another one, as a person would say it."""
+    steps = [name for name, asked in plan.steps if asked]
+    layers = {choice.layer: f"{choice.option} {choice.method} {choice.format}" for choice in plan.choices}
+    return {
+        "the model": plan.model_fingerprint[:12],
+        "the calibration data": (plan.data_fingerprint or "none")[:12],
+        "samples": str(plan.samples),
+        "seed": str(plan.seed),
+        "iterations": str(plan.iterations),
+        "observer": plan.observer,
+        "target": plan.target,
+        "steps": " ".join(steps) or "none",
+        "what is done to the layers": f"{len(layers)} of them, {digest(layers)}",
+        "versions": f"compress {version('compress-toolchain')}, torch {torch.__version__}",
+    }
 
 
 def apply_plan(

@@ -23,7 +23,7 @@ import torch
 from compress.errors import InputError
 from compress.factory import one_line
 
-__all__ = ["PretrainedFolder", "TextReader", "is_pretrained", "open_pretrained"]
+__all__ = ["PretrainedFolder", "TextReader", "is_pretrained", "open_pretrained", "read_config", "text_reader"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DEFAULT_LENGTH = 128
@@ -157,14 +157,8 @@ def open_pretrained(folder: Path) -> PretrainedFolder:
         InputError: transformers is not installed, a file is missing or damaged, the folder brings code of its own, or
             the weights do not fit the architecture that ``config.json`` names.
     """
-    settings = _json(folder / _CONFIG)
-    if "auto_map" in settings:
-        raise InputError(
-            f"{folder} builds its model with code of its own (auto_map in config.json), which is not run; save the "
-            "weights as .safetensors and give --model package.module:factory"
-        )
-    _check_weights(folder)
-    name, architecture = _architecture(folder, settings)
+    _, architecture, _ = read_config(folder)
+    name = architecture.__name__
     try:
         with _quiet():
             module, loading = architecture.from_pretrained(
@@ -178,7 +172,7 @@ def open_pretrained(folder: Path) -> PretrainedFolder:
     unused = sorted(loading["unexpected_keys"])
     notes = [f"{folder.name} holds weights that {name} does not use: {', '.join(unused[:4])}"] if unused else []
     module.config.use_cache = False
-    return PretrainedFolder(module.eval(), _text_reader(folder, module), tuple(notes))
+    return PretrainedFolder(module.eval(), text_reader(folder, module), tuple(notes))
 
 
 def _architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:
@@ -195,7 +189,32 @@ def _architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:
     return str(name), found
 
 
-def _text_reader(folder: Path, module: Any) -> TextReader | None:
+def read_config(folder: Path) -> tuple[dict[str, Any], Any, Any]:
+    """``config.json``, the class that it names, and the settings of that class; all weights are known to be there.
+
+    Raises:
+        InputError: as :func:`open_pretrained`.
+    """
+    if not is_pretrained(folder):
+        raise InputError(f"{folder} holds no {_CONFIG}; give a Hugging Face model folder")
+    settings = _json(folder / _CONFIG)
+    if "auto_map" in settings:
+        raise InputError(
+            f"{folder} builds its model with code of its own (auto_map in config.json), which is not run; save the "
+            "weights as .safetensors and give --model package.module:factory"
+        )
+    _check_weights(folder)
+    _, architecture = _architecture(folder, settings)
+    try:
+        with _quiet():
+            config = architecture.config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{folder / _CONFIG} cannot be read ({one_line(error)})") from error
+    return settings, architecture, config
+
+
+def text_reader(folder: Path, module: Any) -> TextReader | None:
+    """How text becomes the inputs of ``module``, which was built from ``folder``; None where it takes no token ids."""
     parameters = inspect.signature(module.forward).parameters
     if "input_ids" not in parameters:
         return None

@@ -58,6 +58,7 @@ class LayerProblem:
         inputs: samples of the layer's input, before its own grid if that is learnable; None without data.
         targets: the float layer's output for the same samples; None without data.
         grid: grid of the input; None when the input stays float.
+        gram: gram matrix [I, I] of the input on its grid, where it is known already.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LayerProblem:
     inputs: RowSource | None = None
     targets: RowSource | None = None
     grid: ActivationGrid | None = None
+    gram: Tensor | None = None
 
     def activate(self, y: Tensor) -> Tensor:
         """Apply the activation that alone reads the output, if there is one."""

@@ -16,7 +16,7 @@ from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
 from compress.calib.sensitivity import output_loss
-from compress.compression import apply_plan, plan_fingerprint
+from compress.compression import apply_plan, plan_fingerprint, plan_parts
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise
 from compress.graph.traced import TracedModel
@@ -72,7 +72,7 @@ def realize(
     started = time.monotonic()
     work = folder.with_name(f".{folder.name}.work") if folder is not None else None
     total = len(plan.choices)
-    with open_store(work, plan_fingerprint(plan)) as store:
+    with open_store(work, plan_fingerprint(plan), plan_parts(plan), restart=overwrite) as store:
         done = 0
         continued = [f"continued: {store.found} layers were finished by an earlier run"] if store.found else []
 

@@ -28,6 +28,7 @@ LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "int
     "planning",
     "realize",
     "work",
+    "streaming",
     "skeleton",
     "latency",
     "search",

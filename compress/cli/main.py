@@ -15,6 +15,7 @@ from compress.cli.diff import diff
 from compress.cli.export import export
 from compress.cli.inspect import inspect
 from compress.cli.quantize import quantize
+from compress.cli.stream import stream
 from compress.cli.sweep import sweep
 from compress.cli.verify import verify
 from compress.errors import CompressError
@@ -53,7 +54,7 @@ def _root(
     """Compress PyTorch models and deploy them. No network, no telemetry."""
 
 
-for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench):
+for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench, stream):
     app.command(no_args_is_help=True)(verb)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from compress.machine import Environment
 from compress.records import SCHEMA_VERSION, Plan, Record
 
-__all__ = ["Latency", "LayerRow", "Metric", "Parity", "Report", "Size"]
+__all__ = ["Latency", "LayerRow", "Metric", "Parity", "Report", "Size", "StreamReport", "StreamedLayer"]
 
 
 class LayerRow(Record):
@@ -99,4 +99,31 @@ class Report(Record):
     calibration_seconds: float
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()
+    environment: Environment
+
+
+class StreamedLayer(Record):
+    """One linear of a model that was quantized block by block; errors are relative squared ones."""
+
+    name: str
+    weight_error: float
+    output_error: float | None = Field(description="of the gram matrix of its input; None without data")
+    nearest_error: float | None = Field(description="the same with weights rounded to nearest")
+    note: str | None
+
+
+class StreamReport(Record):
+    """Everything about one run of `compress stream`."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    option: str
+    method: str
+    blocks: int
+    continued: int = Field(description="blocks that an earlier run had finished")
+    layers: tuple[StreamedLayer, ...] = Field(description="of the blocks done in this run")
+    seconds_a_block: float | None
+    seconds: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...]
     environment: Environment

@@ -88,7 +88,7 @@ WRONG = {
     ),
     "no activations on integers": (
         choice("a", act_bits=None, format="integer", symmetric=True),
-        "layer a: format integer needs quantized activations",
+        "layer a: format integer does not run W4; float-weights does",
     ),
     "activations on floats": (
         choice("a", format="float-weights"),

@@ -103,7 +103,7 @@ def test_an_interrupted_run_keeps_its_layers_and_nothing_else(tmp_path: Path, fi
     with pytest.raises(KeyboardInterrupt):
         run()
     names = sorted(path.name.partition("-")[0] for path in tmp_path.rglob("*") if path.is_file())
-    assert names == (["fingerprint", "layer0"] if finished else [])
+    assert names == (["fingerprint", "layer0", "parts.json"] if finished else [])
     assert (tmp_path / "work").exists() == bool(finished)
 
 

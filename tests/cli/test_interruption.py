@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import subprocess
@@ -73,8 +74,8 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
     assert not (folder / "out").exists()
     kept = sorted(path.name for path in (folder / ".out.work").iterdir())
     assert "fingerprint" in kept
-    assert 1 <= len(kept) - 1 < LAYERS
-    assert all(name == "fingerprint" or name.endswith(".safetensors") for name in kept)
+    assert 1 <= len(kept) - 2 < LAYERS
+    assert all(name in ("fingerprint", "parts.json") or name.endswith(".safetensors") for name in kept)
     shutil.copytree(folder / ".out.work", folder / ".other.work")
 
     code, _ = stop(folder, "out", 4, signal.SIGKILL)
@@ -88,8 +89,39 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
     for name in SAME:
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
     assert not (folder / ".out.work").exists()
-    # Other options: what the first run had finished is of no use.
-    assert "continued" not in finish(forks, folder, "other", "--method", "mse")
+    # Other options: what the first run had finished is of no use, and is not thrown away unasked.
+    refused = forks.run(folder, *arguments("other", "--method", "mse"))
+    assert refused.returncode == 2
+    assert "finished layers of another run; different: steps (none then, bias_correction now)" in refused.stderr
+    assert "what is done to the layers" in refused.stderr
+    assert "the model" not in refused.stderr
+    assert "continued" not in finish(forks, folder, "other", "--method", "mse", "--overwrite")
+
+
+@pytest.mark.slow
+def test_killed_at_random_points(folder: Path, forks: Forks) -> None:
+    finish(forks, folder, "whole")
+    moments = random.Random(int(time.time()))
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(*arguments("out")),
+            cwd=folder,
+            env=environment(folder),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        # Anywhere between the first line of the program and the last of the folder.
+        deadline = time.monotonic() + moments.uniform(0.0, 12.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        if (folder / "out").exists():
+            break
+    if not (folder / "out").exists():
+        finish(forks, folder, "out")
+    for name in SAME:
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.slow

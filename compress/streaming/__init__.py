@@ -1,0 +1,1 @@
+"""Models larger than memory: read, quantized and written block after block."""

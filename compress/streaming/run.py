@@ -1,0 +1,243 @@
+"""From a Hugging Face folder to one whose linears are packed, without the model ever being in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.artifact import check_folder, new_folder
+from compress.benchmark_session import peak_bytes
+from compress.cache import digest
+from compress.calib.resume import ResumeStore, open_store
+from compress.calib.samples import Samples, load_samples
+from compress.errors import InputError
+from compress.machine import describe_environment
+from compress.methods import METHODS
+from compress.records import Choice, Plan, QuantOption
+from compress.registry import resolve
+from compress.report.schema import StreamedLayer, StreamReport
+from compress.streaming.blocks import BlockModel, open_blocks
+from compress.streaming.packed import quantization_config
+from compress.streaming.shards import INDEX
+from compress.streaming.walk import BlockWalk
+
+__all__ = ["stream"]
+
+_FORMAT = "pack-quantized"
+_BATCH_TOKENS = 4096
+_WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+class _EnoughError(Exception):
+    """As many blocks as were asked for are done."""
+
+
+def stream(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calib: object | None = None,
+    bits: int = 4,
+    group_size: int | None = 128,
+    symmetric: bool = True,
+    method: str | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    blocks: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> StreamReport:
+    """Quantize the linears of all blocks of the model in ``model`` and write the folder ``out``.
+
+    Args:
+        calib: text or token ids; None for methods that need none.
+        method: None: ``gptq`` with data, ``mse`` without.
+        samples: of ``calib``, at most.
+        length: tokens of a sample of text.
+        blocks: stop after so many, for a trial; nothing is written but what a further run continues with.
+
+    Raises:
+        InputError: the folder, the data or an option cannot be used; or another run's blocks are there.
+    """
+    started = time.monotonic()
+    model, out = Path(model), Path(out)
+    method = method or ("gptq" if calib is not None else "mse")
+    _check(out, overwrite, bits, group_size, method, calib, blocks)
+    opened = open_blocks(model)
+    narrow = [name for name, part in opened.linears().items() if group_size and part.in_features % group_size]
+    if narrow:
+        raise InputError(
+            f"--group-size {group_size}: the rows of {narrow[0]} have {opened.linears()[narrow[0]].in_features} "
+            "weights, which is no multiple of it"
+        )
+    data = _read(opened, calib, samples, length, seed)
+    batches = _batches(opened, data) if data is not None else None
+    option = QuantOption(bits=bits, group_size=group_size, symmetric=symmetric)
+    parts = {
+        "the model": _fingerprint(model),
+        "the calibration data": data.fingerprint[:12] if data is not None else "none",
+        "bits": str(option),
+        "symmetric": str(symmetric),
+        "method": method,
+        "seed": str(seed),
+        "versions": f"compress {version('compress-toolchain')}, torch {torch.__version__}",
+    }
+    work = out.with_name(f".{out.name}.work")
+    layers: list[StreamedLayer] = []
+    seconds: list[float] = []
+    total = opened.count * len(opened.linears())
+    report: StreamReport | None = None
+
+    def finished() -> StreamReport:
+        return StreamReport(
+            model=str(model),
+            option=str(option),
+            method=method,
+            blocks=opened.count,
+            continued=done,
+            layers=tuple(layers),
+            seconds_a_block=round(sum(seconds) / len(seconds), 3) if seconds else None,
+            seconds=round(time.monotonic() - started, 3),
+            peak_memory_bytes=peak_bytes(),
+            notes=data.notes if data is not None else (),
+            environment=describe_environment(),
+        )
+
+    try:
+        with open_store(work, digest(parts), parts, restart=overwrite) as store:
+            walk = BlockWalk(opened, option, method, batches, store, seed)
+            progress("what stands before the blocks", 0, total)
+            done = walk.begin()
+            finished_layers = done * len(opened.linears())
+
+            def layer_done(name: str) -> None:
+                nonlocal finished_layers
+                finished_layers += 1
+                progress(name, finished_layers, total)
+
+            for number in range(done, opened.count):
+                if blocks is not None and number - done >= blocks:
+                    report = finished()
+                    raise _EnoughError
+                begun = time.monotonic()
+                outcomes = walk.quantize_block(number, layer_done)
+                layers += [StreamedLayer(**vars(each)) for each in outcomes]
+                seconds.append(time.monotonic() - begun)
+            progress("writing", total, total)
+            report = finished()
+            with new_folder(out, overwrite) as folder:
+                _write(folder, opened, store, option, symmetric, method, report, parts, seed, len(data) if data else 0)
+    except _EnoughError:
+        pass
+    assert report is not None
+    return report
+
+
+def _check(
+    out: Path, overwrite: bool, bits: int, group_size: int | None, method: str, calib: object | None, blocks: int | None
+) -> None:
+    check_folder(out, overwrite)
+    if bits not in _WIDTHS:
+        raise InputError(f"--bits {bits}: the format {_FORMAT} is written with {', '.join(map(str, _WIDTHS))}")
+    if group_size is not None and group_size < 16:
+        raise InputError(f"--group-size {group_size}: 16 or more, or 0 for a grid a row")
+    found = resolve(METHODS, method, "method")
+    if not found.grouped:
+        raise InputError(f"--method {method} does not work block by block; choose minmax, mse, hqq or gptq")
+    if found.needs_data and calib is None:
+        raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
+    if blocks is not None and blocks < 1:
+        raise InputError(f"--blocks {blocks}: 1 or more")
+
+
+def _read(model: BlockModel, calib: object | None, samples: int, length: int | None, seed: int) -> Samples | None:
+    if calib is None:
+        return None
+    found = load_samples(
+        calib, limit=samples, seed=seed, parameters=model.text.positional, text=model.text, length=length
+    )
+    model.text.check_ids(found.inputs[0], found.source)
+    return found
+
+
+def _batches(model: BlockModel, samples: Samples) -> list[dict[str, Tensor]]:
+    names = samples.names or model.text.positional[: len(samples.inputs)]
+    size = max(_BATCH_TOKENS // samples.inputs[0].shape[1], 1)
+    return [dict(zip(names, batch, strict=True)) for batch in samples.batches(size)]
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of all files that make the model what it is."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors") and path.is_file():
+            found.update(path.name.encode())
+            with path.open("rb") as stream:
+                found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest()
+
+
+def _write(
+    folder: Path,
+    model: BlockModel,
+    store: ResumeStore,
+    option: QuantOption,
+    symmetric: bool,
+    method: str,
+    report: StreamReport,
+    parts: dict[str, str],
+    seed: int,
+    samples: int,
+) -> None:
+    files = model.count + 1
+    names = [f"model-{number + 1:05d}-of-{files:05d}.safetensors" for number in range(files)]
+    others = model.shards.read(model.others())
+    save_file(others, folder / names[0], {"format": "pt"})
+    index = dict.fromkeys(others, names[0])
+    for number in range(model.count):
+        store.move(f"block{number}", folder / names[number + 1])
+        index |= dict.fromkeys(_names(folder / names[number + 1]), names[number + 1])
+    size = sum((folder / name).stat().st_size for name in names)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1))
+    linears = [f"{model.block_name(number)}{name}" for number in range(model.count) for name in model.linears()]
+    ignored = [name for name, part in model.skeleton.named_modules() if _is_outside(model, name, part)]
+    settings = model.settings | {
+        "quantization_config": quantization_config(option.bits, option.group_size, symmetric, ignored)
+    }
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    plan = Plan(
+        choices=tuple(Choice(layer=name, method=method, option=option, format=_FORMAT) for name in linears),
+        target="compressed-tensors",
+        observer="minmax",
+        iterations=0,
+        seed=seed,
+        samples=samples,
+        model_fingerprint=parts["the model"],
+        data_fingerprint=parts["the calibration data"],
+    )
+    (folder / "plan.json").write_text(plan.model_dump_json(indent=2))
+    (folder / "report.json").write_text(report.model_dump_json(indent=2))
+    taken = {path.name for path in folder.iterdir()}
+    for path in model.shards.folder.iterdir():  # the tokenizer and what else belongs to the model
+        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in taken:
+            shutil.copy2(path, folder / path.name)
+
+
+def _is_outside(model: BlockModel, name: str, part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear) and not name.startswith(f"{model.path}.")
+
+
+def _names(file: Path) -> list[str]:
+    with safetensors.safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
