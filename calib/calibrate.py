@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from compress.calib.adaquant import evaluation_rows
 from compress.calib.bias import corrected_bias
+from compress.calib.block_rounding import round_blocks
 from compress.calib.observers import Histogram, activation_grid, observe_range
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
@@ -34,6 +35,7 @@ from compress.weights import QuantizedWeight
 __all__ = ["LayerResult", "calibrate", "layer_seed", "quantize_table"]
 
 _EVALUATED = 128
+_SUFFERS = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class LayerResult:
         output_error: ``||y - yq||^2 / ||y||^2`` behind the layer's own activation, input from the quantized prefix,
             over a fixed subset of the samples; None without data.
         nearest_error: the same with the weights rounded to nearest instead.
+        input_error: what a block kernel adds by rounding the input to int8; None for other layers and without data.
         note: what the method had to say.
     """
 
@@ -53,6 +56,7 @@ class LayerResult:
     output_error: float | None
     nearest_error: float | None
     note: str | None
+    input_error: float | None = None
 
 
 def calibrate(
@@ -145,7 +149,12 @@ class _Calibration:
                 solution = replace(solution, bias=corrected_bias(problem, solution))
             self._save(choice, solution)
         result = self._measure(choice, replace(problem, inputs=found.prefix), solution, note)
-        set_weight(self.model, choice.layer, solution.weight, self.computes[choice.layer])
+        compute = self.computes[choice.layer]
+        if compute == "blocks" and _suffers(choice, result):
+            compute = "blocks-float"
+            said = f"computes in floats: int8 inputs would add {result.input_error:.2g} to its error"
+            result = replace(result, note="; ".join(each for each in (result.note, said) if each))
+        set_weight(self.model, choice.layer, solution.weight, compute)
         if solution.bias is not None:
             set_bias(self.model, choice.layer, solution.bias)
         if found.quantizer is not None and solution.grid is not None:
@@ -154,7 +163,7 @@ class _Calibration:
 
     def _measure(self, choice: Choice, problem: LayerProblem, solution: Solution, note: str | None) -> LayerResult:
         weight_error = _relative(solution.weight.dequantize(), problem.weight)
-        output_error = nearest_error = None
+        output_error = nearest_error = input_error = None
         if problem.inputs is not None and problem.targets is not None:
             x, y = evaluation_rows(problem.inputs, problem.targets, _EVALUATED)
             nearest = replace(solution, bias=None, grid=None)
@@ -162,10 +171,12 @@ class _Calibration:
                 nearest = resolve(METHODS, "mse", "method").solve(problem, choice.option, Effort(0, 0))
             output_error = _output_error(problem, solution, x, y)
             nearest_error = _output_error(problem, nearest, x, y)
+            if self.computes[choice.layer] == "blocks":
+                input_error = _input_error(problem, solution, x, y)
             if not torch.isfinite(torch.tensor(output_error)):
                 raise InputError(f"layer {choice.layer}: the quantized output is not finite on the calibration data")
         notes = "; ".join(each for each in (note, solution.note) if each)
-        return LayerResult(choice.layer, weight_error, output_error, nearest_error, notes or None)
+        return LayerResult(choice.layer, weight_error, output_error, nearest_error, notes or None, input_error)
 
     def _stored(self, choice: Choice, problem: LayerProblem) -> Solution | None:
         found = self.store.load(choice.layer)
@@ -192,6 +203,26 @@ class _Calibration:
 def layer_seed(seed: int, layer: str) -> int:
     """The seed of ``layer``: its own, whatever layers come before it."""
     return seed ^ zlib.crc32(layer.encode())
+
+
+def _suffers(choice: Choice, result: LayerResult) -> bool:
+    """Whether rounding the input costs the layer about as much as its weights' codes do, and floats are as fast.
+
+    Kernels for 2 and 8 bits are many times slower on floats.
+    """
+    if result.input_error is None or result.output_error is None or choice.option.bits != 4:
+        return False
+    return result.input_error > _SUFFERS * result.output_error
+
+
+def _input_error(problem: LayerProblem, solution: Solution, x: Tensor, y: Tensor) -> float:
+    """What rounding of the input's blocks changes, relative to the float output, squared."""
+    weight, bias = solution.weight.dequantize(), solution.bias if solution.bias is not None else problem.bias
+    assert solution.weight.group_size is not None
+    with torch.no_grad():
+        plain = problem.activate(problem.forward(x, weight, bias))
+        rounded = problem.activate(problem.forward(round_blocks(x, solution.weight.group_size), weight, bias))
+        return float((rounded - plain).square().sum() / problem.activate(y).square().sum().clamp(min=1e-30))
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:

@@ -61,7 +61,7 @@ class Frontier:
         varying = self._varying()
         stored = [node for node in nodes if node.name in needed and node.name in varying and _is_tensor(node)]
         fresh = {node.name: SpilledSamples(self._scratch / f"{node.name}.samples") for node in stored}
-        self._batch_dims.update({node.name: self._batch_dim(node) or 0 for node in stored})
+        self._batch_dims.update({node.name: self._traced.batch_dim(node) or 0 for node in stored})
         for index in self._batches():
             known = self._run(nodes, index)
             for name, samples in fresh.items():
@@ -179,12 +179,7 @@ class Frontier:
 
     def _is_of_any_batch(self, node: fx.Node) -> bool:
         """Whether ``node``'s value has no dimension that grows with the batch: positions along a sequence have not."""
-        return self._traced.dynamic_batch and _is_tensor(node) and self._batch_dim(node) is None
-
-    def _batch_dim(self, node: fx.Node) -> int | None:
-        """The first dimension of ``node``'s value that grows with the batch; None where there is none."""
-        batch = _symbols(self._traced.inputs()[0].meta["val"].shape[0])
-        return next((d for d, size in enumerate(node.meta["val"].shape) if batch & _symbols(size)), None)
+        return self._traced.dynamic_batch and _is_tensor(node) and self._traced.batch_dim(node) is None
 
     def _stored(self, name: str, index: Tensor) -> Tensor:
         rows = len(self._values[name]) // len(self._inputs[0])  # a sample
@@ -222,8 +217,3 @@ class Frontier:
 
 def _is_tensor(node: fx.Node) -> bool:
     return node.op != "placeholder" and isinstance(node.meta.get("val"), Tensor)
-
-
-def _symbols(size: int | torch.SymInt) -> set[str]:
-    """Names of the dynamic sizes that ``size`` is computed from."""
-    return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()

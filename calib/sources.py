@@ -131,7 +131,10 @@ def _from_mapping(content: Mapping[object, object], name: str, parameters: Seque
         if isinstance(value, np.ndarray | torch.Tensor | list)
     }
     by_lower = {key.lower(): key for key in arrays}
-    label_key = next((by_lower[key] for key in LABEL_KEYS if key in by_lower), None)
+    # A name that the model's forward has is an input, but for "labels", which Hugging Face's models take for training.
+    label_key = next(
+        (by_lower[key] for key in LABEL_KEYS if key in by_lower and (key == "labels" or key not in parameters)), None
+    )
     named = [each for each in parameters if each in arrays and each != label_key]
     if named:
         rest = [key for key in arrays if key not in (*named, label_key)]

@@ -25,12 +25,12 @@ def read_texts(path: Path) -> tuple[list[str], torch.Tensor | None]:
         InputError: it is not UTF-8, empty, or a table without a column of texts.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
             if path.suffix.lower() == ".txt":
                 texts = [line.strip() for line in stream if line.strip()]
                 labels = None
             else:
-                texts, labels = _table(path, list(_reader(path, stream)))
+                texts, labels = _table(path, [row for row in _reader(path, stream) if row])
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     except csv.Error as error:

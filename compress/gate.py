@@ -80,7 +80,7 @@ def verify(
         agreement_optimized=_agreement(optimized[0], wanted[0]),
         integer_layers=sum(compute in ("integer", "dynamic") for compute in computes.values()),
         float_layers=sum(compute == "float" for compute in computes.values()),
-        block_layers=sum(compute == "blocks" for compute in computes.values()),
+        block_layers=sum(compute.startswith("blocks") for compute in computes.values()),
     )
     failures = _over(parity, limits)
     if failures and limits is not _FLOAT_LIMITS:

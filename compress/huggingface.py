@@ -26,6 +26,14 @@ from compress.factory import one_line
 __all__ = ["PretrainedFolder", "TextReader", "is_pretrained", "open_pretrained", "read_config", "text_reader"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+)
 _DEFAULT_LENGTH = 128
 
 
@@ -137,6 +145,12 @@ class TextReader:
 
     def _tokenizer(self) -> Any:
         transformers = _transformers()
+        if not any((self.folder / name).is_file() for name in _TOKENIZERS):
+            # transformers would make one that knows no word.
+            raise InputError(
+                f"{self.folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); give the samples as token ids in an "
+                f".npz with {', '.join(self.inputs)}"
+            )
         try:
             with _quiet():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -230,9 +244,19 @@ def text_reader(folder: Path, module: Any) -> TextReader | None:
         tuple(name for name in parameters if name in inputs),
         tuple(parameters),
         vocabulary=embeddings.num_embeddings,
-        longest=getattr(settings, "max_position_embeddings", None) or 1 << 20,
+        longest=_longest(module),
         causal="CausalLM" in type(module).__name__ or "LMHead" in type(module).__name__,
     )
+
+
+def _longest(module: Any) -> int:
+    """Tokens that the model has positions for; some count them from behind the padding's."""
+    most = getattr(module.config, "max_position_embeddings", None) or 1 << 20
+    for name, part in module.named_modules():
+        padding = getattr(part, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding) and padding is not None:
+            return min(most, part.num_embeddings) - padding - 1
+    return int(most)
 
 
 def _check_weights(folder: Path) -> None:

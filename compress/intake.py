@@ -18,7 +18,7 @@ from compress.errors import InputError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import list_layers
 from compress.graph.simplify import simplify
-from compress.graph.traced import TracedModel, trace
+from compress.graph.traced import TracedModel, is_tokens, trace
 from compress.records import LayerSpec
 from compress.shapes import find_input_shape
 
@@ -120,7 +120,7 @@ def check_fits(samples: Samples, traced: TracedModel) -> None:
         InputError: with both shapes.
     """
     kinds = ([x.is_floating_point() for x in xs] for xs in (samples.inputs, traced.example))
-    if _shapes(samples.inputs) != _shapes(traced.example):
+    if _shapes(samples.inputs, traced.dynamic_length) != _shapes(traced.example, traced.dynamic_length):
         raise InputError(
             f"{samples.source} holds samples of shape {_shapes(samples.inputs)}; the model takes "
             f"{_shapes(traced.example)}"
@@ -144,5 +144,8 @@ def noise(traced: TracedModel, count: int, seed: int) -> tuple[Tensor, ...]:
     )
 
 
-def _shapes(inputs: Sequence[Tensor]) -> str:
-    return " and ".join("x".join(map(str, x.shape[1:])) or "scalar" for x in inputs)
+def _shapes(inputs: Sequence[Tensor], any_length: bool = False) -> str:
+    """Of one sample; with ``any_length`` token inputs of all lengths look alike."""
+    return " and ".join(
+        "tokens" if any_length and is_tokens(x) else "x".join(map(str, x.shape[1:])) or "scalar" for x in inputs
+    )

@@ -2,7 +2,8 @@
 
 The weight's ``compute`` names how a runtime is to use it, which storage does not decide: ``"integer"`` lets the
 exporter feed an integer kernel, ``"float"`` makes it an ordinary float weight at load time, ``"blocks"`` keeps it
-packed in memory for a kernel that unpacks blocks as it goes (MatMulNBits).
+packed in memory for a kernel that unpacks blocks as it goes (MatMulNBits) and rounds its input, ``"blocks-float"`` for
+one that does not.
 """
 
 from __future__ import annotations

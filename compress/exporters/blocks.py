@@ -1,12 +1,13 @@
 """Weights that stay packed at run time: ``com.microsoft::MatMulNBits``, and GatherBlockQuantized for embeddings.
 
-The exporter leaves a marker for the weight, ``BlockWeight<bits>g<group>k<row>(packed, scale, zero_point)``, and an
-ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its
+The exporter leaves a marker for the weight, ``BlockWeight<bits>g<group>k<row>l<level>(packed, scale, zero_point)``, and
+an ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its
 layout ([N, blocks, bytes of a block], first code in the lowest bits) is compress.packing's; only rows that end within a
 block are filled up.
 
 ``accuracy_level`` is always written: without it 8- and 2-bit nodes run many times slower than floats. Level 4 rounds
-each block of the input to int8, which the gate's parity shows.
+each block of the input to int8, which calibration measures for every layer; one that suffers computes in floats
+(level 1).
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from compress.packing import pack, unpack
 __all__ = ["ACCURACY_LEVEL", "block_weight_name", "declare_block_weight", "use_matmul_nbits"]
 
 ACCURACY_LEVEL = 4
-_MARKER = re.compile(r"BlockWeight(\d+)g(\d+)k(\d+)")
+_FLOAT_LEVEL = 1
+_MARKER = re.compile(r"BlockWeight(\d+)g(\d+)k(\d+)l(\d+)")
 
 
-def block_weight_name(bits: int, group_size: int | None, row: int) -> str:
+def block_weight_name(bits: int, group_size: int | None, row: int, compute: str) -> str:
     """Name of the marker for rows of ``row`` weights."""
-    return f"BlockWeight{bits}g{group_size}k{row}"
+    return f"BlockWeight{bits}g{group_size}k{row}l{_FLOAT_LEVEL if compute == 'blocks-float' else ACCURACY_LEVEL}"
 
 
 def declare_block_weight(name: str) -> None:
@@ -69,7 +71,7 @@ def use_matmul_nbits(model: ir.Model) -> None:
 
 
 def _store(
-    graph: ir.Graph, marker: ir.Node, bits: int, group: int, row: int
+    graph: ir.Graph, marker: ir.Node, bits: int, group: int, row: int, level: int
 ) -> tuple[list[ir.Value | None], dict[str, int]]:
     """The weight as MatMulNBits reads it, and its attributes."""
     packed, scale, zero = (constant_of(value) for value in marker.inputs)
@@ -91,7 +93,7 @@ def _store(
         filled = functional.pad(torch.from_numpy(zero.copy()), (0, -groups % (8 // bits)))
         run = pack(filled, bits).numpy().reshape(-1)[: filled.numel() * bits // 8]
         inputs.append(initialise(graph, names[2], run.reshape(channels, -1)))
-    return inputs, {"K": row, "N": channels, "bits": bits, "block_size": group, "accuracy_level": ACCURACY_LEVEL}
+    return inputs, {"K": row, "N": channels, "bits": bits, "block_size": group, "accuracy_level": level}
 
 
 def _look_up(graph: ir.Graph, gather: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:
@@ -109,6 +111,8 @@ def _look_up(graph: ir.Graph, gather: ir.Node, stored: tuple[list[ir.Value | Non
         [ir.AttrInt64(key, value) for key, value in attributes.items()],
         metadata_props=dict(gather.metadata_props),
     )
+    before, after = gather.outputs[0], node.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
     graph.insert_before(gather, node)
     ir.convenience.replace_all_uses_with(gather.outputs[0], node.outputs[0], replace_graph_outputs=True)
     graph.remove(gather, safe=True)
@@ -117,4 +121,4 @@ def _look_up(graph: ir.Graph, gather: ir.Node, stored: tuple[list[ir.Value | Non
 def _replace(graph: ir.Graph, product: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:
     inputs, attributes = stored
     written = tuple(ir.AttrInt64(key, value) for key, value in attributes.items())
-    replace_product(graph, product, "MatMulNBits", [product.inputs[0], *inputs, None], written)
+    replace_product(graph, product, "MatMulNBits", [product.inputs[0], *inputs, None], attributes["N"], written)

@@ -22,7 +22,7 @@ FLOAT_ISLANDS = {"Add", "AveragePool", "GlobalAveragePool", "Concat", "ReduceMea
 _FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _BLOCKS = {"MatMulNBits"}
 LAYER_OPERATORS = _INTEGER | _FLOAT | _BLOCKS
-_WANTED = {"integer": _INTEGER, "dynamic": _INTEGER, "blocks": _BLOCKS, "float": _FLOAT}
+_WANTED = {"integer": _INTEGER, "dynamic": _INTEGER, "blocks": _BLOCKS, "blocks-float": _BLOCKS, "float": _FLOAT}
 
 
 def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str]]:

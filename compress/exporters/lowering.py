@@ -57,9 +57,9 @@ def _dequantize_weight(
     compute: str,
     group_size: int | None = None,
 ) -> Any:
-    if compute == "blocks":
+    if compute.startswith("blocks"):
         # A marker: compress/exporters/blocks.py makes it and the product that reads it one MatMulNBits.
-        name = block_weight_name(bits, group_size, shape[1])
+        name = block_weight_name(bits, group_size, shape[1], compute)
         declare_block_weight(name)
         return Op(Opset(DOMAIN, 1), name)(packed, scale, zero_point)
     codes = _unpack(packed, bits, shape)

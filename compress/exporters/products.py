@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from compress.exporters.initializers import constant_of
+
 __all__ = ["MICROSOFT", "replace_product", "use_integer_products"]
 
 MICROSOFT = "com.microsoft"
@@ -35,7 +37,9 @@ def use_integer_products(model: ir.Model) -> None:
             codes = turned.outputs[0]
         zero_point = value.inputs[2] if len(value.inputs) > 2 else None
         inputs = [value.inputs[0], codes, value.inputs[1], weight.inputs[1], zero_point, None]
-        replace_product(graph, product, "MatMulIntegerToFloat", inputs)
+        scales = constant_of(weight.inputs[1])
+        assert scales is not None
+        replace_product(graph, product, "MatMulIntegerToFloat", inputs, scales.size)
         model.opset_imports[MICROSOFT] = 1
 
 
@@ -44,12 +48,14 @@ def replace_product(
     product: ir.Node,
     operator: str,
     inputs: list[ir.Value | None],
+    channels: int,
     attributes: tuple[ir.Attr, ...] = (),
 ) -> None:
     """Put ``operator`` of Microsoft's domain where ``product`` (a MatMul or a Gemm) and the bias behind it stand.
 
     Args:
         inputs: all but the bias, which comes last.
+        channels: of the output; an addend of as many numbers is a bias.
     """
     assert product.op_type in ("MatMul", "Gemm"), f"{product.op_type} reads a packed weight"
     bias, last = None, product
@@ -57,14 +63,17 @@ def replace_product(
         bias = product.inputs[2] if len(product.inputs) > 2 else None
     else:
         uses = list(product.outputs[0].uses())
-        if len(uses) == 1 and uses[0].node.op_type == "Add":
+        if len(uses) == 1 and uses[0].node.op_type == "Add" and product.outputs[0] not in graph.outputs:
             (other,) = (value for value in uses[0].node.inputs if value is not product.outputs[0])
-            if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
+            if other is not None and other.is_initializer() and list(other.shape or ()) == [channels]:
                 bias, last = other, uses[0].node
     given = [*inputs, bias]
     while given[-1] is None:
         given.pop()
     node = ir.Node(MICROSOFT, operator, given, attributes, metadata_props=dict(product.metadata_props))
+    # The graph's outputs keep their names and shapes.
+    before, after = last.outputs[0], node.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
     graph.insert_before(last, node)
     ir.convenience.replace_all_uses_with(last.outputs[0], node.outputs[0], replace_graph_outputs=True)
     graph.remove(last, safe=True)

@@ -117,12 +117,20 @@ def list_layers(traced: TracedModel) -> list[LayerSpec]:
                 calls=len(calls),
                 activation=activation_of(call)[0] if len(calls) == 1 else None,
                 block=name.rpartition(".")[0],
+                refusal="its input is the same for every sample" if _is_constant(traced, calls) else None,
             )
         )
     specs.extend(_tables(traced))
     specs.extend(_refused(traced))
-    order = {layer_name(node): position for position, node in reversed(list(enumerate(_weighted(traced))))}
+    tied = layer_calls(traced).keys()
+    weighted = [node for node in _weighted(traced) if node.target is not TABLE or layer_name(node) not in tied]
+    order = {layer_name(node): position for position, node in reversed(list(enumerate(weighted)))}
     return sorted(specs, key=lambda spec: order[spec.name])
+
+
+def _is_constant(traced: TracedModel, calls: list[fx.Node]) -> bool:
+    """Whether a call's input does not grow with the batch: there are no samples of it."""
+    return traced.dynamic_batch and any(traced.batch_dim(call.args[0]) is None for call in calls)
 
 
 def _tables(traced: TracedModel) -> list[LayerSpec]:

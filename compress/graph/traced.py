@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.export import Dim
 
 from compress.errors import InputError
@@ -30,6 +31,7 @@ __all__ = [
     "example_batch",
     "export_program",
     "first_output",
+    "is_tokens",
     "trace",
 ]
 
@@ -119,8 +121,15 @@ class TracedModel:
         with where:
             node = self.graph.call_function(target, args)
         values = fx.map_arg(args, lambda source: source.meta["val"])
-        node.meta["val"] = target(*values)
+        # Within the mode that the graph was traced in: a dynamic size is not to become a number.
+        with detect_fake_mode([each.meta.get("val") for each in self.inputs()]) or contextlib.nullcontext():
+            node.meta["val"] = target(*values)
         return node
+
+    def batch_dim(self, node: fx.Node) -> int | None:
+        """The first dimension of ``node``'s value that grows with the batch; None where there is none."""
+        batch = {name for each in self.inputs() for name in _symbols(each.meta["val"].shape[0])}
+        return next((d for d, size in enumerate(node.meta["val"].shape) if batch & _symbols(size)), None)
 
     def inputs(self) -> list[fx.Node]:
         """The graph's input nodes, in order."""
@@ -134,7 +143,7 @@ class TracedModel:
     @property
     def length(self) -> int | None:
         """Tokens of a sample in the example, where they may be any number; else None."""
-        return next(x.shape[1] for x in self.example if _is_tokens(x)) if self.dynamic_length else None
+        return next(x.shape[1] for x in self.example if is_tokens(x)) if self.dynamic_length else None
 
     def outputs(self) -> list[fx.Node]:
         """The nodes that the graph returns."""
@@ -197,7 +206,7 @@ def trace(
     """
     if not isinstance(module, fx.GraphModule):  # an exported one has no modes, and refuses
         module = module.eval()
-    tokens = any(map(_is_tokens, inputs))
+    tokens = any(map(is_tokens, inputs))
     first: InputError | None = None
     # The freest form first. A model that fixes its batch can still be traced: for one sample, or for as many as came.
     for example, batch, length in (
@@ -226,7 +235,13 @@ def trace(
     return traced
 
 
-def _is_tokens(x: Tensor) -> bool:
+def _symbols(size: int | torch.SymInt) -> set[str]:
+    """Names of the dynamic sizes that ``size`` is computed from."""
+    return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()
+
+
+def is_tokens(x: Tensor) -> bool:
+    """Whether an input is token ids or the like: whole numbers [N, L]."""
     return x.dim() == 2 and not x.is_floating_point()
 
 
@@ -241,13 +256,15 @@ def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
 
 
 def _flat(module: fx.GraphModule) -> fx.GraphModule:
-    """Inputs by position, and one tensor or a flat tuple out: no trees of the user's classes in between."""
+    """Inputs by position, and one tensor or a flat tuple out: no trees of the user's classes in between.
+
+    A module of its own, without torch's checks of how it is called.
+    """
     (output,) = module.graph.find_nodes(op="output")
     results = tuple(output.args[0])
     output.args = (results[0] if len(results) == 1 else results,)
     module.graph.set_codegen(fx.graph.CodeGen())
-    module.recompile()
-    return module
+    return fx.GraphModule(module, module.graph)
 
 
 def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
@@ -271,7 +288,7 @@ def export_program(
     Raises:
         InputError: as :func:`trace`.
     """
-    sizes = [{0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if dynamic_length and _is_tokens(x) else {}) for x in example]
+    sizes = [{0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if dynamic_length and is_tokens(x) else {}) for x in example]
     args, kwargs = ((), dict(zip(names, example, strict=True))) if names else (example, {})
     shapes: Any = None
     if dynamic_batch:

@@ -181,5 +181,6 @@ def _row(layer: LayerSpec, plan: Plan, result: LayerResult | None, model: Traced
         weight_error=result.weight_error if result else None,
         output_error=result.output_error if result else None,
         nearest_error=result.nearest_error if result else None,
+        input_error=result.input_error if result else None,
         note=notes or None,
     )

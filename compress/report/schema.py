@@ -26,6 +26,9 @@ class LayerRow(Record):
     float_bytes: int
     weight_error: float | None = None
     output_error: float | None = Field(None, description="relative to the float layer's output, on calibration samples")
+    input_error: float | None = Field(
+        None, description="what a block kernel adds by rounding the layer's input to int8, relative and squared"
+    )
     nearest_error: float | None = Field(None, description="the same with weights rounded to nearest")
     note: str | None = None
 

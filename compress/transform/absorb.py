@@ -11,7 +11,7 @@ from torch import fx
 from compress.graph.layers import layer_name
 from compress.graph.traced import TracedModel
 
-__all__ = ["find_sources"]
+__all__ = ["count_readers", "find_sources"]
 
 aten = torch.ops.aten
 
@@ -23,9 +23,17 @@ def find_sources(traced: TracedModel, value: fx.Node, readers: Sequence[str]) ->
     """
     if any(user.target is not aten.linear.default or layer_name(user) not in readers for user in value.users):
         return []
-    counts = Counter(str(node.target) for node in traced.graph.find_nodes(op="get_attr"))
+    counts = count_readers(traced)
     names = _tensors(value)
     return names if all(counts[name] == 1 for name in names) else []
+
+
+def count_readers(traced: TracedModel) -> Counter[str]:
+    """How many nodes read each tensor."""
+    counts: Counter[str] = Counter()
+    for node in traced.graph.find_nodes(op="get_attr"):
+        counts[str(node.target)] += len(node.users)
+    return counts
 
 
 def _tensors(value: fx.Node) -> list[str]:

@@ -31,7 +31,7 @@ from compress.methods import METHODS
 from compress.problem import Effort, LayerProblem
 from compress.records import QuantOption
 from compress.registry import resolve
-from compress.transform.absorb import find_sources
+from compress.transform.absorb import count_readers, find_sources
 
 __all__ = ["awq", "smoothquant"]
 
@@ -135,10 +135,11 @@ def _scale(
 
 
 def _readers(traced: TracedModel, options: Mapping[str, QuantOption]) -> dict[fx.Node, list[str]]:
-    """Values read by linears that are called once, with those linears, in execution order."""
+    """Values read by linears whose weights nothing else reads, with those linears, in execution order."""
     found: dict[fx.Node, list[str]] = defaultdict(list)
+    counts = count_readers(traced)
     for name, calls in layer_calls(traced).items():
-        if name in options and len(calls) == 1 and calls[0].target is torch.ops.aten.linear.default:
+        if name in options and counts[f"{name}.weight"] == 1 and calls[0].target is torch.ops.aten.linear.default:
             found[calls[0].args[0]].append(name)
     return {node: names for node, names in found.items() if node.op != "placeholder"}
 
@@ -212,7 +213,7 @@ def _error(value: _Value, weights: Mapping[str, Tensor], options: Mapping[str, Q
             scale, zero_point = activation_grid(low, high, option.act_bits, torch.uint8)
             x = fake_quantize_op()(x, scale, zero_point, option.act_bits)
         problem = LayerProblem(name, weight * s, None, forward=lambda x, *_: x)
-        rounded = resolve(METHODS, "minmax", "method").solve(problem, option, Effort(0, 0)).weight.dequantize()
+        rounded = resolve(METHODS, "mse", "method").solve(problem, option, Effort(0, 0)).weight.dequantize()
         wanted = value.rows @ weight.T
         total += float((x @ rounded.T - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
     return total
