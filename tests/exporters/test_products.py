@@ -98,16 +98,7 @@ def check_numbers(run: Run, allowed: float) -> None:
         assert (got - wanted).norm() <= allowed * wanted.norm(), level
 
 
-@pytest.mark.parametrize(
-    ("inputs", "bits"),
-    [
-        ("static", 4),
-        ("dynamic", 8),
-        # The same again at the other width, seconds each.
-        pytest.param("static", 8, marks=pytest.mark.slow),
-        pytest.param("dynamic", 4, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("inputs", "bits"), [("static", 4), ("dynamic", 8)])
 def test_linears_are_integer_with_their_biases(inputs: str, bits: int, tmp_path: Path) -> None:
     run = quantize(Rows(), tmp_path, **settings_of(inputs, bits))
     check_integer(run, "abcdef")

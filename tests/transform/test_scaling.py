@@ -194,7 +194,7 @@ def test_layers_of_the_other_kind_are_left_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_both_need_data(name: str) -> None:
-    with pytest.raises(InputError, match="SmoothQuant, AWQ.* need calibration data"):
+    with pytest.raises(InputError, match=r"SmoothQuant, AWQ.* need calibration data"):
         compress.quantize(nn.Linear(4, 4), input_shape=(4,), **{name: True})  # type: ignore[arg-type]
 
 
