@@ -204,13 +204,13 @@ def test_compress_with_text(folders: dict[str, Path], text: Path, tmp_path: Path
 
 def test_compress_with_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     calib = save_ids(tmp_path / "ids.npz", *tokens(40, 12))
-    result = compress.quantize(folders["bert"], calib=calib, out=tmp_path / "out", bits=8, method="mse")
+    result = compress.quantize(folders["bert-1"], calib=calib, out=tmp_path / "out", bits=8, method="mse")
     # The model can do without token types, and nobody gave any.
     assert values_of(result) == {name: ["batch", "sequence"] for name in INPUTS["bert"][:2]} | OUTPUTS
     ids, mask = tokens(5, 23)
     run_both(result, (ids, mask))
     with torch.no_grad():
-        wanted = open_pretrained(folders["bert"]).module(input_ids=ids, attention_mask=mask).last_hidden_state
+        wanted = open_pretrained(folders["bert-1"]).module(input_ids=ids, attention_mask=mask).last_hidden_state
         got = result.module(ids, mask)[0]
     assert (got - wanted)[mask.bool()].norm() <= 0.05 * wanted[mask.bool()].norm()
 
