@@ -26,6 +26,11 @@ class LanguageCase:
     calibration: Tensor
     test: Tensor
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of its embeddings."""
+        return tuple(name for name, part in self.module.named_modules() if isinstance(part, nn.Embedding))
+
 
 class _Norm(nn.Module):
     def __init__(self, weight: Tensor) -> None:

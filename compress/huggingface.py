@@ -148,8 +148,8 @@ class TextReader:
         if not any((self.folder / name).is_file() for name in _TOKENIZERS):
             # transformers would make one that knows no word.
             raise InputError(
-                f"{self.folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); give the samples as token ids in an "
-                f".npz with {', '.join(self.inputs)}"
+                f"{self.folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); give the samples as token ids in "
+                f"an .npz with {', '.join(self.inputs)}"
             )
         try:
             with _quiet():

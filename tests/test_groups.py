@@ -51,7 +51,10 @@ def test_data_brings_gptq_and_leaves_inputs_float() -> None:
     [
         ({"group_size": 1}, "--group-size 1: allowed are 2 and more"),
         ({"act_bits": 8, "calib": torch.randn(20, 1, 6, 6)}, "quantizes weights alone"),
-        ({"method": "adaquant", "calib": torch.randn(20, 1, 6, 6)}, "with --group-size or --rows choose minmax, mse, hqq, gptq"),
+        (
+            {"method": "adaquant", "calib": torch.randn(20, 1, 6, 6)},
+            "with --group-size or --rows choose minmax, mse, hqq, gptq",
+        ),
         ({"method": "gptq"}, "--method gptq needs calibration data"),
         ({"bits": None, "budgets": "size=0.5x"}, "--group-size goes with --bits"),
     ],
