@@ -273,7 +273,7 @@ def test_progress_names_every_layer_and_ends_full() -> None:
         ),
         ({"input_shape": (1, 9, 9)}, "differs from the calibration data"),
     ],
-    ids=str,
+    ids=lambda each: ",".join(each) if isinstance(each, dict) else each,
 )
 def test_what_cannot_be_is_refused_in_a_sentence_before_any_work(
     settings: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
