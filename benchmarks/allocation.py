@@ -28,8 +28,8 @@ from scipy.stats import spearmanr
 from benchmarks.accuracy import RESULTS, classes
 from benchmarks.zoo import ZOO, Case
 from compress import api
+from compress.calib.output_loss import output_loss
 from compress.calib.samples import load_samples
-from compress.calib.sensitivity import output_loss
 from compress.intake import take_in
 from compress.machine import describe_environment
 from compress.options import Options, Search

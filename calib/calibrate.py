@@ -22,7 +22,7 @@ from compress.calib.observers import Histogram, activation_grid, observe_range
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.errors import InputError
-from compress.graph.layers import layer_calls
+from compress.graph.layers import layer_calls, tied_tables
 from compress.graph.quantizers import Quantizer, fake_quantize_op
 from compress.graph.rewrite import set_bias, set_grid, set_weight
 from compress.graph.traced import TracedModel
@@ -36,6 +36,7 @@ __all__ = ["LayerResult", "calibrate", "layer_seed", "quantize_table"]
 
 _EVALUATED = 128
 _SUFFERS = 0.5
+_WITHOUT_DATA = "mse"
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ def calibrate(
     return results
 
 
-def quantize_table(model: TracedModel, choice: Choice) -> LayerResult:
+def quantize_table(model: TracedModel, choice: Choice, compute: str) -> LayerResult:
     """Quantize an embedding's table in place; no data are needed."""
     table = model.tensor(f"{choice.layer}.weight")
     problem = LayerProblem(choice.layer, table, None, forward=lambda x, *_: x)
-    solution = resolve(METHODS, choice.method, "method").solve(problem, choice.option, Effort(0, 0))
-    set_weight(model, choice.layer, solution.weight, "blocks")
+    method = resolve(METHODS, choice.method, "method")
+    if method.needs_data:  # a tied table; its linear does the same
+        method = resolve(METHODS, _WITHOUT_DATA, "method")
+    solution = method.solve(problem, choice.option, Effort(0, 0))
+    set_weight(model, choice.layer, solution.weight, compute)
     return LayerResult(choice.layer, _relative(solution.weight.dequantize(), table), None, None, None)
 
 
@@ -134,9 +138,12 @@ class _Calibration:
         calls = layer_calls(self.model)[choice.layer]
         method: Method = resolve(METHODS, choice.method, "method")
         note = None
-        if method.needs_data and len(calls) > 1:
-            note = f"called {len(calls)} times: scales by squared error instead of {choice.method}"
-            method = resolve(METHODS, "mse", "method")
+        why = f"called {len(calls)} times" if len(calls) > 1 else ""
+        if choice.layer in tied_tables(self.model):
+            why = "its weight is an embedding's table, too"
+        if why and method.needs_data:
+            note = f"{why}: scales by squared error instead of {choice.method}"
+            method = resolve(METHODS, _WITHOUT_DATA, "method")
         found = self.walk.layer(choice.layer, quantizers, method.sequential)
         problem = found.problem
         effort = Effort(self.plan.iterations, seed=layer_seed(self.plan.seed, choice.layer))

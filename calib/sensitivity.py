@@ -14,6 +14,9 @@ What is measured is the same for all options:
   rounding: ``(tr(dW G dW^T) + tr(W E W^T)) / tr(W G W^T)``. One pass through the model.
 - ``weight``: relative squared error of the weights; needs no samples.
 
+An embedding's table (compress/calib/table_sensitivity.py) is measured likewise; nothing is multiplied with it, so for
+``gram`` its weights' error counts.
+
 Methods learn on one part of the samples and are measured on the other. Each finished layer is stored.
 """
 
@@ -24,16 +27,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from compress.calib.calibrate import layer_seed
 from compress.calib.frontier import Frontier
 from compress.calib.gram import Gram, rows_of
 from compress.calib.observers import Histogram, activation_grid, observe_range
+from compress.calib.output_loss import judged_batches, loss_between
 from compress.calib.resume import ResumeStore
+from compress.calib.table_sensitivity import measure_table
 from compress.calib.walk import Walk
-from compress.graph.layers import layer_calls
+from compress.graph.layers import layer_calls, table_calls
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel, first_output
 from compress.methods import METHODS
@@ -47,7 +51,6 @@ __all__ = [
     "MEASURES",
     "Trial",
     "measure_sensitivity",
-    "output_loss",
     "stored_losses",
 ]
 
@@ -56,7 +59,6 @@ BASE, FLOAT = "base", "float"
 
 MEASURES = ("kl", "loss", "output", "gram", "weight")
 _BATCH = 64
-_JUDGED = 256
 _GRAM_ROWS = 64 * 1024
 _SMALLEST = 1e-30
 
@@ -107,12 +109,19 @@ def measure_sensitivity(
     else:
         judge = _OutputJudge(walk, measure, labels)
     found = {}
+    tables = table_calls(base).keys()
     try:
-        for layer in [name for name in layer_calls(base) if name in trials]:
+        # Tables first: the walk never turns back.
+        for layer in [name for name in (*tables, *layer_calls(base)) if name in trials]:
             losses = stored_losses(store, layer)
             wanted = [trial for trial in trials[layer] if trial.key not in losses]
             if wanted:
-                losses |= _measure_layer(walk, judge, layer, wanted, observer, Effort(iterations, seed), progress)
+                if layer in tables:
+                    losses |= {BASE: 0.0, FLOAT: 0.0}
+                    options = {trial.key: (trial.method, trial.option) for trial in wanted}
+                    losses |= measure_table(base, layer, options, measure, inputs, labels, progress)
+                else:
+                    losses |= _measure_layer(walk, judge, layer, wanted, observer, Effort(iterations, seed), progress)
                 keys = list(losses)
                 values = torch.tensor([losses[key] for key in keys], dtype=torch.float64)
                 store.save(layer, {"losses": values}, {"keys": json.dumps(keys)})
@@ -122,37 +131,6 @@ def measure_sensitivity(
     finally:
         walk.close()
     return found
-
-
-def output_loss(
-    float_model: TracedModel, model: TracedModel, inputs: tuple[Tensor, ...], labels: Tensor | None, measure: str
-) -> float:
-    """What ``measure`` gives for a whole model, less what it gives for the float one: the sum that errors predict.
-
-    Args:
-        inputs: samples, one tensor [N, ...] a graph input.
-        labels: classes [N], for ``loss``.
-        measure: ``kl``, ``loss`` or ``output``.
-    """
-    size = _batch_size(model)
-    count = len(inputs[0]) if model.dynamic_batch else len(inputs[0]) // size * size
-    index = torch.arange(count).split(size)
-    wanted, output = (graph.run(tuple(x[each] for x in inputs) for each in index) for graph in (float_model, model))
-    labels = labels[:count] if labels is not None else None
-    return _loss(measure, output, wanted, labels) - _loss(measure, wanted, wanted, labels)
-
-
-def _batch_size(model: TracedModel) -> int:
-    return _BATCH if model.dynamic_batch else len(model.example[0])
-
-
-def _judged_batches(model: TracedModel, count: int) -> tuple[Tensor, ...]:
-    """Indices of the last of ``count`` samples, batch by batch: methods learn on the others and are judged on these."""
-    size = _batch_size(model)
-    judged = min(_JUDGED, count - count // 2)
-    if not model.dynamic_batch:  # whole batches only
-        judged = max(judged // size, 1) * size
-    return torch.arange(count)[count - judged :].split(size)
 
 
 class _Judge:
@@ -218,7 +196,7 @@ class _OutputJudge(_Judge):
         assert walk.ahead is not None
         self.walk, self.measure = walk, measure
         self.ahead: Frontier = walk.ahead
-        self.index = _judged_batches(walk.model, len(walk.inputs[0]))
+        self.index = judged_batches(walk.model, len(walk.inputs[0]))
         samples = torch.cat(self.index)
         self.learned = max(int(samples[0]), 1)
         self.labels = labels[samples] if labels is not None else None
@@ -246,7 +224,7 @@ class _OutputJudge(_Judge):
         return self._loss([first_output(self.ahead.finish(instead, index)) for index in self.index])
 
     def _loss(self, outputs: Sequence[Tensor]) -> float:
-        return _loss(self.measure, torch.cat(list(outputs)), torch.cat(self.wanted), self.labels)
+        return loss_between(self.measure, torch.cat(list(outputs)), torch.cat(self.wanted), self.labels)
 
 
 def _measure_layer(
@@ -300,23 +278,6 @@ def _grid_for(
         scale, zero_point = activation_grid(low, high, option.act_bits, problem.grid.zero_point.dtype)
         known[option.act_bits] = ActivationGrid(scale, zero_point, option.act_bits, learnable=False)
     return known[option.act_bits]
-
-
-def _loss(measure: str, output: Tensor, wanted: Tensor, labels: Tensor | None) -> float:
-    """Mean over samples and, where there are any, positions."""
-    if measure == "output":
-        return float((output - wanted).square().sum() / wanted.square().sum().clamp(min=_SMALLEST))
-    output, wanted = (x.movedim(_class_dim(x), -1).flatten(0, -2) for x in (output, wanted))
-    if measure == "loss":
-        assert labels is not None
-        return float(F.cross_entropy(output, labels.flatten()))
-    got, true = (F.log_softmax(x.double(), -1) for x in (output, wanted))
-    return float(F.kl_div(got, true, reduction="batchmean", log_target=True))
-
-
-def _class_dim(output: Tensor) -> int:
-    """The dimension that counts classes: the second of pictures, the last of everything else."""
-    return 1 if output.dim() == 4 else output.dim() - 1
 
 
 def _rows_function(call: fx.Node, weight: Tensor) -> Callable[[Tensor], Tensor]:

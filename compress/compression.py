@@ -27,7 +27,7 @@ from compress.records import Plan
 from compress.targets import find_target
 from compress.transform.table import apply_transform
 
-__all__ = ["Compressed", "apply_plan", "plan_fingerprint", "plan_parts"]
+__all__ = ["Compressed", "apply_plan", "plan_fingerprint", "plan_parts", "transform_model"]
 
 BIAS_TUNING_STEPS = 300
 _CONTRACT_BATCH = 64
@@ -91,20 +91,16 @@ def apply_plan(
     if inputs is not None and not float_model.dynamic_batch:
         whole = len(inputs[0]) // len(float_model.example[0]) * len(float_model.example[0])
         inputs = tuple(x[:whole] for x in inputs)
-    notes = []
-    if plan.steps.equalize:
-        batch = _contract_batch(float_model, inputs) if inputs is not None else None
-        notes += apply_transform("equalize", float_model, batch)
+    notes = transform_model(float_model, plan, inputs)
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
-    if inputs is not None:
-        options = {choice.layer: choice.option for choice in plan.choices}
-        for name in ("smoothquant", "awq"):
-            if getattr(plan.steps, name):
-                batch = _contract_batch(float_model, inputs)
-                notes += apply_transform(name, float_model, batch, samples=inputs, options=options)
     model = float_model.copy()
     quantizers = quantize_inputs(model, plan.choices, find_target(plan.target))
-    tables = [quantize_table(model, choice) for choice in plan.choices if choice.layer in table_calls(model)]
+    # A tied table among them: what the walk sees is then computed from the codes that its linear will have.
+    tables = [
+        quantize_table(model, choice, computes[choice.layer])
+        for choice in plan.choices
+        if choice.layer in table_calls(model)
+    ]
     layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
     if plan.steps.statistics_tuning and inputs is not None:
         changed = tune_statistics(float_model, model, list(computes), inputs, store.fresh_scratch())
@@ -121,7 +117,21 @@ def apply_plan(
         progress("bias tuning")
     store_biases(model)
     absorb_activations(model)
-    return Compressed(model, [*tables, *layers], notes)
+    walked = {result.layer for result in layers}
+    return Compressed(model, [*(table for table in tables if table.layer not in walked), *layers], notes)
+
+
+def transform_model(float_model: TracedModel, plan: Plan, inputs: tuple[Tensor, ...] | None) -> list[str]:
+    """Rewrite ``float_model`` in place as the plan's steps ask; it computes the same. Sentences for the report."""
+    notes = []
+    batch = _contract_batch(float_model, inputs) if inputs is not None else None
+    if plan.steps.equalize:
+        notes += apply_transform("equalize", float_model, batch)
+    options = {choice.layer: choice.option for choice in plan.choices}
+    for name in ("smoothquant", "awq"):
+        if getattr(plan.steps, name) and inputs is not None:
+            notes += apply_transform(name, float_model, batch, samples=inputs, options=options)
+    return notes
 
 
 def _contract_batch(model: TracedModel, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from compress.allocation.budgets import format_value
 from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact
+from compress.calib.output_loss import output_loss
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
-from compress.calib.sensitivity import output_loss
 from compress.compression import apply_plan, plan_fingerprint, plan_parts
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise

@@ -12,7 +12,10 @@ from compress.formats import FORMATS
 from compress.records import LayerSpec, QuantOption
 from compress.targets import Target
 
-__all__ = ["ends", "find_format_for", "ignored", "slow_on_integers"]
+__all__ = ["ends", "find_format_for", "ignored", "slow_on_integers", "table_option"]
+
+# Of a smaller table nothing is gained.
+_LEAST_ROWS = 16
 
 
 def ignored(layers: Sequence[LayerSpec], patterns: Sequence[str]) -> set[str]:
@@ -58,6 +61,17 @@ def find_format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tu
             if reason is None:
                 return name, None
     return "", reason or f"target {target.name} has no format for {option}"
+
+
+def table_option(layer: LayerSpec, bits: int) -> QuantOption | str:
+    """How an embedding's table is stored at ``bits``, in groups along its rows; or why it stays float."""
+    rows, width = layer.weight_shape
+    if rows < _LEAST_ROWS:
+        return f"left float: a table of {rows} rows"
+    group = next((group for group in (32, 16) if width % group == 0), None)
+    if group is None:
+        return f"left float: rows of {width} are no multiple of 16"
+    return QuantOption(bits=bits, symmetric=False, group_size=group)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers
+from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
 from compress.errors import InputError
 from compress.records import Choice, LayerSpec, QuantOption, Skip
 from compress.targets import Target
 
 __all__ = ["uniform_choices"]
-
-# Of a smaller table nothing is gained.
-_LEAST_ROWS = 16
 
 
 def uniform_choices(
@@ -94,16 +91,11 @@ def uniform_choices(
 
 
 def _embedding_choice(layer: LayerSpec, bits: int, target: Target) -> Choice | Skip:
-    """A table's rows in groups, rounded to nearest: no product follows that could make up for an error."""
-    rows, width = layer.weight_shape
-    group = next((group for group in (32, 16) if width % group == 0), None)
-    if rows < _LEAST_ROWS or group is None:
-        why = f"a table of {rows} rows" if rows < _LEAST_ROWS else f"rows of {width} are no multiple of 16"
-        return Skip(layer=layer.name, reason=f"left float: {why}")
-    option = QuantOption(bits=4 if bits <= 4 else 8, symmetric=False, group_size=group)
+    """A table is rounded to nearest: no product follows that could make up for an error."""
+    option = table_option(layer, 4 if bits <= 4 else 8)
+    if isinstance(option, str):
+        return Skip(layer=layer.name, reason=option)
     name, reason = find_format_for(layer, option, target)
-    return (
-        Skip(layer=layer.name, reason=reason)
-        if reason
-        else Choice(layer=layer.name, method="mse", option=option, format=name)
-    )
+    if reason:
+        return Skip(layer=layer.name, reason=reason)
+    return Choice(layer=layer.name, method="mse", option=option, format=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -66,8 +66,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _complain(_STOPPED)
-        sys.exit(_INTERRUPTED)
+        _stop()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "; free some space, or choose another place with --out and TMPDIR" if error.errno in _NO_SPACE else ""
@@ -75,8 +74,16 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as error:
         if error.code == _INTERRUPTED:  # typer has caught Ctrl-C
-            _complain(_STOPPED)
+            _stop()
         raise
+
+
+def _stop() -> NoReturn:
+    _complain(_STOPPED)
+    # An interrupt that once left exec() of a string (dataclasses do that) would end the process by the signal, whatever
+    # exit code is asked for, until another exec() of a string clears CPython's flag.
+    exec("")
+    sys.exit(_INTERRUPTED)
 
 
 def _complain(sentence: str) -> None:

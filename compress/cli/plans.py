@@ -20,7 +20,11 @@ def allocation_table(allocation: Allocation) -> Table:
     timed = "latency" in allocation.predicted
     table = Table(title="Plan", title_justify="left")
     for name in ("layer", "does", "bytes", *(["µs"] if timed else []), f"error ({allocation.sensitivity})"):
-        table.add_column(name, justify="left" if name in ("layer", "does") else "right")
+        table.add_column(
+            name,
+            justify="left" if name in ("layer", "does") else "right",
+            overflow="fold" if name == "layer" else "ellipsis",
+        )
     for each in allocation.chosen:
         latency = [f"{each.cost.latency_us:.1f}" if each.cost.latency_us is not None else ""] if timed else []
         table.add_row(each.layer, str(each), f"{each.cost.size_bytes:,}", *latency, f"{each.error:.2g}")

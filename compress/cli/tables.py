@@ -24,7 +24,8 @@ def layer_table(report: Report) -> Table:
         ("error", "right"),
         ("rounding", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        # Names differ at their ends: cut off they would all look alike.
+        table.add_column(name, justify=justify, overflow="fold" if name == "layer" else "ellipsis")  # type: ignore[arg-type]
     for row in report.layers:
         error, nearest = row.output_error, row.nearest_error
         if error is None:
@@ -44,7 +45,7 @@ def plan_table(plan: Plan, layers: Sequence[LayerSpec]) -> Table:
     """What a plan does to each layer."""
     table = Table(title=f"Plan for {plan.target}", title_justify="left")
     for name in ("layer", "kind", "weights", "does", "method", "runs as"):
-        table.add_column(name, justify="right" if name == "weights" else "left")
+        table.add_column(name, justify="right" if name == "weights" else "left", overflow="fold")
     reasons = {skip.layer: skip.reason for skip in plan.skipped}
     for layer in layers:
         choice = plan.choice(layer.name)
@@ -59,7 +60,7 @@ def inspection_table(layers: Sequence[LayerSpec]) -> Table:
     """What a model is made of."""
     table = Table(title="Layers", title_justify="left")
     for name in ("layer", "kind", "weight shape", "weights", "MACs", "feeds", "compressible"):
-        table.add_column(name, justify="right" if name in ("weights", "MACs") else "left")
+        table.add_column(name, justify="right" if name in ("weights", "MACs") else "left", overflow="fold")
     for layer in layers:
         kind = f"{layer.kind} x{layer.calls}" if layer.calls > 1 else layer.kind
         if layer.groups > 1:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -56,10 +57,12 @@ def use_matmul_nbits(model: ir.Model) -> None:
         if found is None:
             continue
         stored = _store(graph, marker, *map(int, found.groups()))
-        for use in list(marker.outputs[0].uses()):
-            reader = use.node
-            if reader.op_type == "Gather":
-                _look_up(graph, reader, stored)
+        readers = [use.node for use in marker.outputs[0].uses()]
+        lookups = [reader for reader in readers if reader.op_type == "Gather"]
+        rows = _rows(graph, marker, stored[0][0], alone=len(lookups) == len(readers)) if lookups else None
+        for reader in readers:
+            if rows is not None and reader.op_type == "Gather":
+                _look_up(graph, reader, rows, stored)
             elif reader.op_type == "Transpose":
                 for product in [each.node for each in reader.outputs[0].uses()]:
                     _replace(graph, product, stored)
@@ -96,13 +99,11 @@ def _store(
     return inputs, {"K": row, "N": channels, "bits": bits, "block_size": group, "accuracy_level": level}
 
 
-def _look_up(graph: ir.Graph, gather: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:
+def _look_up(
+    graph: ir.Graph, gather: ir.Node, rows: ir.Value, stored: tuple[list[ir.Value | None], dict[str, int]]
+) -> None:
     """Put GatherBlockQuantized where ``gather`` reads the table."""
-    (table, scale, zero), sizes = stored
-    assert table is not None
-    array = constant_of(table)
-    assert array is not None
-    rows = initialise(graph, str(table.name), array.reshape(len(array), -1))
+    (_, scale, zero), sizes = stored
     attributes = {"bits": sizes["bits"], "block_size": sizes["block_size"], "gather_axis": 0, "quantize_axis": 1}
     node = ir.Node(
         MICROSOFT,
@@ -116,6 +117,19 @@ def _look_up(graph: ir.Graph, gather: ir.Node, stored: tuple[list[ir.Value | Non
     graph.insert_before(gather, node)
     ir.convenience.replace_all_uses_with(gather.outputs[0], node.outputs[0], replace_graph_outputs=True)
     graph.remove(gather, safe=True)
+
+
+def _rows(graph: ir.Graph, marker: ir.Node, table: ir.Value | None, alone: bool) -> ir.Value:
+    """The codes as [N, bytes of a row]; where a product reads them too, by a node that is folded at load."""
+    array = constant_of(table)
+    assert array is not None
+    assert table is not None
+    if alone:
+        return initialise(graph, str(table.name), array.reshape(len(array), -1))
+    shape = initialise(graph, f"{table.name}_rows", np.array([len(array), -1], dtype=np.int64))
+    node = ir.node("Reshape", [table, shape])
+    graph.insert_before(marker, node)
+    return node.outputs[0]
 
 
 def _replace(graph: ir.Graph, product: ir.Node, stored: tuple[list[ir.Value | None], dict[str, int]]) -> None:

@@ -10,7 +10,8 @@
 5. A mean over all positions becomes a GlobalAveragePool, which has an integer kernel.
 6. Products with a weight that stays packed become MatMulNBits (compress/exporters/blocks.py), those of integers that
    end in floats MatMulIntegerToFloat (compress/exporters/products.py).
-7. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
+7. A table of int8 codes is looked up before it is dequantized (compress/exporters/lookups.py).
+8. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
    they are; the exporter's traces go.
 """
 
@@ -25,6 +26,7 @@ import onnx_ir as ir
 from compress.exporters.blocks import use_matmul_nbits
 from compress.exporters.functions import DOMAIN, OPSET, unpack_function
 from compress.exporters.initializers import constant_of, initialise
+from compress.exporters.lookups import look_up_codes
 from compress.exporters.products import use_integer_products
 
 __all__ = ["layer_of", "tidy"]
@@ -53,6 +55,7 @@ def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
             _pool_globally(graph, node)
         elif node.op_type in _QUANTIZED_UNASKED:
             _keep_float(graph, node)
+    look_up_codes(graph)
     use_matmul_nbits(model)
     use_integer_products(model)
     _share_constants(graph)

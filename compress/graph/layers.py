@@ -22,6 +22,7 @@ __all__ = [
     "list_layers",
     "node_sizes",
     "table_calls",
+    "tied_tables",
     "weight_position",
 ]
 
@@ -74,6 +75,11 @@ def table_calls(traced: TracedModel) -> dict[str, list[fx.Node]]:
         if node.args[0].op == "get_attr" or is_stored(node.args[0]):
             calls.setdefault(layer_name(node), []).append(node)
     return calls
+
+
+def tied_tables(traced: TracedModel) -> set[str]:
+    """Names of the linears whose weight is an embedding's table, too."""
+    return layer_calls(traced).keys() & table_calls(traced).keys()
 
 
 def weight_position(call: fx.Node) -> int:

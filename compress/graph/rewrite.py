@@ -31,10 +31,10 @@ def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute
     """
     for part, tensor in weight.tensors().items():
         traced.set_tensor(f"{layer}.weight_{part}", tensor)
-    calls = [*layer_calls(traced).get(layer, ()), *table_calls(traced).get(layer, ())]
-    position = weight_position(calls[0])
+    readers = {*layer_calls(traced).get(layer, ()), *table_calls(traced).get(layer, ())}
+    calls = [node for node in traced.graph.nodes if node in readers]  # of a tied table the embedding comes first
     rest = (weight.bits, list(weight.codes.shape), compute, weight.group_size)
-    stored = calls[0].args[position]
+    stored = calls[0].args[weight_position(calls[0])]
     if is_stored(stored):
         stored.args = (*stored.args[:3], *rest)
     else:
@@ -44,7 +44,7 @@ def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute
         with traced.graph.inserting_before(calls[0]):
             stored = traced.graph.call_function(torch.ops.compress.dequantize_weight.default, (*parts, *rest))
         for call in calls:
-            call.update_arg(position, stored)
+            call.update_arg(weight_position(call), stored)
     stored.meta["val"] = weight.dequantize()
     traced.finish()
 

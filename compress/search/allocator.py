@@ -112,7 +112,11 @@ class Allocator:
         found = []
         for allowed in sets:
             kept = [
-                [k for k, way in enumerate(self.space.ways[layers[0]]) if way.widths[0] in (*allowed, 8, 32)]
+                [
+                    k
+                    for k, way in enumerate(self.space.ways[layers[0]])
+                    if way.storage != "packed" or way.widths[0] in allowed
+                ]
                 for layers in self.space.units
             ]
             if all(kept):
@@ -291,9 +295,9 @@ class Allocator:
                 # The machine may run at another speed than when the budget was set.
                 measured["latency"] = plan_us / float_us * self.costs.float_totals["latency"]
         predicted = program.totals(answer.picks)
-        used = {way.widths[0] for way in ways.values()}
+        used = {way.widths[0] for way in ways.values() if way.storage == "packed"}
         # One program for all widths pays for those it does not use, too.
-        predicted["size"] += sum(self.costs.shared[each] for each in used & set(self.costs.shared)) - restricted.paid
+        predicted["size"] += sum(self.costs.shared[each] for each in used) - restricted.paid
         return Draft(ways, answer, dict(program.budgets), predicted, measured, notes)
 
     @staticmethod

@@ -79,16 +79,17 @@ def measure_costs(
             times_us = time_files(files, target, search, intake.traced.length, progress)
             latency, notes = _fit(intake.traced, space, bases, times_us, target, search, progress)
             float_us = times_us[0]
-    widths = {way.widths[0] for ways in space.ways.values() for way in ways if _storage(way) == "packed"}
+    widths = {way.widths[0] for ways in space.ways.values() for way in ways if way.storage == "packed"}
     shared = {width: function_bytes(width) for width in sorted(widths)}
     fixed, extra = _overheads(specs, bases, sizes, shared)
     layers = {
         name: {
             way: Cost(
-                size_bytes=way.stored_bytes(specs[name]) + round(extra[_storage(way)]),
+                size_bytes=way.stored_bytes(specs[name]) + round(extra[way.storage]),
                 macs=specs[name].macs,
                 bops=way.bops(specs[name]),
-                latency_us=latency.layers_us[name].get(way.kind) if latency else None,
+                # Looking rows up takes no time that could be told from the rest.
+                latency_us=latency.layers_us.get(name, {way.kind: 0.0}).get(way.kind) if latency else None,
             )
             for way in ways
         }
@@ -150,12 +151,6 @@ def _bases(space: Space) -> list[dict[str, Way]]:
     return found
 
 
-def _storage(way: Way) -> str:
-    if way.option is None:
-        return "float"
-    return "plain" if way.option.bits == 8 else "packed"
-
-
 def _overheads(
     specs: Mapping[str, LayerSpec],
     bases: Sequence[Mapping[str, Way]],
@@ -165,11 +160,11 @@ def _overheads(
     """Bytes of a file without its layers, and bytes that a layer adds besides its numbers, by how it is stored."""
     float_bytes = sum(FLOAT.stored_bytes(specs[name]) for name in bases[0])
     fixed = float(sizes[0] - float_bytes)
-    extra = {"float": 0.0, "plain": 0.0, "packed": 0.0}
+    extra = {"float": 0.0, "plain": 0.0, "packed": 0.0, "blocks": 0.0}
     for base, size in zip(bases[1:], sizes[1:], strict=True):
-        stored = {name: _storage(way) for name, way in base.items()}
+        stored = {name: way.storage for name, way in base.items()}
         rest = size - fixed - sum(way.stored_bytes(specs[name]) for name, way in base.items())
-        rest -= sum(shared[width] for width in {way.widths[0] for way in base.values() if _storage(way) == "packed"})
+        rest -= sum(shared[width] for width in {way.widths[0] for way in base.values() if way.storage == "packed"})
         kind = "packed" if "packed" in stored.values() else "plain"
         count = sum(each == kind for each in stored.values())
         if count:

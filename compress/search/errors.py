@@ -14,6 +14,7 @@ from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples
 from compress.calib.sensitivity import FLOAT as FLOAT_LOSS
 from compress.calib.sensitivity import MEASURES, measure_sensitivity, stored_losses
+from compress.compression import transform_model
 from compress.errors import InputError
 from compress.formats import find_format
 from compress.graph.quantizers import quantize_inputs
@@ -80,10 +81,11 @@ def measure_errors(
 
         progress("sensitivities: the model at 8 bits", 0, count)
         part = samples.take(min(options.search.sensitivity_samples, len(samples))) if samples else None
+        float_model, base = _base(intake, options, frame, part, store)
         try:
             known |= measure_sensitivity(
-                intake.traced,
-                _base(intake, options, part, store),
+                float_model,
+                base,
                 {layer: wanted for layer, wanted in missing.items() if wanted},
                 measure,
                 part.inputs if part else None,
@@ -119,25 +121,36 @@ def _errors(space: Space, layer: str, losses: dict[str, float]) -> dict[Way, flo
     return errors
 
 
-def _base(intake: Intake, options: Options, samples: Samples | None, store: ResumeStore) -> TracedModel:
-    """The model with every layer at 8 bits, rounded to nearest; the float one without data."""
-    base = intake.traced.copy()
+def _base(
+    intake: Intake, options: Options, frame: Plan, samples: Samples | None, store: ResumeStore
+) -> tuple[TracedModel, TracedModel]:
+    """The float model as the plan will transform it, and its copy with every layer at 8 bits, rounded to nearest.
+
+    Without data that is the float model itself.
+    """
+    float_model = intake.traced.copy()
     if samples is None:
-        return base
+        return float_model, float_model.copy()
     plain = Options(bits=8, method="mse", observer=options.observer, target=options.target, ignore=options.ignore)
     plan = make_plan(intake, plain, samples)
+    steps = plan.steps.model_copy(update={name: getattr(frame.steps, name) for name in ("smoothquant", "awq")})
+    plan = plan.model_copy(update={"steps": steps})
+    transform_model(float_model, plan, samples.inputs)
+    base = float_model.copy()
     quantizers = quantize_inputs(base, plan.choices, find_target(plan.target))
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
     unsaved = ResumeStore(store.fresh_scratch() / "base", "base")
-    calibrate(intake.traced, base, quantizers, plan, computes, samples.inputs, unsaved, lambda layer: None)
-    return base
+    calibrate(float_model, base, quantizers, plan, computes, samples.inputs, unsaved, lambda layer: None)
+    return float_model, base
 
 
 def _store(intake: Intake, options: Options, frame: Plan, measure: str, samples: Samples | None) -> ResumeStore:
     """Where the sensitivities of this model, data and way of measuring are kept."""
+    transformed = [name for name in ("smoothquant", "awq") if getattr(frame.steps, name)]
     content = {
         "model": intake.fingerprint,
-        "data": frame.data_fingerprint if measure != "weight" else None,
+        "data": frame.data_fingerprint if measure != "weight" or transformed else None,
+        "transforms": transformed,
         "samples": min(options.search.sensitivity_samples, len(samples)) if samples else 0,
         "measure": measure,
         "rule": _RULE,

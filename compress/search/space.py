@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.allocation.eligibility import ends, ignored, slow_on_integers
+from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
 from compress.calib.sensitivity import Trial
 from compress.errors import InputError
 from compress.formats import FORMATS
@@ -32,9 +32,18 @@ class Way:
     @property
     def kind(self) -> str:
         """What it runs on, in the words of compress/latency/model.py."""
-        if self.option is None or FORMATS[self.format].compute == "float":
+        if self.option is None or FORMATS[self.format].inputs == "float":
             return "float"
         return "narrow" if (self.option.act_bits or 8) < 8 else "integer"
+
+    @property
+    def storage(self) -> str:
+        """Either "float", "plain" (int8), "packed" (unpacked by a function that the file pays for) or "blocks"."""
+        if self.option is None:
+            return "float"
+        if self.option.group_size is not None:
+            return "blocks"
+        return "plain" if self.option.bits == 8 else "packed"
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -47,9 +56,12 @@ class Way:
         """Bytes of the layer's codes, scales and zero points, or of its float weights."""
         if self.option is None:
             return 4 * layer.parameters
-        channels = layer.weight_shape[0]
-        zero_points = 0 if self.option.symmetric else channels
-        return packed_bytes(layer.parameters, self.option.bits) + 4 * channels + zero_points
+        scales = layer.weight_shape[0]
+        zero_points = 0 if self.option.symmetric else scales
+        if self.option.group_size:
+            scales *= -(-layer.weight_shape[1] // self.option.group_size)
+            zero_points = packed_bytes(scales, self.option.bits)  # beside codes that stay packed
+        return packed_bytes(layer.parameters, self.option.bits) + 4 * scales + zero_points
 
     def bops(self, layer: LayerSpec) -> int:
         """Bit operations a sample: MACs times the widths of weight and activation."""
@@ -132,7 +144,15 @@ def list_space(
     ways: dict[str, tuple[Way, ...]] = {}
     skipped = []
     for layer in layers:
-        found = []
+        found: list[Way] = []
+        reason = "named by --ignore" if layer.name in kept else layer.refusal
+        if layer.kind == "embedding" and reason is None:
+            table = _table_ways(layer, search.weight_widths, target)
+            if isinstance(table, str):
+                skipped.append(Skip(layer=layer.name, reason=table))
+            else:
+                ways[layer.name] = (*table, *((FLOAT,) if search.floats else ()))
+            continue
         widths = [
             bits
             for bits in sorted(search.weight_widths)
@@ -150,7 +170,6 @@ def list_space(
                     fits = FORMATS[name].inputs == option.inputs
                     if fits and FORMATS[name].refusal(layer, option) is None:
                         found += [Way(method, option, name) for method in methods]
-        reason = "named by --ignore" if layer.name in kept else layer.refusal
         if reason is None and not found:
             reason = f"target {target.name} has no format for it"
         if reason is not None:
@@ -162,6 +181,21 @@ def list_space(
         raise InputError(f"nothing to compress: {reasons or 'the model has no layer with weights'}")
     separable = with_data and not search.tied and len(activations) > 1
     return Space(ways, _units(traced, ways, search.grouped), tuple(skipped), separable)
+
+
+def _table_ways(layer: LayerSpec, widths: Sequence[int], target: Target) -> tuple[Way, ...] | str:
+    """Every width that an embedding's table may be stored at, or why it stays float."""
+    found = []
+    reason: str | None = None
+    for bits in sorted(widths):
+        option = table_option(layer, bits)
+        if isinstance(option, str):
+            return option
+        name, refusal = find_format_for(layer, option, target)
+        reason = reason or refusal
+        if refusal is None:
+            found.append(Way("mse", option, name))
+    return tuple(found) or f"left float: {reason}"
 
 
 def _activations(options: Options, with_data: bool) -> tuple[int | None, ...]:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.calib.calibrate import calibrate
+from compress.calib.output_loss import output_loss
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import load_samples
-from compress.calib.sensitivity import BASE, FLOAT, Trial, measure_sensitivity, output_loss, stored_losses
+from compress.calib.sensitivity import BASE, FLOAT, Trial, measure_sensitivity, stored_losses
 from compress.graph.layers import layer_calls
 from compress.graph.quantizers import place_quantizers
 from compress.graph.traced import TracedModel

@@ -69,7 +69,7 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
     assert "continued" not in finish(forks, folder, "whole")
 
     code, said = stop(folder, "out", 1, signal.SIGINT)
-    assert code == 130
+    assert code == 130, said
     assert said == "error: stopped; what is finished is kept, and the same command continues with it\n"
     assert not (folder / "out").exists()
     kept = sorted(path.name for path in (folder / ".out.work").iterdir())

@@ -113,14 +113,14 @@ def test_a_reflected_pad_survives(exported: Exported) -> None:
     assert len(nodes(model, "Pad")) == 1
 
 
-def test_a_linear_on_three_dimensions_reads_its_codes_directly(exported: Exported) -> None:
+def test_a_linear_on_three_dimensions_multiplies_codes(exported: Exported) -> None:
     model = exported(lambda net, x: torch.relu(net.fc(torch.relu(net.a(x)).flatten(2).permute(0, 2, 1))))
-    (matmul,) = nodes(model, "MatMul")
-    dequantize = matmul.inputs[1].producer()
-    assert dequantize is not None
-    assert dequantize.op_type == "DequantizeLinear"
-    assert dequantize.attributes.get_int("axis", 0) == 1
-    assert matmul.name == "fc"
+    (product,) = nodes(model, "MatMulIntegerToFloat")
+    quantize, transpose = (value.producer() for value in product.inputs[:2])
+    assert quantize is not None
+    assert quantize.op_type == "QuantizeLinear"
+    assert transpose is None or transpose.op_type == "Transpose"
+    assert product.name == "fc"
 
 
 def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left(exported: Exported) -> None:
@@ -156,9 +156,8 @@ class Attention(nn.Module):
 
 def test_a_product_of_activations_is_no_layer(compress_quickly: Callable[..., TracedModel]) -> None:
     model = build_onnx(compress_quickly(Attention(), torch.randint(0, 7, (16, 5)), bits=8))
-    layers = [layer_of(node) for node in nodes(model, "MatMul")]
-    assert layers.count(None) == 2
-    assert len(set(layers)) == 4
+    assert [layer_of(node) for node in nodes(model, "MatMul")] == [None, None]
+    assert {layer_of(node) for node in nodes(model, "MatMulIntegerToFloat")} == {"q", "k", "head"}
 
 
 def test_a_float_layer_behind_a_grid_gets_the_grid_once_a_channel(exported: Exported) -> None:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError, InputError
 from compress.graph.fold import fold_batch_norm
+from compress.graph.layers import layer_calls
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
+from compress.records import QuantOption
 from compress.transform import equalize as equalize_module
 from compress.transform.channels import Channels, arguments, pass_through
 from compress.transform.equalize import equalize, prepare
@@ -275,7 +277,10 @@ def test_broken_contract_is_caught_and_undone(monkeypatch: pytest.MonkeyPatch, d
 def test_every_transform_keeps_its_contract(name: str) -> None:
     model, shape, _ = _chains()["depthwise"]
     traced = _traced(model, shape)
-    sentences = apply_transform(name, traced)
+    samples = (torch.randn(8, *shape),)
+    layers = dict.fromkeys(layer_calls(traced), QuantOption(bits=8, act_bits=8))
+    options = {} if name == "equalize" else {"samples": samples, "options": layers}
+    sentences = apply_transform(name, traced, samples, **options)
     assert sentences[-1].startswith(f"{name} changed the outputs by")
     assert set(PREPARATIONS) <= set(TRANSFORMS)
 
