@@ -61,8 +61,12 @@ def measure_costs(
     *,
     timed: bool,
     progress: Callable[[str, int, int], None],
+    float_model: TracedModel | None = None,
 ) -> Costs:
-    """Export the bases, weigh them, and time them and their operators where ``timed``."""
+    """Export the bases, weigh them, and time them and their operators where ``timed``.
+
+    ``float_model`` is what budgets relate to, where ``intake`` has been transformed since.
+    """
     register_operators()
     specs = {layer.name: layer for layer in intake.layers}
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
@@ -70,7 +74,8 @@ def measure_costs(
         bases = _bases(space)
         for position, ways in enumerate(bases):
             progress("exporting base files", position, len(bases))
-            files.append(export_ways(intake.traced, ways, target, Path(folder) / f"base{position}.onnx"))
+            traced = float_model if position == 0 and float_model is not None else intake.traced
+            files.append(export_ways(traced, ways, target, Path(folder) / f"base{position}.onnx"))
         sizes = [file.stat().st_size for file in files]
         latency: LatencyModel | None = None
         notes: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
@@ -23,11 +24,12 @@ from compress.intake import Intake
 from compress.kernels.table import register_operators
 from compress.options import Options
 from compress.planning import make_plan
-from compress.records import Plan
+from compress.records import Plan, Steps
 from compress.search.space import Space, Way
 from compress.targets import find_target
+from compress.transform.table import TRANSFORMS
 
-__all__ = ["SMALLEST_ERROR", "decide_measure", "measure_errors"]
+__all__ = ["SMALLEST_ERROR", "decide_measure", "measure_errors", "transformed"]
 
 SMALLEST_ERROR = 1e-6
 """No quantized layer counts as less harmful than this: a loss that happened to fall is noise the program would buy."""
@@ -81,11 +83,10 @@ def measure_errors(
 
         progress("sensitivities: the model at 8 bits", 0, count)
         part = samples.take(min(options.search.sensitivity_samples, len(samples))) if samples else None
-        float_model, base = _base(intake, options, frame, part, store)
         try:
             known |= measure_sensitivity(
-                float_model,
-                base,
+                intake.traced,
+                _base(intake, options, part, store),
                 {layer: wanted for layer, wanted in missing.items() if wanted},
                 measure,
                 part.inputs if part else None,
@@ -121,36 +122,42 @@ def _errors(space: Space, layer: str, losses: dict[str, float]) -> dict[Way, flo
     return errors
 
 
-def _base(
-    intake: Intake, options: Options, frame: Plan, samples: Samples | None, store: ResumeStore
-) -> tuple[TracedModel, TracedModel]:
-    """The float model as the plan will transform it, and its copy with every layer at 8 bits, rounded to nearest.
+def transformed(intake: Intake, options: Options, frame: Plan, samples: Samples | None) -> Intake:
+    """``intake`` with the graph as ``frame``'s steps will rewrite it: what is to be priced, measured and quantized."""
+    steps = {name: getattr(frame.steps, name) for name in TRANSFORMS}
+    if samples is None or not any(steps.values()):
+        return intake
+    plan = _at_8_bits(intake, options, samples)
+    traced = intake.traced.copy()
+    transform_model(traced, plan.model_copy(update={"steps": Steps(**steps)}), samples.inputs)
+    return replace(intake, traced=traced)
 
-    Without data that is the float model itself.
-    """
-    float_model = intake.traced.copy()
-    if samples is None:
-        return float_model, float_model.copy()
+
+def _at_8_bits(intake: Intake, options: Options, samples: Samples) -> Plan:
     plain = Options(bits=8, method="mse", observer=options.observer, target=options.target, ignore=options.ignore)
-    plan = make_plan(intake, plain, samples)
-    steps = plan.steps.model_copy(update={name: getattr(frame.steps, name) for name in ("smoothquant", "awq")})
-    plan = plan.model_copy(update={"steps": steps})
-    transform_model(float_model, plan, samples.inputs)
-    base = float_model.copy()
+    return make_plan(intake, plain, samples)
+
+
+def _base(intake: Intake, options: Options, samples: Samples | None, store: ResumeStore) -> TracedModel:
+    """The model with every layer at 8 bits, rounded to nearest; the float one without data."""
+    base = intake.traced.copy()
+    if samples is None:
+        return base
+    plan = _at_8_bits(intake, options, samples)
     quantizers = quantize_inputs(base, plan.choices, find_target(plan.target))
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
     unsaved = ResumeStore(store.fresh_scratch() / "base", "base")
-    calibrate(float_model, base, quantizers, plan, computes, samples.inputs, unsaved, lambda layer: None)
-    return float_model, base
+    calibrate(intake.traced, base, quantizers, plan, computes, samples.inputs, unsaved, lambda layer: None)
+    return base
 
 
 def _store(intake: Intake, options: Options, frame: Plan, measure: str, samples: Samples | None) -> ResumeStore:
     """Where the sensitivities of this model, data and way of measuring are kept."""
-    transformed = [name for name in ("smoothquant", "awq") if getattr(frame.steps, name)]
+    transforms = [name for name in TRANSFORMS if getattr(frame.steps, name)]
     content = {
         "model": intake.fingerprint,
-        "data": frame.data_fingerprint if measure != "weight" or transformed else None,
-        "transforms": transformed,
+        "data": frame.data_fingerprint if measure != "weight" or transforms else None,
+        "transforms": transforms,
         "samples": min(options.search.sensitivity_samples, len(samples)) if samples else 0,
         "measure": measure,
         "rule": _RULE,

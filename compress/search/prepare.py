@@ -15,7 +15,7 @@ from compress.planning import begin_plan, choose_methods
 from compress.records import Budget, Plan
 from compress.search.allocator import Allocator
 from compress.search.costs import measure_costs
-from compress.search.errors import decide_measure, measure_errors
+from compress.search.errors import decide_measure, measure_errors, transformed
 from compress.search.space import list_space
 from compress.targets import find_target
 
@@ -92,6 +92,8 @@ def prepare(
     if search.floats is None:
         # A float layer among integer ones is slow in a way that only measured latencies price.
         options = replace(options, search=replace(search, floats=timed or samples is None))
+    float_model = intake.traced
+    intake = transformed(intake, options, frame, samples)
     space = list_space(
         intake.traced,
         intake.layers,
@@ -101,7 +103,9 @@ def prepare(
         with_data=samples is not None,
         timed=timed,
     )
-    costs = measure_costs(intake, space, target, options.search, timed=timed, progress=progress)
+    costs = measure_costs(
+        intake, space, target, options.search, timed=timed, progress=progress, float_model=float_model
+    )
     allocator = Allocator(intake.traced, space, costs, target, options.search, progress)
     prepared = Prepared(allocator, frame, budgets, measure, objective, ())
     allocator.check_reachable(prepared.limits)
