@@ -1,0 +1,169 @@
+"""``--rows``: the fastest format of each linear by its times, and what is done where they are alike or missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from compress import api
+from compress.errors import InputError
+from compress.intake import take_in
+from compress.latency import fastest
+from compress.latency.fastest import find_fastest
+from compress.latency.operators import Shape, Variant
+from compress.latency.table import Operator
+from compress.records import Choice
+from compress.targets import find_target
+
+CPU = find_target("onnx-cpu")
+Times = Callable[[Shape, str], float]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+def net() -> nn.Module:
+    """64 to 96 to 5; rows of a sequence."""
+    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 5)).eval()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[tuple[str, str]]]:
+    """Put made-up times in place of the clock; the list of what was asked for."""
+
+    def put(times: Times) -> list[tuple[str, str]]:
+        asked: list[tuple[str, str]] = []
+
+        def time_operators(
+            shapes: Sequence[Shape], *_: Any, variants: Sequence[Variant] = (), **__: Any
+        ) -> list[Operator]:
+            rows = [(shape, variant.compute) for shape in shapes for variant in variants]
+            asked.extend((shape.signature, compute) for shape, compute in rows)
+            return [
+                Operator(
+                    signature=shape.signature,
+                    compute=compute,
+                    layer_us=times(shape, compute) - 0.75,
+                    enter_us=0.5,
+                    leave_us=0.25,
+                )
+                for shape, compute in rows
+            ]
+
+        monkeypatch.setattr(fastest, "time_operators", time_operators)
+        return asked
+
+    return put
+
+
+def found(module: nn.Module, rows: int, *, bits: int = 4, length: int = 7, with_data: bool = True) -> dict[str, Choice]:
+    intake = take_in(module, input_shape=(length, 64))
+    return find_fastest(
+        intake.traced,
+        intake.layers,
+        {layer.name: bits for layer in intake.layers},
+        method="mse",
+        rows=rows,
+        with_data=with_data,
+        target=CPU,
+        threads=1,
+        table_file=None,
+        progress=lambda *_: None,
+    )
+
+
+ALIKE = {"float": 100.0, "W4g32": 100.0, "W4g128": 100.0, "integer": 100.0, "dynamic": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("compute", "option", "name"),
+    [
+        ("float", "W4", "float-weights"),
+        ("W4g32", "W4g32", "matmul-nbits"),
+        ("integer", "W4A8", "integer"),
+        ("dynamic", "W4A8d", "dynamic"),
+    ],
+)
+def test_the_fastest_is_taken_and_says_by_how_much(
+    compute: str, option: str, name: str, timed: Callable[[Times], object]
+) -> None:
+    timed(lambda shape, each: 40.0 if each == compute else 100.0)
+    choice = found(net(), rows=7)["0"]
+    assert (str(choice.option), choice.format, choice.method) == (option, name, "mse")
+    assert str(choice.reason).startswith(f"fastest at 7 rows (microseconds: {option} 40, ")
+    assert str(choice.reason).count(" 100") == len(str(choice.reason).split(",")) - 1
+
+
+def test_of_formats_as_fast_the_one_that_changes_the_input_least(timed: Callable[[Times], object]) -> None:
+    timed(lambda shape, compute: {"float": 104.0, "integer": 100.0}.get(compute, 102.0))
+    assert found(net(), rows=7)["0"].format == "float-weights"
+    # Other rows: nothing of the first table is used.
+    timed(lambda shape, compute: {"float": 106.0, "integer": 100.0}.get(compute, 104.0))
+    assert found(net(), rows=8)["0"].format == "matmul-nbits"
+
+
+def test_rows_are_those_of_the_widest_layer_and_others_have_fewer_in_proportion(
+    timed: Callable[[Times], list[tuple[str, str]]],
+) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each, self.whole = nn.Linear(64, 96), nn.Linear(96, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.whole(self.each(x).mean(1))
+
+    asked = timed(lambda shape, compute: 10.0)
+    choices = found(Pooled().eval(), rows=40, length=10)
+    assert str(choices["each"].reason).startswith("fastest at 40 rows")
+    assert str(choices["whole"].reason).startswith("fastest at 4 rows")
+    assert len(set(asked)) == len(asked), "nothing is timed twice"
+
+
+def test_without_data_nothing_needs_a_calibrated_range(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
+    asked = timed(lambda shape, compute: 10.0)
+    found(net(), rows=7, with_data=False)
+    assert "integer" not in {compute for _, compute in asked}
+    assert "dynamic" in {compute for _, compute in asked}
+
+
+def test_widths_that_no_kernel_unpacks_are_not_offered(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
+    asked = timed(lambda shape, compute: 10.0)
+    found(net(), rows=7, bits=3)
+    assert {compute for _, compute in asked} == {"float", "integer", "dynamic"}
+
+
+def test_times_are_kept(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
+    timed(lambda shape, compute: 40.0 if compute == "integer" else 100.0)
+    first = found(net(), rows=7)
+    asked = timed(lambda shape, compute: 1.0)
+    assert found(net(), rows=7) == first
+    assert asked == []
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="--rows 0: a call has 1 row or more"):
+        found(net(), rows=0)
+    module = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU()).eval()
+    with pytest.raises(InputError, match="the model has none that can be compressed"):
+        api.preview(module, input_shape=(1, 6, 6), rows=4)
+
+
+@pytest.mark.slow
+def test_measured_for_real_and_exported_as_chosen(tmp_path: Path) -> None:
+    report = api.quantize(
+        net(), calib=torch.randn(16, 7, 64), bits=4, rows=7, method="mse", out=tmp_path / "out"
+    ).report
+    kinds = {"float-weights": "MatMul", "matmul-nbits": "MatMulNBits"}
+    wanted = {choice.layer: kinds.get(choice.format, "MatMulIntegerToFloat") for choice in report.plan.choices}
+    nodes = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert {layer: nodes[layer] for layer in wanted} == wanted
+    assert all("fastest at 7 rows" in str(choice.reason) for choice in report.plan.choices)
