@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from compress.latency.fastest import find_fastest
 from compress.latency.operators import Shape, Variant
 from compress.latency.table import Operator
 from compress.records import Choice
-from compress.targets import find_target
+from compress.targets import Target, find_target
 
 CPU = find_target("onnx-cpu")
 Times = Callable[[Shape, str], float]
@@ -64,7 +65,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Times], list[tuple[str, 
     return put
 
 
-def found(module: nn.Module, rows: int, *, bits: int = 4, length: int = 7, with_data: bool = True) -> dict[str, Choice]:
+def found(
+    module: nn.Module, rows: int, *, bits: int = 4, length: int = 7, with_data: bool = True, target: Target = CPU
+) -> dict[str, Choice]:
     intake = take_in(module, input_shape=(length, 64))
     return find_fastest(
         intake.traced,
@@ -73,7 +76,7 @@ def found(module: nn.Module, rows: int, *, bits: int = 4, length: int = 7, with_
         method="mse",
         rows=rows,
         with_data=with_data,
-        target=CPU,
+        target=target,
         threads=1,
         table_file=None,
         progress=lambda *_: None,
@@ -155,6 +158,93 @@ def test_refusals() -> None:
     module = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU()).eval()
     with pytest.raises(InputError, match="the model has none that can be compressed"):
         api.preview(module, input_shape=(1, 6, 6), rows=4)
+
+
+def test_alike_in_everything_stays_on_floats(timed: Callable[[Times], object]) -> None:
+    timed(lambda shape, compute: ALIKE[compute])
+    choices = found(net(), rows=1)
+    assert {(str(choice.option), choice.format) for choice in choices.values()} == {("W4", "float-weights")}
+    times = "W4 100, W4g32 100, W4A8 100, W4A8d 100"
+    assert {choice.reason for choice in choices.values()} == {f"fastest at 1 row (microseconds: {times})"}
+
+
+def test_the_reason_names_the_slowest_last(timed: Callable[[Times], object]) -> None:
+    timed(lambda shape, compute: {"float": 80.0, "W4g32": 20.4, "integer": 41.0, "dynamic": 60.0}[compute])
+    reason = found(net(), rows=7)["0"].reason
+    assert reason == "fastest at 7 rows (microseconds: W4g32 20, W4A8 41, W4A8d 60, W4 80)"
+
+
+def test_each_linear_has_a_winner_of_its_own(timed: Callable[[Times], object]) -> None:
+    timed(lambda shape, compute: 10.0 if compute == ("dynamic" if shape.weight == (96, 64) else "W4g32") else 20.0)
+    assert {name: choice.format for name, choice in found(net(), rows=7).items()} == {
+        "0": "dynamic",
+        "2": "matmul-nbits",
+    }
+
+
+def test_groups_wider_than_a_row_are_not_offered(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
+    asked = timed(lambda shape, compute: 10.0)
+    reasons = {name: str(choice.reason) for name, choice in found(Towers().eval(), rows=7).items()}
+    assert {compute for _, compute in asked if compute.startswith("W4g")} == {"W4g32", "W4g128"}
+    assert [("W4g32" in reasons[name], "W4g128" in reasons[name]) for name in ("tiny", "small", "large")] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
+
+
+class Towers(nn.Module):
+    """Rows of 16, of 64 and of 128 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small, self.tiny = nn.Linear(128, 16), nn.Linear(64, 64), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tiny(torch.relu(self.large(torch.cat([x, self.small(x)], -1))))
+
+
+def test_a_target_without_a_format_is_not_timed_in_it(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
+    asked = timed(lambda shape, compute: 10.0)
+    found(net(), rows=7, target=replace(CPU, formats=("float-weights", "dynamic")))
+    assert {compute for _, compute in asked} == {"float", "dynamic"}
+
+
+def test_only_what_the_table_lacks_is_timed(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
+    timed(lambda shape, compute: 40.0 if compute == "dynamic" else 100.0)
+    found(net(), rows=7)
+    asked = timed(lambda shape, compute: 10.0)
+    longer = nn.Sequential(net(), nn.ReLU(), nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU()).eval()
+    choices = found(longer, rows=7)
+    # The first layer was timed with the ReLU behind it; the third to last is the same.
+    assert {signature.partition(" on ")[0] for signature, _ in asked} == {"linear 5x96", "linear 64x5"}
+    assert choices["0.0"].format == choices["4"].format == "dynamic"
+    assert str(choices["0.0"].reason).startswith("fastest at 7 rows (microseconds: W4A8d 40, W4 100")
+
+
+def test_layers_that_are_no_linears_are_left_to_the_uniform_plan(timed: Callable[[Times], object]) -> None:
+    timed(lambda shape, compute: 10.0 if compute in ("W8g32", "W8g128") else 20.0)
+    module = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 7)
+    ).eval()
+    plan = api.preview(module, input_shape=(1, 6, 6), bits=4, rows=2, first_last_bits=8, ignore=("3",)).plan
+    formats = {choice.layer: (str(choice.option), choice.format) for choice in plan.choices}
+    # The last layer has 8 bits, and was timed with them.
+    assert formats == {"0": ("W8", "float-weights"), "5": ("W8g32", "matmul-nbits")}
+    assert [(skip.layer, skip.reason) for skip in plan.skipped] == [("3", "named by --ignore")]
+
+
+def test_exported_and_proven_as_chosen(timed: Callable[[Times], object], tmp_path: Path) -> None:
+    timed(lambda shape, compute: 10.0 if compute == ("dynamic" if shape.weight == (96, 64) else "W4g32") else 20.0)
+    result = api.quantize(
+        net(), calib=torch.randn(16, 7, 64), bits=4, first_last_bits=4, rows=7, method="mse", out=tmp_path / "out"
+    )
+    parity = result.report.parity
+    assert parity.failures == ()
+    assert (parity.integer_layers, parity.block_layers, parity.float_layers) == (1, 1, 0)
+    operators = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert (operators["0"], operators["2"]) == ("MatMulIntegerToFloat", "MatMulNBits")
+    assert all("fastest at 7 rows" in str(row.note) for row in result.report.layers)
 
 
 @pytest.mark.slow
