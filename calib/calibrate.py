@@ -36,6 +36,7 @@ __all__ = ["LayerResult", "calibrate", "layer_seed", "quantize_table"]
 
 _EVALUATED = 128
 _SUFFERS = 0.5
+_MUCH = 0.01
 _WITHOUT_DATA = "mse"
 
 
@@ -213,13 +214,14 @@ def layer_seed(seed: int, layer: str) -> int:
 
 
 def _suffers(choice: Choice, result: LayerResult) -> bool:
-    """Whether rounding the input costs the layer about as much as its weights' codes do, and floats are as fast.
+    """Whether rounding the input costs the layer about as much as its weights' codes do.
 
-    Kernels for 2 and 8 bits are many times slower on floats.
+    Kernels for 2 and 8 bits are many times slower on floats: there it must cost much besides.
     """
-    if result.input_error is None or result.output_error is None or choice.option.bits != 4:
+    if result.input_error is None or result.output_error is None:
         return False
-    return result.input_error > _SUFFERS * result.output_error
+    much = choice.option.bits == 4 or result.input_error > _MUCH
+    return much and result.input_error > _SUFFERS * result.output_error
 
 
 def _input_error(problem: LayerProblem, solution: Solution, x: Tensor, y: Tensor) -> float:

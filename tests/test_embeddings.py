@@ -91,12 +91,53 @@ def test_what_stays_float_says_why(module: nn.Module, reason: str) -> None:
     assert {skip.layer: skip.reason for skip in plan.skipped} == {"words": f"left float: {reason}"}
 
 
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(WORDS, 32)), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(nn.functional.embedding(ids, self.table))  # type: ignore[no-any-return]
+
+
+class ReadTwice(Bag):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids) + self.words.weight[3])  # type: ignore[no-any-return]
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(WORDS, 32), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids))  # type: ignore[no-any-return]
+
+
+def test_a_bare_parameter_is_a_table_too(tmp_path: Path) -> None:
+    result, graph = compressed(Bare(), tmp_path / "out", bits=8)
+    assert [row.name for row in result.report.layers] == ["table", "head"]
+    assert "GatherBlockQuantized" in {node.op_type for node in graph.node}
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(ReadTwice(32), "its table is read by something else, too"), (Summed(), "embeddings that are summed")],
+    ids=["read otherwise", "summed"],
+)
+def test_tables_that_are_more_than_looked_up_stay_float(module: nn.Module, reason: str) -> None:
+    plan = api.preview(module.eval(), calib=torch.randint(0, WORDS, (16, 6)), bits=8, method="mse").plan
+    assert [skip.layer for skip in plan.skipped] == ["words"]
+    assert reason in plan.skipped[0].reason
+
+
 def test_ignored_tables_stay_float(tmp_path: Path) -> None:
     result, graph = compressed(Bag(32), tmp_path / "out", bits=8, ignore=("words",))
     assert result.report.plan.skipped[0].reason == "named by --ignore"
     assert "GatherBlockQuantized" not in {node.op_type for node in graph.node}
 
 
+@pytest.mark.slow
 def test_budgets_choose_a_tables_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     module = Bag(256, words=2000)  # nearly all of the file

@@ -112,10 +112,15 @@ def _look_up(
         [ir.AttrInt64(key, value) for key, value in attributes.items()],
         metadata_props=dict(gather.metadata_props),
     )
+    graph.insert_before(gather, node)
+    if sizes["K"] % sizes["block_size"]:  # a tied table's rows are filled up for the product
+        ends = {"first": 0, "end": sizes["K"], "axis": -1}
+        bounds = [initialise(graph, f"{gather.name}_{name}", np.array([value])) for name, value in ends.items()]
+        node = ir.node("Slice", [node.outputs[0], *bounds])
+        graph.insert_before(gather, node)
     before, after = gather.outputs[0], node.outputs[0]
     after.name, after.type, after.shape = before.name, before.type, before.shape
-    graph.insert_before(gather, node)
-    ir.convenience.replace_all_uses_with(gather.outputs[0], node.outputs[0], replace_graph_outputs=True)
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
     graph.remove(gather, safe=True)
 
 

@@ -33,7 +33,10 @@ LAYER_KINDS = {aten.conv1d.default: "conv1d", aten.conv2d.default: "conv2d", ate
 # Embeddings: their table comes first, and nothing is multiplied with it.
 TABLE = aten.embedding.default
 
+_BAG = aten.embedding_bag.padding_idx
+
 _REFUSED = {
+    _BAG: ("embedding_bag", "embeddings that are summed as they are looked up are not compressed yet"),
     aten.conv_transpose2d.input: ("conv_transpose2d", "transposed convolutions are not compressed yet"),
     aten.conv_transpose1d.default: ("conv_transpose1d", "transposed convolutions are not compressed yet"),
     aten.conv3d.default: ("conv3d", "3-d convolutions are not compressed yet"),
@@ -84,7 +87,7 @@ def tied_tables(traced: TracedModel) -> set[str]:
 
 def weight_position(call: fx.Node) -> int:
     """Which argument of ``call`` is its weight."""
-    return 0 if call.target is TABLE else 1
+    return 0 if call.target in (TABLE, _BAG) else 1
 
 
 def layer_computes(traced: TracedModel) -> dict[str, str]:
@@ -150,10 +153,20 @@ def _tables(traced: TracedModel) -> list[LayerSpec]:
             rows=sum(math.prod(node_sizes(node)[:-1]) for node in calls) // len(traced.example[0]),
             calls=len(calls),
             block=name.rpartition(".")[0],
+            refusal=None if _is_only_looked_up(traced, calls) else "its table is read by something else, too",
         )
         for name, calls in table_calls(traced).items()
         if name not in linears  # of a tied table the linear is the layer
     ]
+
+
+def _is_only_looked_up(traced: TracedModel, calls: list[fx.Node]) -> bool:
+    """Whether nothing but ``calls`` reads their table: else the float table would stay beside the codes."""
+    table = calls[0].args[0]
+    if is_stored(table):
+        return True
+    readers = [node for each in traced.graph.find_nodes(op="get_attr", target=table.target) for node in each.users]
+    return set(readers) <= set(calls)
 
 
 def _weighted(traced: TracedModel) -> list[fx.Node]:
@@ -181,11 +194,12 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
     found: dict[str, LayerSpec] = {}
     for node in _weighted(traced):
         kind, reason = _REFUSED.get(node.target, (None, None))  # type: ignore[call-overload]
-        if node.target in LAYER_KINDS and node.args[1].op != "get_attr" and not is_stored(node.args[1]):
+        weight = node.args[weight_position(node)]
+        if node.target in LAYER_KINDS and weight.op != "get_attr" and not is_stored(weight):
             kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
         if kind is None:
             continue
-        shape = node_sizes(node.args[1])
+        shape = node_sizes(weight)
         name = layer_name(node)
         calls = found[name].calls + 1 if name in found else 1
         found[name] = LayerSpec(name=name, kind=kind, weight_shape=shape, macs=0, rows=0, calls=calls, refusal=reason)

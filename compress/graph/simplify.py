@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from compress.graph.attention import open_attention
-from compress.graph.layers import LAYER_KINDS
+from compress.graph.layers import LAYER_KINDS, TABLE, weight_position
 from compress.graph.traced import TracedModel
 
 __all__ = ["simplify"]
@@ -51,8 +51,8 @@ def simplify(traced: TracedModel) -> None:
             _number_padding(traced, node)
         elif node.target is aten.mean.dim:
             _pool_mean(traced, node)
-        if node.target in LAYER_KINDS:
-            _name_weight(traced, node.args[1])
+        if node.target in LAYER_KINDS or node.target is TABLE:
+            _name_weight(traced, node.args[weight_position(node)])
     traced.finish()
 
 

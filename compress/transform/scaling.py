@@ -14,6 +14,7 @@ not possible, because others read the value too, SmoothQuant multiplies by it an
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 
 from compress.calib.observers import activation_grid
 from compress.calib.tokens import real_tokens, select_real
+from compress.errors import InputError
 from compress.graph.layers import layer_calls
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
@@ -210,6 +212,8 @@ def _error(value: _Value, weights: Mapping[str, Tensor], options: Mapping[str, Q
         x = value.rows / s
         if option.act_bits is not None:
             low, high = float((value.smallest / s).min()), float((value.largest / s).max())
+            if not math.isfinite(high - low):
+                raise InputError(f"layer {name} reads values that are not finite: the model's weights or data hold NaN")
             scale, zero_point = activation_grid(low, high, option.act_bits, torch.uint8)
             x = fake_quantize_op()(x, scale, zero_point, option.act_bits)
         problem = LayerProblem(name, weight * s, None, forward=lambda x, *_: x)

@@ -225,3 +225,23 @@ def test_only_block_kernels_round_inputs() -> None:
     x[:, 7] += 3000.0
     report = compress.quantize(module, calib=x, bits=4, act_bits=8, first_last_bits=4, method="mse").report
     assert [(row.option, row.input_error) for row in report.layers] == [("W4A8", None)]
+
+
+class WildEnd(nn.Module):
+    """Two inputs of its last layer are thousands of times the rest, and of no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 5)
+        self.register_buffer("gain", torch.ones(64).index_fill(0, torch.tensor([7, 40]), 3000.0))
+        with torch.no_grad():
+            self.last.weight[:, [7, 40]] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)) * self.gain)  # type: ignore[no-any-return]
+
+
+def test_a_layer_of_8_bits_that_suffers_badly_computes_in_floats_too() -> None:
+    report = compress.quantize(WildEnd().eval(), calib=torch.randn(64, 9, 64), bits=4, group_size=32).report
+    assert [choice.option.bits for choice in report.plan.choices] == [8, 8]
+    assert ["computes in floats" in str(row.note) for row in report.layers] == [False, True]
