@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ def test_groups_are_for_linears() -> None:
 def test_what_the_kernel_does_not_run_becomes_float_weights(bits: int, group: int) -> None:
     found = planned(bits=bits, group_size=group, first_last_bits=bits)
     assert found["4"] == (f"W{bits}g{group}", "hqq", "float-weights")
+    plan = api.preview(net(), input_shape=(1, 6, 6), bits=bits, group_size=group, first_last_bits=bits).plan
+    choice = plan.choice("4")
+    assert choice is not None
+    said = f"groups of 16, 32, 64, 128, 256, not {group}" if bits == 4 else "runs 2, 4, 8 bits, not 3"
+    assert said in str(choice.reason)
 
 
 def test_data_brings_gptq_and_leaves_inputs_float() -> None:
@@ -88,3 +94,14 @@ def test_grouped_weights_survive_storage() -> None:
 
 def weight_times(stored: QuantizedWeight) -> torch.Tensor:
     return stored.dequantize() * torch.arange(1.0, 6.0)[:, None]
+
+
+@pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 24)])
+def test_grids_of_groups_are_stored_once_a_group_even_where_no_kernel_reads_them(
+    bits: int, group: int, tmp_path: Path
+) -> None:
+    module = nn.Sequential(nn.Linear(192, 160), nn.ReLU(), nn.Linear(160, 48)).eval()
+    settings = {"bits": bits, "first_last_bits": bits, "group_size": group, "method": "mse"}
+    size = api.quantize(module, input_shape=(192,), out=tmp_path / "out", **settings).report.size  # type: ignore[arg-type]
+    weights = 192 * 160 + 160 * 48
+    assert size.compressed_bytes < weights * (bits / 8 + 5 / group) * 1.1 + 6000  # codes, scale and zero, the rest

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
 from compress.errors import InputError
+from compress.formats import FORMATS
 from compress.records import Choice, LayerSpec, QuantOption, Skip
 from compress.targets import Target
 
@@ -75,6 +76,9 @@ def uniform_choices(
         else:
             if measured is not None:
                 why = measured.reason or ""
+            elif option.group_size is not None and format_name == "float-weights":
+                kernel = FORMATS["matmul-nbits"].refusal(layer, option)
+                why = f"unpacked to floats when the file is loaded: {kernel}" if kernel else ""
             elif layer.name in leading:
                 why = f"runs on floats: faster with fewer than {target.integer_channels} output channels"
             else:

@@ -13,6 +13,9 @@ from compress.report.schema import Metric, Parity, Report
 __all__ = ["inspection_table", "layer_table", "parity_text", "plan_table", "summary_lines"]
 
 
+_NAMED = 3
+
+
 def layer_table(report: Report) -> Table:
     """Layer by layer: width, size, error beside rounding to nearest."""
     table = Table(title="Layers", title_justify="left")
@@ -49,9 +52,10 @@ def plan_table(plan: Plan, layers: Sequence[LayerSpec]) -> Table:
     reasons = {skip.layer: skip.reason for skip in plan.skipped}
     for layer in layers:
         choice = plan.choice(layer.name)
-        does = (
-            (str(choice.option), choice.method, choice.format) if choice else ("float", "", reasons.get(layer.name, ""))
-        )
+        does = ("float", "", reasons.get(layer.name, ""))
+        if choice:
+            runs = f"{choice.format}: {choice.reason}" if choice.reason else choice.format
+            does = (str(choice.option), choice.method, runs)
         table.add_row(layer.name, layer.kind, f"{layer.parameters:,}", *does)
     return table
 
@@ -99,7 +103,20 @@ def summary_lines(report: Report) -> list[str]:
     lines.append(
         f"Calibration: {report.calibration_seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e6:,.0f} MB"
     )
-    return lines + [f"- {note}" for note in report.notes]
+    return lines + _layer_notes(report) + [f"- {note}" for note in report.notes]
+
+
+def _layer_notes(report: Report) -> list[str]:
+    """What was done to layers other than asked for, each sentence once with the layers it is about."""
+    layers: dict[str, list[str]] = {}
+    skipped = {skip.layer for skip in report.plan.skipped}  # a line of their own
+    for row in report.layers:
+        if row.note and row.name not in skipped:
+            layers.setdefault(row.note, []).append(row.name)
+    return [
+        f"- {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}: {note}"
+        for note, names in layers.items()
+    ]
 
 
 def parity_text(parity: Parity) -> str:

@@ -1,4 +1,4 @@
-"""ONNX functions that unpack weight codes: standard operators only, one definition a width, one node a layer.
+"""ONNX functions that unpack weight codes and spread the grids of groups: standard operators only, one node a layer.
 
 ONNX Runtime inlines model-local functions when it loads a file and folds whatever depends on initialisers alone, before
 it looks for quantized patterns: the packed codes become a plain int8 initialiser, and the layer runs on the kernels an
@@ -13,10 +13,21 @@ import onnx_ir as ir
 
 from compress.packing import planes
 
-__all__ = ["DOMAIN", "OPSET", "declare_schema", "function_bytes", "unpack_function", "unpack_name"]
+__all__ = [
+    "DOMAIN",
+    "OPSET",
+    "SPREAD",
+    "declare_schema",
+    "declare_spread",
+    "function_bytes",
+    "spread_function",
+    "unpack_function",
+    "unpack_name",
+]
 
 DOMAIN = "compress"
 OPSET = 18  # BitwiseAnd and BitwiseOr
+SPREAD = "Spread"
 
 
 def unpack_name(bits: int) -> str:
@@ -26,19 +37,22 @@ def unpack_name(bits: int) -> str:
 
 def declare_schema(bits: int) -> None:
     """Make the function known to ONNX's schema registry, without which onnxscript builds no call to it."""
-    name = unpack_name(bits)
+    _declare(unpack_name(bits), {"packed": "uint8", "shape": "int64"}, {"codes": "int8"})
+
+
+def declare_spread() -> None:
+    """The same for the function that spreads grids."""
+    _declare(SPREAD, {"grid": "float", "sizes": "int64", "row": "int64", "shape": "int64"}, {"spread": "float"})
+
+
+def _declare(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
     if onnx.defs.has(name, DOMAIN):
         return
-    parameter = onnx.defs.OpSchema.FormalParameter
-    onnx.defs.register_schema(
-        onnx.defs.OpSchema(
-            name,
-            DOMAIN,
-            1,
-            inputs=[parameter("packed", "tensor(uint8)"), parameter("shape", "tensor(int64)")],
-            outputs=[parameter("codes", "tensor(int8)")],
-        )
+    given, made = (
+        [onnx.defs.OpSchema.FormalParameter(each, f"tensor({kind})") for each, kind in part.items()]
+        for part in (inputs, outputs)
     )
+    onnx.defs.register_schema(onnx.defs.OpSchema(name, DOMAIN, 1, inputs=given, outputs=made))
 
 
 def unpack_function(bits: int) -> ir.Function:
@@ -67,6 +81,18 @@ def unpack_function(bits: int) -> ir.Function:
     centred = body.add("Sub", wide, body.constant(np.array(1 << (bits - 1), dtype=np.int32)))
     narrow = body.add("Cast", centred, to=int(ir.DataType.INT8))
     return body.function(unpack_name(bits), body.add("Reshape", narrow, shape))
+
+
+def spread_function() -> ir.Function:
+    """``float [shape] = Spread(grid [O, groups], sizes (O, groups, group size), row, shape)``: a number a weight.
+
+    As ordinary nodes the exporter would fold it into a number a weight in the file.
+    """
+    body = _Body()
+    grid, sizes, row, shape = (body.input(name) for name in ("grid", "sizes", "row", "shape"))
+    wide = body.add("Expand", body.add("Unsqueeze", grid, body.ints([2])), sizes)
+    rows = body.add("Slice", body.add("Reshape", wide, body.ints([0, -1])), body.ints([0]), row, body.ints([1]))
+    return body.function(SPREAD, body.add("Reshape", rows, shape))
 
 
 def function_bytes(bits: int) -> int:

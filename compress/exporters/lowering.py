@@ -18,7 +18,7 @@ from onnxscript import opset18 as op
 from onnxscript.values import Op, Opset
 
 from compress.exporters.blocks import block_weight_name, declare_block_weight
-from compress.exporters.functions import DOMAIN, declare_schema, unpack_name
+from compress.exporters.functions import DOMAIN, SPREAD, declare_schema, declare_spread, unpack_name
 
 __all__ = ["translations"]
 
@@ -77,9 +77,8 @@ def _spread(grid: Any, shape: Sequence[int], group_size: int | None) -> Any:
         return op.Reshape(grid, _ints(-1, *[1] * (len(shape) - 1)))
     row = math.prod(shape[1:])
     groups = -(-row // group_size)
-    wide = op.Expand(op.Unsqueeze(grid, _ints(2)), _ints(shape[0], groups, group_size))
-    rows = op.Slice(op.Reshape(wide, _ints(shape[0], groups * group_size)), _ints(0), _ints(row), _ints(1))
-    return op.Reshape(rows, _ints(*shape))
+    declare_spread()
+    return Op(Opset(DOMAIN, 1), SPREAD)(grid, _ints(shape[0], groups, group_size), _ints(row), _ints(*shape))
 
 
 def _dequantize_bias(codes: Any, input_scale: Any, weight_scale: Any) -> Any:

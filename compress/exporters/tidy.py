@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.exporters.blocks import use_matmul_nbits
-from compress.exporters.functions import DOMAIN, OPSET, unpack_function
+from compress.exporters.functions import DOMAIN, OPSET, SPREAD, spread_function, unpack_function
 from compress.exporters.initializers import constant_of, initialise
 from compress.exporters.lookups import look_up_codes
 from compress.exporters.products import use_integer_products
@@ -61,11 +61,11 @@ def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
     _share_constants(graph)
     _remove_unread(graph)
     _name(graph, layers)
-    widths = {node.op_type.removeprefix("Unpack") for node in graph if node.domain == DOMAIN}
-    for width in sorted(int(width) for width in widths):
-        function = unpack_function(width)
+    used = {node.op_type for node in graph if node.domain == DOMAIN}
+    for name in sorted(used):
+        function = spread_function() if name == SPREAD else unpack_function(int(name.removeprefix("Unpack")))
         model.functions[function.identifier()] = function
-    if widths:
+    if used:
         model.opset_imports[DOMAIN] = 1
     model.opset_imports[""] = max(OPSET, model.opset_imports.get("", OPSET))
     model.ir_version = _IR_VERSION
