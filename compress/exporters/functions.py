@@ -42,17 +42,18 @@ def declare_schema(bits: int) -> None:
 
 def declare_spread() -> None:
     """The same for the function that spreads grids."""
-    _declare(SPREAD, {"grid": "float", "sizes": "int64", "row": "int64", "shape": "int64"}, {"spread": "float"})
+    _declare(SPREAD, {"grid": "T", "sizes": "int64", "row": "int64", "shape": "int64"}, {"spread": "T"})
 
 
 def _declare(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
     if onnx.defs.has(name, DOMAIN):
         return
     given, made = (
-        [onnx.defs.OpSchema.FormalParameter(each, f"tensor({kind})") for each, kind in part.items()]
-        for part in (inputs, outputs)
+        [onnx.defs.OpSchema.FormalParameter(each, kind if kind == "T" else f"tensor({kind})") for each, kind in part]
+        for part in (inputs.items(), outputs.items())
     )
-    onnx.defs.register_schema(onnx.defs.OpSchema(name, DOMAIN, 1, inputs=given, outputs=made))
+    either = [("T", ["tensor(float)", "tensor(uint8)"], "scales or zero points")] if "T" in inputs.values() else []
+    onnx.defs.register_schema(onnx.defs.OpSchema(name, DOMAIN, 1, inputs=given, outputs=made, type_constraints=either))
 
 
 def unpack_function(bits: int) -> ir.Function:
@@ -84,7 +85,7 @@ def unpack_function(bits: int) -> ir.Function:
 
 
 def spread_function() -> ir.Function:
-    """``float [shape] = Spread(grid [O, groups], sizes (O, groups, group size), row, shape)``: a number a weight.
+    """``T [shape] = Spread(grid T [O, groups], sizes (O, groups, group size), row, shape)``: a number a weight.
 
     As ordinary nodes the exporter would fold it into a number a weight in the file.
     """

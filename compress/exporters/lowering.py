@@ -66,8 +66,9 @@ def _dequantize_weight(
     if compute in ("integer", "dynamic"):
         return op.DequantizeLinear(codes, scale, _constant(np.zeros(shape[0], dtype=np.int8)), axis=0)
     # The function returns codes less 2**(bits - 1); a grid's zero point is moved by as much.
-    centre = op.Sub(op.Cast(zero_point, to=int(ir.DataType.FLOAT)), _constant(np.float32(1 << (bits - 1))))
-    centred = op.Sub(op.Cast(codes, to=int(ir.DataType.FLOAT)), _spread(centre, shape, group_size))
+    spread = op.Cast(_spread(zero_point, shape, group_size), to=int(ir.DataType.FLOAT))
+    centre = op.Sub(spread, _constant(np.float32(1 << (bits - 1))))
+    centred = op.Sub(op.Cast(codes, to=int(ir.DataType.FLOAT)), centre)
     return op.Mul(centred, _spread(scale, shape, group_size))
 
 
