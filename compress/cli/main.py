@@ -14,6 +14,7 @@ from compress.cli.bench import bench
 from compress.cli.diff import diff
 from compress.cli.export import export
 from compress.cli.inspect import inspect
+from compress.cli.lowrank import app as lowrank
 from compress.cli.quantize import quantize
 from compress.cli.stream import stream
 from compress.cli.sweep import sweep
@@ -56,6 +57,7 @@ def _root(
 
 for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench, stream):
     app.command(no_args_is_help=True)(verb)
+app.add_typer(lowrank, name="lowrank")
 
 
 def main() -> None:

@@ -1,0 +1,58 @@
+"""Components that training has made worthless go for good: from the parameters and from the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compress.lowrank.layers import LowRankLayer
+
+__all__ = ["hierarchical_lasso", "kept_rank", "shrink"]
+
+_SMALLEST = 1e-12
+
+
+def hierarchical_lasso(layers: Mapping[str, LowRankLayer]) -> Tensor:
+    """Sum over layers and components j of ``||up[:, j:]|| + ||down[j:]||``: the later, the more often it is counted.
+
+    A tail of zeros has no gradient of its own norm; what is added inside the root keeps it from being NaN.
+    """
+    squares = [
+        each for layer in layers.values() for each in (layer.up.square().sum(0), layer.down.flatten(1).square().sum(1))
+    ]
+    tails = [(each.flip(0).cumsum(0) + _SMALLEST).sqrt().sum() for each in squares]
+    return torch.stack(tails).sum() if tails else torch.zeros(())
+
+
+def kept_rank(layer: LowRankLayer, threshold: float, scale: float = 1.0) -> int:
+    """Components whose importance is at least ``threshold * scale``: a prefix, as importance never rises."""
+    return int((layer.importance() >= threshold * scale).sum())
+
+
+def shrink(layer: LowRankLayer, rank: int, optimizer: Optimizer | None = None) -> None:
+    """Keep the first ``rank`` components of ``layer``; the parameters stay the same objects, only smaller.
+
+    Raises:
+        ValueError: ``rank`` is more than there are: ranks never grow.
+    """
+    if not 0 <= rank <= layer.rank:
+        raise ValueError(f"rank {rank}: this layer has {layer.rank}, and ranks never grow")
+    if rank < layer.rank:
+        _cut(layer.up, 1, rank, optimizer)
+        _cut(layer.down, 0, rank, optimizer)
+
+
+def _cut(parameter: nn.Parameter, axis: int, rank: int, optimizer: Optimizer | None) -> None:
+    before = parameter.shape
+    parameter.data = parameter.data.narrow(axis, 0, rank).clone()
+    parameter.grad = None
+    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+    for name, value in list(state.items()):
+        if isinstance(value, Tensor) and value.shape == before:
+            state[name] = value.narrow(axis, 0, rank).clone()
+        elif isinstance(value, Tensor) and value.dim() > 0:
+            # Of a shape of its own (row and column sums): it cannot be cut, and starts anew.
+            del state[name]

@@ -1,0 +1,145 @@
+"""A decomposed model cut to smaller footprints without training, by greedy search (arXiv 2308.14929, deployment).
+
+Order within a layer was learned (or is that of its energies); order between layers is not, so every step asks on one
+batch which layer's next cut costs least for what it saves.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.lowrank.decompose import decomposed_layers
+from compress.lowrank.layers import LowRankLayer
+
+__all__ = ["Member", "count_positions", "cut_to", "model_macs", "truncation_path"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One size of the family: components by layer, MACs a sample, loss on the batch."""
+
+    ranks: dict[str, int]
+    macs: int
+    loss: float
+
+
+@contextmanager
+def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> Iterator[None]:
+    """Cut ``layers`` to ``ranks`` while the block runs."""
+    for name, rank in ranks.items():
+        layers[name].active = rank
+    try:
+        yield
+    finally:
+        for name in ranks:
+            layers[name].active = None
+
+
+@torch.no_grad()
+def count_positions(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """By layer, decomposed or not: output positions a sample, all its calls together."""
+    found: dict[str, int] = {}
+    hooks = []
+
+    def hook_of(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def count(layer: nn.Module, _: object, output: Tensor) -> None:
+            channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
+            found[name] = found.get(name, 0) + output.numel() // channels // len(inputs[0])
+
+        return count
+
+    for name, child in module.named_modules():
+        if isinstance(child, LowRankLayer | nn.Linear | nn.Conv2d):
+            hooks.append(child.register_forward_hook(hook_of(name)))
+    training = module.training
+    module.eval()
+    try:
+        module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        module.train(training)
+    return found
+
+
+def model_macs(module: nn.Module, positions: Mapping[str, int], ranks: Mapping[str, int] | None = None) -> int:
+    """MACs a sample of all layers, each in the cheaper of its forms; ``ranks`` instead of the layers' own."""
+    total = 0
+    for name, child in module.named_modules():
+        if isinstance(child, LowRankLayer):
+            total += child.cost((ranks or {}).get(name, child.rank)) * positions.get(name, 0)
+        elif isinstance(child, nn.Linear | nn.Conv2d):
+            total += child.weight.numel() * positions.get(name, 0)
+    return total
+
+
+def truncation_path(
+    module: nn.Module,
+    loss: Callable[[], float],
+    positions: Mapping[str, int],
+    *,
+    smallest: int,
+    factor: float = 0.85,
+    progress: Callable[[int, int], None] = lambda macs, smallest: None,
+) -> list[Member]:
+    """Members from the whole model down to at most ``smallest`` MACs, each one cut away from the one before.
+
+    Args:
+        module: in evaluation mode; left whole.
+        loss: of the module as it is cut when called, on one batch, without gradients.
+        positions: from :func:`count_positions`.
+        smallest: where to stop; earlier when nothing is left to cut.
+        factor: a cut goes to this share of the rank; the first one below the rank at which two layers save anything.
+    """
+    if not 0 < factor < 1:
+        raise ValueError(f"factor {factor:g}: between 0 and 1")
+    layers = {name: layer for name, layer in decomposed_layers(module).items() if positions.get(name)}
+    ranks = {name: layer.rank for name, layer in layers.items()}
+
+    def next_rank(name: str) -> int:
+        layer = layers[name]
+        saving = layer.inputs * layer.outputs / (layer.inputs + layer.outputs)
+        return max(math.ceil(min(ranks[name], saving) * factor) - 1, 0)
+
+    def loss_with(name: str, rank: int) -> float:
+        layers[name].active = rank
+        try:
+            return loss()
+        finally:
+            layers[name].active = ranks[name]
+
+    def offer(name: str, now: float, turn: int) -> tuple[float, int, str, int, float]:
+        rank = next_rank(name)
+        saved = (layers[name].cost(ranks[name]) - layers[name].cost(rank)) * positions[name]
+        after = loss_with(name, rank)
+        rise = after - now if math.isfinite(after) else math.inf
+        return (rise / max(saved, 1), turn, name, rank, after)
+
+    try:
+        now, macs, turn = loss(), model_macs(module, positions), 0
+        path = [Member(dict(ranks), macs, now)]
+        offers = [offer(name, now, turn) for name in layers if ranks[name] > 0]
+        heapq.heapify(offers)
+        while macs > smallest and offers:
+            _, asked, name, rank, after = heapq.heappop(offers)
+            if asked != turn:  # measured before the last cut: once more, and back among the others
+                heapq.heappush(offers, offer(name, now, turn))
+                continue
+            layers[name].active = ranks[name] = rank
+            turn += 1
+            now, macs = after, model_macs(module, positions, ranks)
+            path.append(Member(dict(ranks), macs, now))
+            progress(macs, smallest)
+            if rank > 0:
+                heapq.heappush(offers, offer(name, now, turn))
+        return path
+    finally:
+        for layer in layers.values():
+            layer.active = None

@@ -1,0 +1,294 @@
+"""A plain training loop for classes or numbers: SGD, cosine or steps, checkpoints after every epoch, a stop at NaN."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from compress.cache import digest
+from compress.errors import InputError
+
+__all__ = ["Companion", "Epoch", "Recipe", "TrainingData", "criterion_of", "evaluate", "fit"]
+
+_EVALUATED = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; METHODS.md section 3(b) has the values that were published.
+
+    Attributes:
+        rate: learning rate at the start.
+        schedule: "cosine" to zero, "steps" (a tenth at half and at three quarters) or "constant".
+    """
+
+    epochs: int = 30
+    batch: int = 128
+    rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: with the option's name.
+        """
+        for name, value, least in (("--epochs", self.epochs, 1), ("--batch", self.batch, 1)):
+            if value < least:
+                raise InputError(f"{name} {value}: at least {least}")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise InputError(f"--lr {self.rate:g}: a number above 0")
+        if self.schedule not in ("cosine", "steps", "constant"):
+            raise InputError(f"--schedule {self.schedule}: known are cosine, steps, constant")
+
+    def factor(self, done: float) -> float:
+        """Of the rate, when a share ``done`` of the training is over."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 0.1 ** ((done >= 0.5) + (done >= 0.75)) if self.schedule == "steps" else 1.0
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Inputs, one tensor [N, ...] each, and labels [N]: whole numbers are classes, others are numbers to predict."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Samples at ``index``."""
+        return tuple(x[index] for x in self.inputs), self.labels[index]
+
+    def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """All samples in order."""
+        for index in torch.arange(len(self)).split(size):
+            yield self.take(index)
+
+    @property
+    def classes(self) -> bool:
+        """Whether labels are classes."""
+        return not self.labels.is_floating_point()
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to; ``notes`` are the companion's sentences."""
+
+    number: int
+    loss: float
+    rate: float
+    notes: tuple[str, ...] = ()
+
+
+class Companion(Protocol):
+    """What a technique adds to the loop."""
+
+    def step(self) -> AbstractContextManager[object]:
+        """Around forward, backward and the optimizer's step."""
+
+    def penalty(self) -> Tensor:
+        """Added to the loss."""
+
+    def end_epoch(self, optimizer: Optimizer) -> tuple[str, ...]:
+        """After every epoch; sentences about what changed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the module's own state is loaded."""
+
+
+class Nothing:
+    """A companion that adds nothing: ordinary training."""
+
+    def step(self) -> AbstractContextManager[object]:
+        """See :class:`Companion`."""
+        return contextlib.nullcontext()
+
+    def penalty(self) -> Tensor:
+        """See :class:`Companion`."""
+        return torch.zeros(())
+
+    def end_epoch(self, optimizer: Optimizer) -> tuple[str, ...]:
+        """See :class:`Companion`."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Companion`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`Companion`."""
+
+
+@dataclass
+class _State:
+    """Where a run stands: everything that decides how it goes on."""
+
+    epoch: int
+    module: dict[str, Any]
+    optimizer: dict[str, Any]
+    companion: dict[str, Any]
+    history: list[Epoch] = field(default_factory=list)
+
+
+def criterion_of(data: TrainingData) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy for classes, mean squared error for numbers."""
+    if data.classes:
+        return F.cross_entropy
+
+    def squared(output: Tensor, wanted: Tensor) -> Tensor:
+        return F.mse_loss(output.reshape(wanted.shape), wanted)
+
+    return squared
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, data: TrainingData) -> float:
+    """Share of right classes, or mean squared error, in evaluation mode."""
+    training = module.training
+    module.eval()
+    outputs = torch.cat([first(module(*inputs)) for inputs, _ in data.batches(_EVALUATED)])
+    module.train(training)
+    if data.classes:
+        return float((outputs.argmax(1) == data.labels).double().mean())
+    return float(F.mse_loss(outputs.reshape(data.labels.shape), data.labels))
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of a module's output."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def fit(
+    module: nn.Module,
+    data: TrainingData,
+    recipe: Recipe,
+    *,
+    companion: Companion | None = None,
+    checkpoint: Path | None = None,
+    fingerprint: str = "",
+    progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
+) -> tuple[list[Epoch], str | None]:
+    """Train ``module`` in place.
+
+    Args:
+        companion: what a technique adds.
+        checkpoint: written after every epoch, whole or not at all; a run that finds one of the same ``fingerprint`` and
+            recipe goes on from it, to the same bytes.
+        progress: batches done, of all, and the last loss.
+
+    Returns:
+        All epochs, and why training stopped before its end (a loss that is not finite); the module is then as it was
+        after the last good epoch.
+
+    Raises:
+        InputError: the recipe is impossible, or the checkpoint is another run's.
+    """
+    recipe.check()
+    companion = companion or Nothing()
+    optimizer = SGD(module.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    state = _continued(module, optimizer, companion, recipe, checkpoint, fingerprint)
+    criterion = criterion_of(data)
+    history = list(state.history)
+    steps = -(-len(data) // recipe.batch)
+    good = state
+    module.train()
+    for epoch in range(state.epoch, recipe.epochs):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed * 100_003 + epoch))
+        total = 0.0
+        for step, index in enumerate(order.split(recipe.batch)):
+            rate = recipe.rate * recipe.factor((epoch * steps + step) / (recipe.epochs * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            inputs, labels = data.take(index)
+            with companion.step():
+                loss = criterion(first(module(*inputs)), labels)
+                optimizer.zero_grad(set_to_none=True)
+                (loss + companion.penalty()).backward()
+                optimizer.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                _restore(module, optimizer, companion, good)
+                return good.history, (
+                    f"the loss was {value} at step {step + 1} of epoch {epoch + 1}: the model is as it was after epoch "
+                    f"{good.epoch}; try a smaller --lr"
+                )
+            total += value * len(index)
+            progress(epoch * steps + step + 1, recipe.epochs * steps, value)
+        notes = companion.end_epoch(optimizer)
+        history.append(Epoch(epoch + 1, total / len(data), rate, notes))
+        good = _snapshot(epoch + 1, module, optimizer, companion, history)
+        if checkpoint is not None:
+            _write(checkpoint, good, recipe, fingerprint)
+    return history, None
+
+
+def _snapshot(
+    epoch: int, module: nn.Module, optimizer: Optimizer, companion: Companion, history: list[Epoch]
+) -> _State:
+    parts = copy.deepcopy((module.state_dict(), optimizer.state_dict(), companion.state_dict()))
+    return _State(epoch, *parts, list(history))
+
+
+def _restore(module: nn.Module, optimizer: Optimizer, companion: Companion, state: _State) -> None:
+    companion.load_state_dict(state.companion)
+    module.load_state_dict(state.module)
+    optimizer.load_state_dict(state.optimizer)
+
+
+def _continued(
+    module: nn.Module,
+    optimizer: Optimizer,
+    companion: Companion,
+    recipe: Recipe,
+    checkpoint: Path | None,
+    fingerprint: str,
+) -> _State:
+    if checkpoint is None or not checkpoint.exists():
+        return _snapshot(0, module, optimizer, companion, [])
+    found = torch.load(checkpoint, weights_only=True)
+    if found["run"] != _run(recipe, fingerprint):
+        raise InputError(
+            f"{checkpoint.parent} holds the checkpoint of another run (model, data or options); finish that one, "
+            "choose another --out, or throw it away with --overwrite"
+        )
+    history = [Epoch(**{**each, "notes": tuple(each["notes"])}) for each in found["history"]]
+    state = _State(found["epoch"], found["module"], found["optimizer"], found["companion"], history)
+    _restore(module, optimizer, companion, state)
+    return state
+
+
+def _write(checkpoint: Path, state: _State, recipe: Recipe, fingerprint: str) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    content = asdict(state)
+    content["history"] = [{**asdict(each), "notes": list(each.notes)} for each in state.history]
+    content["run"] = _run(recipe, fingerprint)
+    temporary = checkpoint.with_name(f".{checkpoint.name}.partial")
+    torch.save(content, temporary)
+    os.replace(temporary, checkpoint)
+
+
+def _run(recipe: Recipe, fingerprint: str) -> str:
+    return digest({"recipe": asdict(recipe), "fingerprint": fingerprint})
