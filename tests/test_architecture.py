@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVEL_0 = {"errors", "registry", "records", "options", "packing", "weights", "problem", "formats"}
 LEVEL_0 |= {"targets", "machine", "cache"}
 LEVEL_1 = {"checkpoint", "factory", "pt2", "huggingface", "shapes", "methods", "graph"}
-LEVEL_2 = {"quant", "calib", "kernels"}
+LEVEL_2 = {"quant", "calib", "kernels", "lowrank"}
 LEVEL_4 = {"transform", "allocation", "compression", "artifact"}
 LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "intake", "estimate"} | {
     "planning",
     "realize",
     "work",
     "streaming",
+    "training",
     "skeleton",
     "latency",
     "search",
@@ -44,11 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": LEVEL_0 | {"quant"},
     "calib": LEVEL_0 | LEVEL_1 | {"quant", "calib"},
     "kernels": LEVEL_0 | {"kernels"},
+    "lowrank": {"lowrank"},
     **dict.fromkeys(LEVEL_4, BELOW_5),
     **dict.fromkeys(LEVEL_5, BELOW_6),
     "api": BELOW_6,
     # Commands call the API; the rest are the light tables and records that parsing and printing need.
-    "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options"}
+    "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training"}
     | {"registry", "methods", "formats", "targets", "allocation"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "options"},

@@ -33,7 +33,9 @@ def kept_rank(layer: LowRankLayer, threshold: float, scale: float = 1.0) -> int:
 
 
 def shrink(layer: LowRankLayer, rank: int, optimizer: Optimizer | None = None) -> None:
-    """Keep the first ``rank`` components of ``layer``; the parameters stay the same objects, only smaller.
+    """Keep the first ``rank`` components of ``layer``, in ``optimizer`` and its state too.
+
+    The layer gets new parameters: a graph that is still alive (the last loss's) knows the old ones by their shapes.
 
     Raises:
         ValueError: ``rank`` is more than there are: ranks never grow.
@@ -41,18 +43,19 @@ def shrink(layer: LowRankLayer, rank: int, optimizer: Optimizer | None = None) -
     if not 0 <= rank <= layer.rank:
         raise ValueError(f"rank {rank}: this layer has {layer.rank}, and ranks never grow")
     if rank < layer.rank:
-        _cut(layer.up, 1, rank, optimizer)
-        _cut(layer.down, 0, rank, optimizer)
+        layer.up = _cut(layer.up, 1, rank, optimizer)
+        layer.down = _cut(layer.down, 0, rank, optimizer)
 
 
-def _cut(parameter: nn.Parameter, axis: int, rank: int, optimizer: Optimizer | None) -> None:
-    before = parameter.shape
-    parameter.data = parameter.data.narrow(axis, 0, rank).clone()
-    parameter.grad = None
-    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    for name, value in list(state.items()):
-        if isinstance(value, Tensor) and value.shape == before:
-            state[name] = value.narrow(axis, 0, rank).clone()
-        elif isinstance(value, Tensor) and value.dim() > 0:
-            # Of a shape of its own (row and column sums): it cannot be cut, and starts anew.
-            del state[name]
+def _cut(parameter: nn.Parameter, axis: int, rank: int, optimizer: Optimizer | None) -> nn.Parameter:
+    smaller = nn.Parameter(parameter.detach().narrow(axis, 0, rank).clone(), parameter.requires_grad)
+    if optimizer is None:
+        return smaller
+    for group in optimizer.param_groups:
+        group["params"] = [smaller if each is parameter else each for each in group["params"]]
+    state = optimizer.state.pop(parameter, {})
+    arrays = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
+    # State of a shape of its own (row and column sums) cannot be cut: it starts anew.
+    if state and all(value.shape == parameter.shape for value in arrays.values()):
+        optimizer.state[smaller] = state | {name: x.narrow(axis, 0, rank).clone() for name, x in arrays.items()}
+    return smaller

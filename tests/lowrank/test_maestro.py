@@ -68,7 +68,7 @@ def test_a_sampler_goes_on_where_it_was() -> None:
 
 def test_the_penalty_is_the_sum_of_all_tails() -> None:
     layer = LowRankLinear.of(nn.Linear(7, 5))
-    plain = sum(float(layer.up[:, j:].norm() + layer.down[j:].norm()) for j in range(5))
+    plain = sum(float((layer.up[:, j:].norm() + layer.down[j:].norm()).detach()) for j in range(5))
     assert float(hierarchical_lasso({"a": layer}).detach()) == pytest.approx(plain, rel=1e-5)
 
 

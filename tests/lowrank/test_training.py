@@ -1,0 +1,133 @@
+"""The loop under ``compress lowrank train``: it learns, goes on after a kill to the same bytes, and stops at NaN."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.errors import InputError
+from compress.training.family import read_family
+from compress.training.loop import Nothing, Recipe, TrainingData, evaluate, fit
+from compress.training.lowrank import LowRankOptions, train_lowrank
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)
+    )
+
+
+def data(count: int = 256) -> TrainingData:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(count, 8, generator=generator)
+    return TrainingData((x,), (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long())
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return list(module.state_dict().values())
+
+
+def test_it_learns_classes_and_numbers() -> None:
+    module, samples = net(), data()
+    history, stopped = fit(module, samples, Recipe(epochs=12, batch=32, rate=0.1))
+    assert stopped is None
+    assert [each.number for each in history] == list(range(1, 13))
+    assert evaluate(module, samples) > 0.9
+    numbers = TrainingData(samples.inputs, samples.inputs[0][:, :3] * 2)
+    module = net()
+    before = evaluate(module, numbers)
+    fit(module, numbers, Recipe(epochs=12, batch=32))
+    assert evaluate(module, numbers) < 0.3 * before
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=5, batch=32)
+    whole = net()
+    fit(whole, data(), recipe)
+
+    def kill(done: int, total: int, loss: float) -> None:
+        if done == total // 2:
+            raise Killed
+
+    with contextlib.suppress(Killed):
+        fit(net(), data(), recipe, checkpoint=tmp_path / "c.pt", progress=kill)
+    continued = net()
+    history, _ = fit(continued, data(), recipe, checkpoint=tmp_path / "c.pt")
+    assert len(history) == 5
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(continued), strict=True))
+    with pytest.raises(InputError, match="holds the checkpoint of another run"):
+        fit(net(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
+
+
+class Blowing(Nothing):
+    """Breaks the weights in the third epoch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.epochs = module, 0
+        self.good: list[Tensor] = []
+
+    def end_epoch(self, optimizer: Any) -> tuple[str, ...]:
+        self.epochs += 1
+        if self.epochs == 2:
+            self.good = [each.clone() for each in tensors(self.module)]
+        return ()
+
+    @contextlib.contextmanager
+    def step(self) -> Any:
+        if self.epochs == 2:
+            with torch.no_grad():
+                next(iter(self.module.parameters())).fill_(float("nan"))
+        yield
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_epoch() -> None:
+    module = net()
+    companion = Blowing(module)
+    history, stopped = fit(module, data(), Recipe(epochs=5, batch=32), companion=companion)
+    assert "the loss was nan at step 1 of epoch 3: the model is as it was after epoch 2" in str(stopped)
+    assert len(history) == 2
+    assert all(torch.equal(a, b) for a, b in zip(companion.good, tensors(module), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"epochs": 0}, "--epochs 0: at least 1"),
+        ({"batch": 0}, "--batch 0: at least 1"),
+        ({"rate": float("nan")}, "--lr nan: a number above 0"),
+        ({"schedule": "magic"}, "--schedule magic: known are cosine, steps, constant"),
+    ],
+)
+def test_refused_recipes(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Recipe(**settings).check()
+
+
+def test_maestro_trains_a_family_that_shrinks(tmp_path: Path) -> None:
+    samples = data(512)
+    result = train_lowrank(
+        net(),
+        (samples.inputs[0], samples.labels),
+        tmp_path / "out",
+        test=(samples.inputs[0], samples.labels),
+        recipe=Recipe(epochs=25, batch=32, rate=0.1),
+        options=LowRankOptions(smallest=0.2),
+        penalty=0.005,
+    )
+    module, family = read_family(tmp_path / "out")
+    assert sum(family.members[0].ranks.values()) < 8 + 32 + 3, "ranks fell in training"
+    half = [each for each in family.members if each.macs <= 0.5 * family.dense_macs]
+    assert float(half[0].metric or 0) > 0.85
+    assert any("rank" in note for epoch in result.history for note in epoch.notes)
+    assert not (tmp_path / ".out.work").exists()
+    assert module.training is False
