@@ -105,8 +105,10 @@ class Maestro:
         """Ranks, the sampler's place, the scales; beside the module's own state it makes a run go on."""
         return {"ranks": self.ranks, "sampler": self.sampler.state_dict(), "scales": dict(self.scales)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         """Cut the layers to the ranks of ``state``, ready for the module's own ``load_state_dict``.
+
+        ``optimizer`` is one that has the layers' parameters already: cut ones are new.
 
         Raises:
             ValueError: it is of another architecture.
@@ -121,6 +123,6 @@ class Maestro:
                     f"the checkpoint is of another architecture: layer {name} has rank {rank} there, at most "
                     f"{self.layers[name].rank} here"
                 )
-            shrink(self.layers[name], rank)
+            shrink(self.layers[name], rank, optimizer)
         self.sampler.load_state_dict(state["sampler"])
         self.scales = dict(state["scales"])

@@ -113,8 +113,8 @@ class Companion(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the module's own state is loaded."""
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        """Before the module's own state and the optimizer's are loaded; parameters may be replaced, in both."""
 
 
 class Nothing:
@@ -136,7 +136,7 @@ class Nothing:
         """See :class:`Companion`."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
         """See :class:`Companion`."""
 
 
@@ -253,7 +253,7 @@ def _snapshot(
 
 
 def _restore(module: nn.Module, optimizer: Optimizer, companion: Companion, state: _State) -> None:
-    companion.load_state_dict(state.companion)
+    companion.load_state_dict(state.companion, optimizer)
     module.load_state_dict(state.module)
     optimizer.load_state_dict(state.optimizer)
 

@@ -240,8 +240,8 @@ class _MaestroCompanion:
     def state_dict(self) -> dict[str, Any]:
         return self.maestro.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.maestro.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        self.maestro.load_state_dict(state, optimizer)
 
 
 @dataclass(frozen=True)
