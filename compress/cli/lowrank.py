@@ -42,7 +42,7 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Also shrinks ranks: hold it when --penalty is swept")] = 1e-4,
     penalty: Annotated[float, typer.Option(help="Hierarchical group lasso; the larger, the smaller the ranks")] = 1e-3,
     threshold: Annotated[float, typer.Option(help="Components below this share of the first's importance go")] = 1e-3,
-    sampler: Annotated[str, typer.Option(help="pair, independent or full")] = "pair",
+    sampler: Annotated[str, typer.Option(help="pair, independent, shared or full")] = "pair",
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     ignore: Ignore = None,
     keep_first: KeepFirst = 0,

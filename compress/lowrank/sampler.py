@@ -11,7 +11,7 @@ from compress.lowrank.layers import LowRankLayer
 
 __all__ = ["SAMPLERS", "RankSampler"]
 
-SAMPLERS = ("pair", "independent", "full")
+SAMPLERS = ("pair", "independent", "shared", "full")
 
 
 class RankSampler:
@@ -21,7 +21,7 @@ class RankSampler:
         layers: decomposed ones by name; their ranks may shrink between steps.
         kind: ``pair``: one layer to one rank, every pair of them once in random order before any comes again, all other
             layers whole, so that a layer is drawn in proportion to its rank. ``independent``: every layer to a rank of
-            its own. ``full``: none.
+            its own. ``shared``: all layers to one rank, those that have fewer whole. ``full``: none.
         seed: of the order.
 
     Raises:
@@ -43,6 +43,9 @@ class RankSampler:
             return {}
         if self.kind == "independent":
             return {name: self._random.randint(1, rank) for name, rank in ranks.items() if rank}
+        if self.kind == "shared":
+            rank = self._random.randint(1, max(ranks.values(), default=1) or 1)
+            return {name: min(rank, most) for name, most in ranks.items() if most}
         if ranks != self._ranks:  # pairs of ranks that are gone would be drawn in vain
             self._ranks, self._pairs = ranks, []
         if not self._pairs:

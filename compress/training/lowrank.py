@@ -27,7 +27,7 @@ from compress.machine import describe_environment
 from compress.training.family import Family, FamilyMember, weights_of, write_family
 from compress.training.loop import Epoch, Recipe, TrainingData, criterion_of, evaluate, first, fit
 
-__all__ = ["LowRankOptions", "LowRankResult", "train_lowrank", "truncate"]
+__all__ = ["LowRankOptions", "LowRankResult", "MaestroCompanion", "train_lowrank", "truncate"]
 
 Progress = Callable[[str, int, int], None]
 _JUDGED = 512
@@ -122,7 +122,7 @@ def train_lowrank(
         module,
         training,
         recipe,
-        companion=_MaestroCompanion(maestro),
+        companion=MaestroCompanion(maestro),
         checkpoint=work / "checkpoint.pt",
         fingerprint=repr(settings),
         progress=lambda done, total, loss: progress(f"training, loss {loss:.4f}", done, total),
@@ -222,7 +222,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-class _MaestroCompanion:
+class MaestroCompanion:
     """:class:`~compress.lowrank.maestro.Maestro` as the loop's companion."""
 
     def __init__(self, maestro: Maestro) -> None:

@@ -52,8 +52,15 @@ def test_layers_are_cut_during_the_step_only_whatever_happens_in_it() -> None:
     with pytest.raises(RuntimeError), sampler.step():
         raise RuntimeError
     assert layer.active is None
-    with pytest.raises(ValueError, match="unknown sampler 'magic'; known: pair, independent, full"):
+    with pytest.raises(ValueError, match="unknown sampler 'magic'; known: pair, independent, shared, full"):
         RankSampler({}, "magic")
+
+
+def test_one_rank_for_all_layers() -> None:
+    layers = {"a": LowRankLinear.of(nn.Linear(9, 9)), "b": LowRankLinear.of(nn.Linear(3, 7))}
+    drawn = [RankSampler(layers, "shared", seed).draw() for seed in range(40)]
+    assert all(each["b"] == min(each["a"], 3) for each in drawn)
+    assert {each["a"] for each in drawn} == set(range(1, 10))
 
 
 def test_a_sampler_goes_on_where_it_was() -> None:
