@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["LowRankConv2d", "LowRankLayer", "LowRankLinear", "refusal"]
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(nn.Module, ABC):
     """What the linear and the convolution share.
 
     Attributes:
@@ -79,13 +80,13 @@ class LowRankLayer(nn.Module):
         rank = self.rank if rank is None else rank
         return (self.up[:, :rank] @ self.down[:rank].flatten(1)).reshape(self.outputs, *self.down.shape[1:])
 
+    @abstractmethod
     def dense(self, rank: int | None = None) -> nn.Module:
         """One ordinary layer that computes the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def thin(self, rank: int | None = None) -> nn.Sequential:
         """Two ordinary layers that compute the same."""
-        raise NotImplementedError
 
     def _active(self) -> int:
         rank = self.rank if self.active is None else self.active
