@@ -7,13 +7,13 @@ A row is what one output position reads: the input vector of a linear, the unfol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
-__all__ = ["Gram", "rows_of"]
+__all__ = ["Gram", "SeenRows", "rows_of", "rows_read_by"]
 
 
 def rows_of(
@@ -38,7 +38,21 @@ def rows_of(
     return grouped.permute(1, 0, 3, 2).reshape(groups, samples * positions, columns // groups)
 
 
+def rows_read_by(call: fx.Node, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """From the input of ``call``, a layer with ``weight``, to the rows that it multiplies: see :func:`rows_of`."""
+    if weight.dim() == 2:
+        return lambda x: x.reshape(1, -1, x.shape[-1])
+    sizes = weight.dim() - 2
+    given = call.args[3:]
+    stride, padding, dilation, groups = (*given, *([1], [0], [1], 1)[len(given) :])
+    stride, padding, dilation = (list(each) * (sizes // len(each)) for each in (stride, padding, dilation))
+    return lambda x: rows_of(x, weight.shape[2:], groups, stride, padding, dilation)
+
+
 _BLOCK = 512
+_ENOUGH = 64 * 1024
+_SAMPLE = 2048
+_SAMPLED_BATCHES = 4
 
 
 class Gram:
@@ -72,3 +86,38 @@ class Gram:
         groups = len(matrix)
         grouped = weight.reshape(groups, len(weight) // groups, -1)
         return float((torch.bmm(grouped, matrix) * grouped).double().sum())
+
+
+class SeenRows:
+    """A layer's rows, batch by batch, until there are enough: their gram matrix, and some of the rows themselves.
+
+    Args:
+        read: from a batch of the layer's input to its rows [1, n, K].
+    """
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        self._read = read
+        self._gram = Gram()
+        self._sample: list[Tensor] = []
+        self.full = False
+        self._seen = 0
+
+    def update(self, batch: Tensor) -> None:
+        """See another batch; of no effect once there are enough."""
+        if self.full:
+            return
+        rows = self._read(batch)
+        self._gram.update(rows)
+        step = max(rows.shape[1] * _SAMPLED_BATCHES // _SAMPLE, 1)
+        if sum(map(len, self._sample)) < _SAMPLE:
+            self._sample.append(rows[0, ::step].clone())
+        self._seen += rows.shape[1]
+        self.full = self._seen >= max(_ENOUGH, 16 * rows.shape[2])
+
+    def gram(self) -> Tensor:
+        """[K, K]."""
+        return self._gram.matrix()[0]
+
+    def sample(self) -> Tensor:
+        """[n, K]: rows of several batches."""
+        return torch.cat(self._sample)[:_SAMPLE]

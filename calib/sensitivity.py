@@ -27,29 +27,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from compress.calib.calibrate import layer_seed
 from compress.calib.frontier import Frontier
-from compress.calib.gram import Gram, rows_of
-from compress.calib.observers import Histogram, activation_grid, observe_range
+from compress.calib.gram import Gram, rows_read_by
 from compress.calib.output_loss import judged_batches, loss_between
 from compress.calib.resume import ResumeStore
 from compress.calib.table_sensitivity import measure_table
+from compress.calib.trials import Trial, TrialLayer, Tried, on_grid, row_batches
 from compress.calib.walk import Walk
 from compress.graph.layers import layer_calls, table_calls
-from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel, first_output
-from compress.methods import METHODS
-from compress.problem import ActivationGrid, Effort, LayerProblem, RowSource, Solution
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.problem import Effort, LayerProblem, RowSource
 
 __all__ = [
     "BASE",
     "FLOAT",
     "MEASURES",
-    "Trial",
     "measure_sensitivity",
     "stored_losses",
 ]
@@ -58,22 +53,8 @@ __all__ = [
 BASE, FLOAT = "base", "float"
 
 MEASURES = ("kl", "loss", "output", "gram", "weight")
-_BATCH = 64
 _GRAM_ROWS = 64 * 1024
 _SMALLEST = 1e-30
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One option of one layer; an option without ``act_bits`` reads the base's input as it is."""
-
-    method: str
-    option: QuantOption
-
-    @property
-    def key(self) -> str:
-        """Its name among a layer's losses."""
-        return f"{self.method} {self.option}" + ("" if self.option.symmetric else " asymmetric")
 
 
 def measure_sensitivity(
@@ -118,7 +99,7 @@ def measure_sensitivity(
             if wanted:
                 if layer in tables:
                     losses |= {BASE: 0.0, FLOAT: 0.0}
-                    options = {trial.key: (trial.method, trial.option) for trial in wanted}
+                    options = {trial.key: (trial.method, trial.option) for trial in wanted if trial.option is not None}
                     losses |= measure_table(base, layer, options, measure, inputs, labels, progress)
                 else:
                     losses |= _measure_layer(walk, judge, layer, wanted, observer, Effort(iterations, seed), progress)
@@ -140,8 +121,8 @@ class _Judge:
         """Take up a layer; its BASE and FLOAT losses."""
         return {BASE: 0.0, FLOAT: 0.0}
 
-    def loss(self, problem: LayerProblem, solution: Solution, grid: ActivationGrid | None) -> float:
-        """Loss with the layer as ``solution`` has it and its input on ``grid``."""
+    def loss(self, problem: LayerProblem, tried: Tried) -> float:
+        """Loss with the layer as ``tried``."""
         raise AssertionError("a judge says how it measures")
 
     def solve_on(self, rows: RowSource) -> RowSource:
@@ -150,8 +131,8 @@ class _Judge:
 
 
 class _WeightJudge(_Judge):
-    def loss(self, problem: LayerProblem, solution: Solution, grid: ActivationGrid | None) -> float:
-        change = solution.weight.dequantize() - problem.weight
+    def loss(self, problem: LayerProblem, tried: Tried) -> float:
+        change = tried.weight - problem.weight
         return float(change.square().sum() / problem.weight.square().sum().clamp(min=_SMALLEST))
 
 
@@ -161,29 +142,34 @@ class _GramJudge(_Judge):
 
     def start(self, layer: str, problem: LayerProblem) -> dict[str, float]:
         call = layer_calls(self.walk.float_model)[layer][0]
-        self.rows = _rows_function(call, problem.weight)
+        self.rows = rows_read_by(call, problem.weight)
         self.inputs = problem.inputs
-        self.gram = Gram()
-        for rows in self._rows():
-            self.gram.update(rows)
+        self.gram = self._gram(lambda x: x)
         self.rounding: dict[int, Gram] = {}
         self.energy = max(self.gram.energy(problem.weight), _SMALLEST)
         return super().start(layer, problem)
 
-    def loss(self, problem: LayerProblem, solution: Solution, grid: ActivationGrid | None) -> float:
-        error = self.gram.energy(solution.weight.dequantize() - problem.weight)
+    def loss(self, problem: LayerProblem, tried: Tried) -> float:
+        error = self.gram.energy(tried.weight - problem.weight)
+        grid = tried.grid
         if grid is not None:
             if grid.bits not in self.rounding:
-                self.rounding[grid.bits] = Gram()
-                for rows in self._rows(lambda x: _on_grid(x, grid) - x):
-                    self.rounding[grid.bits].update(rows)
+                self.rounding[grid.bits] = self._gram(lambda x: on_grid(x, grid) - x)
             error += self.rounding[grid.bits].energy(problem.weight)
+        if tried.thin is not None and tried.between is not None:
+            error += sum(float(tried.rounding_between(rows).square().sum()) for rows in self._rows(lambda x: x))
         return error / self.energy
 
-    def _rows(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[Tensor]:
+    def _gram(self, change: Callable[[Tensor], Tensor]) -> Gram:
+        found = Gram()
+        for rows in self._rows(change):
+            found.update(rows)
+        return found
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """Rows of as many samples as it takes to fix the matrix; a large picture gives thousands each."""
         seen = 0
-        for batch in _row_batches(self.inputs):
+        for batch in row_batches(self.inputs):
             rows = self.rows(change(batch))
             yield rows
             seen += rows.shape[1]
@@ -208,14 +194,8 @@ class _OutputJudge(_Judge):
         self.wanted = [first_output(self.ahead.finish(unchanged, index)) for index in self.index]
         return {BASE: self._run({}), FLOAT: self._loss(self.wanted)}
 
-    def loss(self, problem: LayerProblem, solution: Solution, grid: ActivationGrid | None) -> float:
-        weight = solution.weight.dequantize()
-        bias = solution.bias if solution.bias is not None else problem.bias
-
-        def layer(x: Tensor) -> Tensor:
-            return problem.forward(x if grid is None else _on_grid(x, grid), weight, bias)
-
-        return self._run(dict.fromkeys(self.calls, layer))
+    def loss(self, problem: LayerProblem, tried: Tried) -> float:
+        return self._run(dict.fromkeys(self.calls, tried.run))
 
     def solve_on(self, rows: RowSource) -> RowSource:
         return _FirstRows(rows, len(rows) * self.learned // len(self.walk.inputs[0]))
@@ -238,65 +218,15 @@ def _measure_layer(
 ) -> dict[str, float]:
     found = walk.layer(layer, quantizers=[], sequential=not isinstance(judge, _GramJudge))
     problem = found.problem
-    effort = replace(effort, seed=layer_seed(effort.seed, layer))
     losses = judge.start(layer, problem)
-    grids: dict[int, ActivationGrid] = {}
+    tries = TrialLayer(
+        problem, found.prefix, layer_calls(walk.float_model)[layer], judge.solve_on, observer,
+        replace(effort, seed=layer_seed(effort.seed, layer)),
+    )  # fmt: skip
     for trial in trials:
-        grid = _grid_for(trial.option, problem, found.prefix, observer, grids)
-        solution = _solve(trial, replace(problem, grid=grid), len(layer_calls(walk.model)[layer]), judge, effort)
-        losses[trial.key] = judge.loss(problem, solution, grid)
-        progress(f"{layer} {trial.option}")
+        losses[trial.key] = judge.loss(problem, tries.attempt(trial))
+        progress(f"{layer} {trial}")
     return losses
-
-
-def _solve(trial: Trial, problem: LayerProblem, calls: int, judge: _Judge, effort: Effort) -> Solution:
-    method = resolve(METHODS, trial.method, "method")
-    if method.needs_data and (calls > 1 or problem.inputs is None):
-        method = resolve(METHODS, "mse", "method")
-    if problem.inputs is not None and problem.targets is not None:
-        problem = replace(problem, inputs=judge.solve_on(problem.inputs), targets=judge.solve_on(problem.targets))
-    return method.solve(problem, trial.option, effort)
-
-
-def _grid_for(
-    option: QuantOption,
-    problem: LayerProblem,
-    prefix: RowSource | None,
-    observer: str,
-    known: dict[int, ActivationGrid],
-) -> ActivationGrid | None:
-    """The grid a trial puts the layer's input on: the base's own, or a narrower one observed behind it."""
-    if option.act_bits is None or problem.grid is None or prefix is None:
-        return None
-    if option.act_bits == problem.grid.bits:
-        return problem.grid
-    if option.act_bits not in known:
-        histogram = Histogram()
-        for batch in _row_batches(prefix):
-            histogram.update(batch)
-        low, high = observe_range(histogram, observer, option.act_bits)
-        scale, zero_point = activation_grid(low, high, option.act_bits, problem.grid.zero_point.dtype)
-        known[option.act_bits] = ActivationGrid(scale, zero_point, option.act_bits, learnable=False)
-    return known[option.act_bits]
-
-
-def _rows_function(call: fx.Node, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    if weight.dim() == 2:
-        return lambda x: x.reshape(1, -1, x.shape[-1])
-    sizes = weight.dim() - 2
-    given = call.args[3:]
-    stride, padding, dilation, groups = (*given, *([1], [0], [1], 1)[len(given) :])
-    stride, padding, dilation = (list(each) * (sizes // len(each)) for each in (stride, padding, dilation))
-    return lambda x: rows_of(x, weight.shape[2:], groups, stride, padding, dilation)
-
-
-def _on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
-    return fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)
-
-
-def _row_batches(rows: RowSource) -> Iterator[Tensor]:
-    for index in torch.arange(len(rows)).split(_BATCH):
-        yield rows.take(index)
 
 
 @dataclass(frozen=True)

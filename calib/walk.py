@@ -103,8 +103,7 @@ class Walk:
                 scale, zero_point = (self.model.tensor(node.target) for node in grid_node.args[1:3])
                 limit = self.largest_scales.get(quantizer.name, math.inf) if quantizer is not None else math.inf
                 grid = ActivationGrid(scale, zero_point, grid_node.args[3], learnable, limit)
-            before = float_call.args[0]
-            assert isinstance(before, fx.Node)
+            before = _node(self.float_model, _unquantized(call.args[0]).name)
             self.reference.advance(before.name)
             prefix = self._rows(self.ahead, source)
             inputs = prefix if sequential else self._rows(self.reference, before)
@@ -132,6 +131,13 @@ class Walk:
 
 def _node(traced: TracedModel, name: str) -> fx.Node:
     return next(node for node in traced.graph.nodes if node.name == name)
+
+
+def _unquantized(value: fx.Node) -> fx.Node:
+    """What is read, whatever grid it is put on first."""
+    while str(value.target).startswith("compress.fake_quantize"):
+        value = value.args[0]
+    return value
 
 
 def _forward_of(call: fx.Node) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -18,13 +18,14 @@ from compress.calib.resume import ResumeStore
 from compress.calib.statistics import tune_statistics
 from compress.errors import InputError
 from compress.formats import find_format
-from compress.graph.layers import layer_calls, table_calls
+from compress.graph.layers import layer_calls, list_layers, table_calls
 from compress.graph.quantizers import quantize_inputs
 from compress.graph.rewrite import absorb_activations, store_biases
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
 from compress.records import Plan
 from compress.targets import find_target
+from compress.transform.split import split_layers
 from compress.transform.table import apply_transform
 
 __all__ = ["Compressed", "apply_plan", "plan_fingerprint", "plan_parts", "transform_model"]
@@ -65,6 +66,7 @@ def plan_parts(plan: Plan) -> dict[str, str]:
         "observer": plan.observer,
         "target": plan.target,
         "steps": " ".join(steps) or "none",
+        "low rank": f"{len(plan.splits)} layers, {digest(list(map(str, plan.splits)))}" if plan.splits else "none",
         "what is done to the layers": f"{len(layers)} of them, {digest(layers)}",
         "versions": f"compress {version('compress-toolchain')}, torch {torch.__version__}",
     }
@@ -77,7 +79,7 @@ def apply_plan(
     store: ResumeStore,
     progress: Callable[[str], None],
 ) -> Compressed:
-    """Transform, place quantizers, quantize every layer, tune; ``float_model`` is edited by the transforms only.
+    """Transform, split, place quantizers, quantize every layer, tune; ``float_model`` is edited by the first two only.
 
     Args:
         float_model: simplified and folded.
@@ -92,6 +94,8 @@ def apply_plan(
         whole = len(inputs[0]) // len(float_model.example[0]) * len(float_model.example[0])
         inputs = tuple(x[:whole] for x in inputs)
     notes = transform_model(float_model, plan, inputs)
+    reference, sentences = split_layers(float_model, plan, inputs, store.fresh_scratch())
+    notes += sentences
     computes = {choice.layer: find_format(choice.format).compute for choice in plan.choices}
     model = float_model.copy()
     quantizers = quantize_inputs(model, plan.choices, find_target(plan.target))
@@ -101,9 +105,9 @@ def apply_plan(
         for choice in plan.choices
         if choice.layer in table_calls(model)
     ]
-    layers = calibrate(float_model, model, quantizers, plan, computes, inputs, store, progress)
+    layers = calibrate(reference, model, quantizers, plan, computes, inputs, store, progress)
     if plan.steps.statistics_tuning and inputs is not None:
-        changed = tune_statistics(float_model, model, list(computes), inputs, store.fresh_scratch())
+        changed = tune_statistics(reference, model, list(computes), inputs, store.fresh_scratch())
         notes.append(f"statistics tuning: mean and deviation restored in {len(changed)} layers")
         progress("statistics tuning")
     if plan.steps.bias_tuning and inputs is not None:
@@ -112,7 +116,7 @@ def apply_plan(
             for name, calls in layer_calls(model).items()
             if name in computes and len(calls[0].args) > 2 and calls[0].args[2] is not None
         ]
-        before, after = tune_biases(float_model, model, biases, inputs, BIAS_TUNING_STEPS, plan.seed, progress)
+        before, after = tune_biases(reference, model, biases, inputs, BIAS_TUNING_STEPS, plan.seed, progress)
         notes.append(f"bias tuning: distillation loss on held-back samples {before:.4g} -> {after:.4g}")
         progress("bias tuning")
     store_biases(model)
@@ -140,7 +144,13 @@ def _contract_batch(model: TracedModel, inputs: tuple[Tensor, ...]) -> tuple[Ten
 
 
 def _check(model: TracedModel, plan: Plan) -> None:
+    specs = {layer.name: layer for layer in list_layers(model)}
+    for split in plan.splits:
+        reason = split.refusal(specs[split.layer]) if split.layer in specs else "the model does not have it"
+        if reason:
+            raise InputError(f"the plan splits layer {split.layer!r}: {reason}")
     known = layer_calls(model).keys() | table_calls(model).keys()
+    known |= {part for split in plan.splits for part in split.parts}
     for choice in plan.choices:
         if choice.layer not in known:
             raise InputError(

@@ -39,6 +39,8 @@ class Search:
     Attributes:
         weight_widths: widths a weight may have.
         act_widths: widths a layer's input may have; None: ``Options.act_bits``, or 8. Of no use where ``tied``.
+        ranks: shares of a layer's MACs at which two thin layers may do it, in (0, 1). None: a quarter and a half where
+            latency or bit operations matter, else none; () for none.
         tied: a layer's input has its weight's width (the paper's W = A).
         floats: whether a layer may stay float. None: where latency matters, which prices what a float layer among
             integer ones costs, or without data.
@@ -58,6 +60,7 @@ class Search:
 
     weight_widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     act_widths: tuple[int, ...] | None = None
+    ranks: tuple[float, ...] | None = None
     tied: bool = False
     floats: bool | None = None
     sensitivity: str | None = None
@@ -152,6 +155,7 @@ class Settings(TypedDict, total=False):
     search: Search
     weight_widths: tuple[int, ...]
     act_widths: tuple[int, ...] | None
+    ranks: tuple[float, ...] | None
     tied: bool
     floats: bool | None
     sensitivity: str | None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.allocation.budgets import format_value
+from compress.allocation.ranks import layers_of
 from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact
 from compress.calib.output_loss import output_loss
 from compress.calib.resume import open_store
@@ -98,7 +99,7 @@ def realize(
                 metric = measure_metric(intake, compressed.model, file, labelled, provider)
             report = build_report(
                 plan=plan,
-                layers=intake.layers,
+                layers=layers_of(intake.layers, plan.splits),
                 results=compressed.layers,
                 model=compressed.model,
                 float_file=float_file,

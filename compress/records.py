@@ -22,6 +22,7 @@ __all__ = [
     "QuantOption",
     "Record",
     "Skip",
+    "Split",
     "Steps",
 ]
 
@@ -89,6 +90,43 @@ class Choice(Record):
     reason: str | None = Field(default=None, description="why not what was asked for; None when it is")
 
 
+class Split(Record):
+    """A layer done by two thin ones, ``<layer>.down`` and ``<layer>.up``, which are then layers like any other.
+
+    ``factors`` take the layer's place; a ``branch`` corrects what quantization does to it, and is added to its output.
+    """
+
+    layer: str
+    rank: int = Field(ge=1)
+    form: Literal["factors", "branch"] = "factors"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the layers that there are instead, in execution order."""
+        thin = (f"{self.layer}.down", f"{self.layer}.up")
+        return thin if self.form == "factors" else (thin[0], self.layer, thin[1])
+
+    def refusal(self, layer: LayerSpec) -> str | None:
+        """Why ``layer`` cannot be done so; None when it can."""
+        if layer.refusal:
+            return layer.refusal
+        if layer.kind not in ("conv1d", "conv2d", "linear"):
+            return f"{layer.kind} has no matrix that would be cut"
+        if layer.groups != 1:
+            return f"a convolution of {layer.groups} groups has no matrix that would be cut"
+        if layer.calls != 1:
+            return f"it is called {layer.calls} times, and is cut for one"
+        most = min(layer.weight_shape[0], layer.parameters // layer.weight_shape[0])
+        if self.rank > most:
+            return f"rank {self.rank}: allowed are 1 to {most}"
+        if self.form == "branch" and layer.kind != "linear":
+            return f"only a linear has a branch beside it, not a {layer.kind}"
+        return None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" if self.form == "factors" else f"+ rank {self.rank}"
+
+
 class Cost(Record):
     """What one candidate takes of every quantity that a budget may limit."""
 
@@ -105,13 +143,15 @@ class Candidate(Record):
     method: str | None = None
     option: QuantOption | None = None
     format: str = "float"
+    split: Split | None = Field(None, description="how it is done by thin layers; None: as one")
     cost: Cost
     error: float = Field(description="added to the model's error, in the unit of the allocation's sensitivity")
 
     def __str__(self) -> str:
-        if self.option is None:
-            return "float"
-        return f"{self.option} on floats" if self.option.act_bits is None else str(self.option)
+        text = "float" if self.option is None else str(self.option)
+        if self.option is not None and self.option.act_bits is None:
+            text += " on floats"
+        return f"{text}, {self.split}" if self.split else text
 
 
 class Budget(Record):
@@ -172,6 +212,7 @@ class Plan(Record):
 
     schema_version: int = SCHEMA_VERSION
     choices: tuple[Choice, ...]
+    splits: tuple[Split, ...] = Field((), description="done first; choices name the thin layers that come of them")
     skipped: tuple[Skip, ...] = ()
     target: str
     observer: str = Field(description="how activation ranges are chosen")

@@ -17,11 +17,12 @@ from compress.formats import find_format
 from compress.graph.layers import ACTIVATIONS
 from compress.graph.quantizers import Quantizer, quantize_inputs
 from compress.graph.rewrite import absorb_activations, set_grid, set_weight, store_biases
+from compress.graph.split import split_layer
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
 from compress.methods import METHODS
 from compress.problem import Effort, LayerProblem
-from compress.records import Choice
+from compress.records import Choice, Split
 from compress.registry import resolve
 from compress.targets import Target
 
@@ -31,19 +32,23 @@ __all__ = ["build_skeleton", "write_skeleton"]
 _TOP = 6.0
 
 
-def build_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: Target) -> TracedModel:
-    """The graph that ``choices`` lead to, weights rounded to nearest and every activation grid made up.
+def build_skeleton(
+    float_model: TracedModel, choices: Sequence[Choice], target: Target, splits: Sequence[Split] = ()
+) -> TracedModel:
+    """The graph that ``choices`` lead to, weights rounded to nearest, factors and every activation grid made up.
 
     Args:
         float_model: simplified and folded; it is left as it is.
     """
     register_operators()
     model = float_model.copy()
+    for number, split in enumerate(splits):
+        split_layer(model, split, *_made_up_factors(model, split, number))
     quantizers = quantize_inputs(model, choices, target)
     for number, quantizer in enumerate(quantizers):
         set_grid(model, quantizer.name, *_made_up_grid(model, quantizer, number))
     for choice in choices:
-        weight = float_model.tensor(f"{choice.layer}.weight")
+        weight = model.tensor(f"{choice.layer}.weight")
         problem = LayerProblem(choice.layer, weight, None, forward=lambda x, *_: x)
         solution = resolve(METHODS, "minmax", "method").solve(problem, choice.option, Effort(0, 0))
         set_weight(model, choice.layer, solution.weight, find_format(choice.format).compute)
@@ -52,10 +57,20 @@ def build_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: 
     return model
 
 
-def write_skeleton(float_model: TracedModel, choices: Sequence[Choice], target: Target, path: Path) -> int:
+def write_skeleton(
+    float_model: TracedModel, choices: Sequence[Choice], target: Target, path: Path, splits: Sequence[Split] = ()
+) -> int:
     """Export the skeleton to ``path`` and return the file's bytes."""
-    write_onnx(build_onnx(build_skeleton(float_model, choices, target)), path, {})
+    write_onnx(build_onnx(build_skeleton(float_model, choices, target, splits)), path, {})
     return path.stat().st_size
+
+
+def _made_up_factors(model: TracedModel, split: Split, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unlike any others, for the same reason as grids are."""
+    weight = model.tensor(f"{split.layer}.weight").flatten(1)
+    generator = torch.Generator().manual_seed(number)
+    down = torch.randn(split.rank, weight.shape[1], generator=generator)
+    return down, torch.randn(weight.shape[0], split.rank, generator=generator)
 
 
 def _made_up_grid(model: TracedModel, quantizer: Quantizer, number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(LEVEL_1, LEVEL_0 | LEVEL_1),
     "methods": set(),  # a table of names: importing it must load nothing
     "quant": LEVEL_0 | {"quant"},
-    "calib": LEVEL_0 | LEVEL_1 | {"quant", "calib"},
+    "calib": LEVEL_0 | LEVEL_1 | {"quant", "calib", "lowrank"},
     "kernels": LEVEL_0 | {"kernels"},
     "lowrank": {"lowrank"},
     **dict.fromkeys(LEVEL_4, BELOW_5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.allocation.eligibility import find_format_for
+from compress.allocation.ranks import layers_of
 from compress.cache import digest
 from compress.calib.observers import OBSERVERS
 from compress.errors import InputError
@@ -43,9 +44,10 @@ def review_plan(
         )
     target = find_target(plan.target)
     resolve(OBSERVERS, plan.observer, "observer")
-    known = {layer.name: layer for layer in layers}
+    problems = _split_problems(plan, layers)
+    known = {layer.name: layer for layer in layers_of(layers, plan.splits)}
     names = [choice.layer for choice in plan.choices]
-    problems = [f"layer {name} is chosen twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    problems += [f"layer {name} is chosen twice" for name in sorted({name for name in names if names.count(name) > 1})]
     for choice in plan.choices:
         problem = _problem(choice, known.get(choice.layer), target, data_fingerprint is not None)
         if problem:
@@ -55,7 +57,7 @@ def review_plan(
     if data_fingerprint is None:
         steps = [name for name in _STEPS_WITH_DATA if getattr(plan.steps, name)]
         problems += [f"step {name} needs calibration data: give --calib" for name in steps]
-    if not plan.choices:
+    if not plan.choices and not plan.splits:
         problems.append("it chooses nothing for any layer")
     if problems:
         raise InputError("the plan cannot be carried out: " + "; ".join(problems))
@@ -67,9 +69,15 @@ def review_plan(
     skipped += [Skip(layer=name, reason="not in the plan") for name in known if name not in listed]
     allocation = plan.allocation
     if allocation is not None:
-        planned = {(each.layer, each.method, each.option, each.format) for each in allocation.chosen if each.option}
+        planned = {
+            (name, each.method, each.option, each.format)
+            for each in allocation.chosen
+            if each.option
+            for name in (each.split.parts if each.split else (each.layer,))
+        }
         chosen = {(each.layer, each.method, each.option, each.format) for each in plan.choices}
-        if planned != chosen or allocation.settings != settings_digest(plan):
+        cut = {each.split for each in allocation.chosen if each.split}
+        if planned != chosen or cut != set(plan.splits) or allocation.settings != settings_digest(plan):
             allocation = None
             notes.append("the plan was edited since it was found: its predictions and its certificate no longer hold")
     stamped = {
@@ -84,6 +92,18 @@ def review_plan(
 def settings_digest(plan: Plan) -> str:
     """A short name for everything in ``plan`` that decides its result, besides choices, model and data."""
     return digest(plan.model_dump(mode="json", include={"target", "observer", "steps", "iterations", "seed"}))
+
+
+def _split_problems(plan: Plan, layers: Sequence[LayerSpec]) -> list[str]:
+    known = {layer.name: layer for layer in layers}
+    names = [split.layer for split in plan.splits]
+    found = [f"layer {name} is split twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    for split in plan.splits:
+        layer = known.get(split.layer)
+        reason = split.refusal(layer) if layer else "the model has no layer of that name; `compress inspect` lists them"
+        if reason:
+            found.append(f"layer {split.layer} cannot be split: {reason}")
+    return found
 
 
 def _problem(choice: Choice, layer: LayerSpec | None, target: Target, with_data: bool) -> str | None:

@@ -158,6 +158,15 @@ def searching(
             rich_help_panel=_BUDGETS,
         ),
     ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE,...",
+            help="Low rank: shares of a layer's MACs at which two thin layers may do it; none for never  [default: "
+            "0.25,0.5 where latency or bops matter]",
+            rich_help_panel=_BUDGETS,
+        ),
+    ] = None,
     tied: Annotated[
         bool, typer.Option("--tied", help="A layer's input has its weight's width", rich_help_panel=_BUDGETS)
     ] = False,
@@ -252,7 +261,10 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     if "budget" in found:
         found["budgets"] = tuple(found.pop("budget") or ())
         for name in ("weight_widths", "act_widths"):
-            found[name] = _widths(found[name], f"--{name.replace('_', '-')}")
+            found[name] = _listed(found[name], f"--{name.replace('_', '-')}", int, "whole numbers", "2,4,8")
+        found["ranks"] = (
+            () if found["ranks"] == "none" else _listed(found["ranks"], "--ranks", float, "shares", "0.25,0.5")
+        )
     return found
 
 
@@ -262,10 +274,12 @@ def _hints(function: Callable[..., None]) -> dict[str, Any]:
     return found
 
 
-def _widths(text: str | None, option: str) -> tuple[int, ...] | None:
+def _listed(
+    text: str | None, option: str, kind: Callable[[str], Any], what: str, example: str
+) -> tuple[Any, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise InputError(f"{option} {text!r}: whole numbers separated by commas are needed, as in 2,4,8") from error
+        raise InputError(f"{option} {text!r}: {what} separated by commas are needed, as in {example}") from error

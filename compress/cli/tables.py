@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from compress.allocation.ranks import layers_of
 from compress.cli.plans import allocation_lines
 from compress.records import LayerSpec, Plan
 from compress.report.schema import Metric, Parity, Report
@@ -50,7 +51,7 @@ def plan_table(plan: Plan, layers: Sequence[LayerSpec]) -> Table:
     for name in ("layer", "kind", "weights", "does", "method", "runs as"):
         table.add_column(name, justify="right" if name == "weights" else "left", overflow="fold")
     reasons = {skip.layer: skip.reason for skip in plan.skipped}
-    for layer in layers:
+    for layer in layers_of(layers, plan.splits):
         choice = plan.choice(layer.name)
         does = ("float", "", reasons.get(layer.name, ""))
         if choice:

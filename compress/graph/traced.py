@@ -114,12 +114,18 @@ class TracedModel:
         return node
 
     def insert(
-        self, target: Any, args: tuple[Any, ...], *, before: fx.Node | None = None, after: fx.Node | None = None
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        *,
+        before: fx.Node | None = None,
+        after: fx.Node | None = None,
+        name: str | None = None,
     ) -> fx.Node:
         """A call of ``target`` right before or after a node, with the value that it would have for the example."""
         where = self.graph.inserting_before(before) if before is not None else self.graph.inserting_after(after)
         with where:
-            node = self.graph.call_function(target, args)
+            node = self.graph.create_node("call_function", target, args, name=name)
         values = fx.map_arg(args, lambda source: source.meta["val"])
         # Within the mode that the graph was traced in: a dynamic size is not to become a number.
         with detect_fake_mode([each.meta.get("val") for each in self.inputs()]) or contextlib.nullcontext():

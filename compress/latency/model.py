@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ from compress.graph.traced import TracedModel
 from compress.latency.operators import Shape, shape_of
 from compress.latency.table import LatencyTable, Operator
 
-__all__ = ["COMPUTE_OF", "Boundary", "LatencyModel", "LayerPlace", "fit", "layer_places"]
+__all__ = ["COMPUTE_OF", "Boundary", "LatencyModel", "LayerPlace", "fit", "layer_places", "thin_kind", "thin_shapes"]
 
 # Kinds of numbers a layer can run on; narrow: integers, its input on fewer than eight bits.
 COMPUTE_OF = {"float": "float", "integer": "integer", "narrow": "integer"}
@@ -30,13 +31,17 @@ COMPUTE_OF = {"float": "float", "integer": "integer", "narrow": "integer"}
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer stands: its shapes, one a call, the layer that feeds it, how many it feeds, its output's size."""
+    """Where a layer stands: its shapes, one a call, the layer that feeds it, how many it feeds, its output's size.
+
+    ``positions`` are a convolution's output positions along each dimension.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
     feeder: str | None
     readers: int
     outputs: int
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class LatencyModel:
     def predict(self, kinds: Mapping[str, str]) -> float:
         """Time of a plan that runs each layer on the kind of numbers that ``kinds`` says."""
         total = self.fixed_us + math.fsum(self.layers_us[layer][kind] for layer, kind in kinds.items())
-        computes = {layer: COMPUTE_OF[kind] for layer, kind in kinds.items()}
+        computes = {layer: COMPUTE_OF[kind.partition(" ")[0]] for layer, kind in kinds.items()}
         return total + math.fsum(each.costs_us[computes[each.first], computes[each.second]] for each in self.boundaries)
 
 
@@ -84,23 +89,42 @@ def layer_places(traced: TracedModel, batch: int) -> dict[str, LayerPlace]:
             feeder=feeders[name],
             readers=sum(feeder == name for feeder in feeders.values()),
             outputs=math.prod(_sizes(nodes[0])[1:]) * len(nodes),
+            positions=_sizes(nodes[0])[2:] if LAYER_KINDS[nodes[0].target] != "linear" else (),
         )
         for name, nodes in calls.items()
     }
+
+
+def thin_kind(kind: str, rank: int, form: str = "factors") -> str:
+    """What the time of a layer's two thin ones, on ``kind`` of numbers, is filed under."""
+    return f"{kind} {form} {rank}"
+
+
+def thin_shapes(place: LayerPlace, rank: int) -> tuple[Shape, Shape]:
+    """The two thin layers that do the layer at ``place`` at ``rank``."""
+    (shape,) = place.shapes
+    spatial = [1] * (len(shape.weight) - 2)
+    between = (shape.input[0], rank, *place.positions) if spatial else (*shape.input[:-1], rank)
+    return (
+        replace(shape, weight=(rank, *shape.weight[1:]), bias=False, activation=None),
+        replace(shape, weight=(shape.weight[0], rank, *spatial), rest=(), input=between),
+    )
 
 
 def fit(
     places: Mapping[str, LayerPlace],
     table: LatencyTable,
     bases: Sequence[tuple[Mapping[str, str], float]],
+    ranks: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> LatencyModel:
     """The model that gives each base its measured time.
 
     Args:
         places: the model's layers.
-        table: holds an operator for each of their shapes.
+        table: holds an operator for each of their shapes, and for those of ``ranks``.
         bases: kind of numbers by layer, and the whole model's microseconds; the first all float, and one at most for
             each other kind.
+        ranks: by layer, those at which it may be done by two thin ones.
     """
     kinds = ["float", *sorted({kind for base, _ in bases for kind in base.values()} - {"float"})]
     raw: dict[str, dict[str, float]] = {}
@@ -116,6 +140,10 @@ def fit(
             if not place.readers:
                 time_us += rows[-1].leave_us
             raw[name][kind] = time_us
+            for rank in ranks.get(name, ()):
+                if (thin_us := _thin_us(place, rank, table, COMPUTE_OF[kind])) is not None:
+                    raw[name][thin_kind(kind, rank)] = time_us - rows[0].layer_us + thin_us
+                    raw[name][thin_kind(kind, rank, "branch")] = time_us + thin_us
     boundaries = tuple(_boundary(places[place.feeder], place, table) for place in places.values() if place.feeder)
     plain = LatencyModel(0.0, raw, boundaries)
     fixed_us = min(time_us - plain.predict(base) for base, time_us in bases)
@@ -127,8 +155,20 @@ def fit(
         layers = [name for name, kind in base.items() if kind == own]
         total = sum(places[name].outputs for name in layers)
         for name in layers:
-            raw[name][own] += rest * places[name].outputs / total
+            for kind in raw[name]:
+                if kind.partition(" ")[0] == own:
+                    raw[name][kind] += rest * places[name].outputs / total
     return model
+
+
+def _thin_us(place: LayerPlace, rank: int, table: LatencyTable, compute: str) -> float | None:
+    """What two thin layers take; the sum that adds a branch is a small part of it, and left to the whole file."""
+    down, up = (table.find(shape.signature, compute) for shape in thin_shapes(place, rank))
+    if down is None or up is None:
+        return None
+    # An integer linear ends in floats, and the next one begins with them.
+    between = down.leave_us + up.enter_us if place.shapes[0].kind == "linear" and compute != "float" else 0.0
+    return down.layer_us + between + up.layer_us
 
 
 def _own_kind(base: Mapping[str, str]) -> str:

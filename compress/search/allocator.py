@@ -325,12 +325,19 @@ class Allocator:
                 method=way.method,
                 option=way.option,
                 format=way.format,
+                split=way.split(layer),
                 cost=self.costs.layers[layer][way],
                 error=self._price(layer, way, "error"),
             )
             for layer, way in draft.ways.items()
         )
-        kept = tuple(Skip(layer=layer, reason=_KEPT_FLOAT) for layer, way in draft.ways.items() if way.option is None)
+        splits = tuple(split for layer, way in draft.ways.items() if (split := way.split(layer)) is not None)
+        kept = tuple(
+            Skip(layer=part, reason=_KEPT_FLOAT)
+            for layer, way in draft.ways.items()
+            if way.option is None
+            for part in way.names(layer)
+        )
         answer = draft.answer
         allocation = Allocation(
             budgets=tuple(budgets),
@@ -351,9 +358,14 @@ class Allocator:
             threads=self.search.threads,
             batch=self.search.batch,
         )
-        choices = tuple(way.choice(layer) for layer, way in draft.ways.items() if way.option is not None)
+        choices = tuple(choice for layer, way in draft.ways.items() for choice in way.choices(layer))
         return frame.model_copy(
-            update={"choices": choices, "skipped": (*self.space.skipped, *kept), "allocation": allocation}
+            update={
+                "choices": choices,
+                "splits": splits,
+                "skipped": (*self.space.skipped, *kept),
+                "allocation": allocation,
+            }
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.benchmark import bench
@@ -18,7 +18,7 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.kernels.table import register_operators
-from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places
+from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places, thin_shapes
 from compress.latency.operators import time_operators
 from compress.latency.table import LatencyTable, open_table
 from compress.options import Search
@@ -77,6 +77,10 @@ def measure_costs(
             traced = float_model if position == 0 and float_model is not None else intake.traced
             files.append(export_ways(traced, ways, target, Path(folder) / f"base{position}.onnx"))
         sizes = [file.stat().st_size for file in files]
+        seconds = [
+            _second_layer_bytes(intake.traced, base, space, specs, target, size, Path(folder) / "thin.onnx")
+            for base, size in zip(bases[:2], sizes, strict=False)
+        ]
         latency: LatencyModel | None = None
         notes: tuple[str, ...] = ()
         float_us: float | None = None
@@ -90,11 +94,12 @@ def measure_costs(
     layers = {
         name: {
             way: Cost(
-                size_bytes=way.stored_bytes(specs[name]) + round(extra[way.storage]),
-                macs=specs[name].macs,
+                size_bytes=way.stored_bytes(specs[name])
+                + round(extra[way.storage] + seconds[way.option is not None] * (len(way.part_options) - 1)),
+                macs=way.macs(specs[name]),
                 bops=way.bops(specs[name]),
                 # Looking rows up takes no time that could be told from the rest.
-                latency_us=latency.layers_us.get(name, {way.kind: 0.0}).get(way.kind) if latency else None,
+                latency_us=latency.layers_us.get(name, {way.run: 0.0}).get(way.run) if latency else None,
             )
             for way in ways
         }
@@ -114,9 +119,10 @@ def measure_costs(
 
 def export_ways(traced: TracedModel, ways: Mapping[str, Way], target: Target, path: Path) -> Path:
     """Write the uncalibrated file of ``ways`` to ``path``."""
-    choices: list[Choice] = [way.choice(layer) for layer, way in ways.items() if way.option is not None]
-    if choices:
-        write_skeleton(traced, choices, target, path)
+    choices: list[Choice] = [choice for layer, way in ways.items() for choice in way.choices(layer)]
+    splits = [split for layer, way in ways.items() if (split := way.split(layer)) is not None]
+    if choices or splits:
+        write_skeleton(traced, choices, target, path, splits)
     else:
         write_onnx(build_onnx(traced), path, {})
     return path
@@ -148,7 +154,7 @@ def _bases(space: Space) -> list[dict[str, Way]]:
     for choose in (max, min):
         base = {}
         for layer, ways in space.ways.items():
-            quantized = [way for way in ways if way.option is not None]
+            quantized = [way for way in ways if way.option is not None and way.rank is None]
             integer = [way for way in quantized if way.kind != "float"] or quantized
             base[layer] = choose(integer, key=lambda way: way.widths)
         if base not in found:
@@ -180,6 +186,27 @@ def _overheads(
     return fixed, extra
 
 
+def _second_layer_bytes(
+    traced: TracedModel,
+    base: Mapping[str, Way],
+    space: Space,
+    specs: Mapping[str, LayerSpec],
+    target: Target,
+    size: int,
+    path: Path,
+) -> float:
+    """Bytes that a layer of ``base`` done by two takes besides its weights: the second one's own place in the file."""
+    thin = {}
+    for name, ways in space.ways.items():
+        ranks = [way.rank for way in ways if way.rank is not None and replace(way, rank=None) == base[name]]
+        if ranks:
+            thin[name] = replace(base[name], rank=ranks[0])
+    if not thin:
+        return 0.0
+    change = sum(way.stored_bytes(specs[name]) - base[name].stored_bytes(specs[name]) for name, way in thin.items())
+    return (export_ways(traced, {**base, **thin}, target, path).stat().st_size - size - change) / len(thin)
+
+
 def _fit(
     traced: TracedModel,
     space: Space,
@@ -190,7 +217,15 @@ def _fit(
     progress: Callable[[str, int, int], None],
 ) -> tuple[LatencyModel, tuple[str, ...]]:
     places = layer_places(traced, search.batch)
-    shapes = {shape.signature: shape for place in places.values() for shape in place.shapes}
+    ranks = {
+        name: tuple(dict.fromkeys(way.rank for way in ways if way.rank is not None))
+        for name, ways in space.ways.items()
+    }
+    shapes = {
+        shape.signature: shape
+        for name, place in places.items()
+        for shape in (*place.shapes, *(each for rank in ranks.get(name, ()) for each in thin_shapes(place, rank)))
+    }
     own = Path(search.latency_table) if search.latency_table else None
     table, path = open_table(own, target.provider, search.threads)
     kinds: list[tuple[dict[str, str], float]] = []
@@ -210,7 +245,7 @@ def _fit(
         table, path = open_table(own, target.provider, search.threads)  # another run may have added to it meanwhile
         table = table.with_operators(rows)
         table.save(path)
-    return fit(places, table, kinds), (note,)
+    return fit(places, table, kinds, ranks), (note,)
 
 
 def _stale(places: Mapping[str, LayerPlace], table: LatencyTable, float_us: float) -> bool:

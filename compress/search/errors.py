@@ -108,12 +108,12 @@ def _errors(space: Space, layer: str, losses: dict[str, float]) -> dict[Way, flo
     def single(way: Way) -> float:
         return max(losses[way.trial().key] - losses[FLOAT_LOSS], SMALLEST_ERROR)
 
-    quantized = [way for way in space.ways[layer] if way.option is not None]
+    quantized = [way for way in space.ways[layer] if way.option is not None and way.rank is None]
     errors = {}
     for way in space.ways[layer]:
-        if way.option is None:
+        if way.untouched:
             errors[way] = 0.0
-        elif not space.separable:
+        elif not space.separable or way.rank is not None:
             errors[way] = single(way)
         else:
             weights, inputs = space.weights_alone(way, quantized), space.input_alone(way, quantized)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from compress.allocation.budgets import parse_budgets
+from compress.allocation.ranks import SHARES, check_shares
 from compress.allocation.solver import SOLVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
@@ -92,6 +93,10 @@ def prepare(
     if search.floats is None:
         # A float layer among integer ones is slow in a way that only measured latencies price.
         options = replace(options, search=replace(search, floats=timed or samples is None))
+    if options.search.ranks is None:
+        costly = timed or "bops" in (objective, *(each.quantity for each in budgets))
+        options = replace(options, search=replace(options.search, ranks=SHARES if costly else ()))
+    check_shares(options.search.ranks or ())
     float_model = intake.traced
     intake = transformed(intake, options, frame, samples)
     space = list_space(

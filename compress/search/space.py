@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
-from compress.calib.sensitivity import Trial
+from compress.allocation.ranks import layers_of, thin_ranks
+from compress.calib.factors import BRANCH_BITS
+from compress.calib.trials import Trial
 from compress.errors import InputError
 from compress.formats import FORMATS
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
+from compress.latency.model import thin_kind
 from compress.options import Options
 from compress.packing import packed_bytes
-from compress.records import Choice, LayerSpec, QuantOption, Skip
+from compress.records import Choice, LayerSpec, QuantOption, Skip, Split
 from compress.targets import Target
 
 __all__ = ["Space", "Way", "list_space"]
 
 _FLOAT_BITS = 32
+# A branch beside a layer of few bits does little of its work.
+BRANCH_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do a layer; ``option`` None leaves it float."""
+    """One way to do a layer; ``option`` None leaves it float, ``rank`` None leaves it one layer."""
 
     method: str | None
     option: QuantOption | None
     format: str
+    rank: int | None = None
+    form: Literal["factors", "branch"] = "factors"
 
     @property
     def kind(self) -> str:
@@ -35,6 +43,16 @@ class Way:
         if self.option is None or FORMATS[self.format].inputs == "float":
             return "float"
         return "narrow" if (self.option.act_bits or 8) < 8 else "integer"
+
+    @property
+    def run(self) -> str:
+        """What its time is filed under in compress/latency/model.py."""
+        return self.kind if self.rank is None else thin_kind(self.kind, self.rank, self.form)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.option is None and self.rank is None
 
     @property
     def storage(self) -> str:
@@ -52,32 +70,57 @@ class Way:
             return _FLOAT_BITS, _FLOAT_BITS
         return self.option.bits, self.option.act_bits or _FLOAT_BITS
 
+    @property
+    def part_options(self) -> tuple[QuantOption | None, ...]:
+        """What is done to each layer that there will be, in execution order."""
+        if self.rank is None:
+            return (self.option,)
+        if self.form == "factors":
+            return (self.option, self.option)
+        assert self.option is not None
+        fine = self.option.model_copy(update={"bits": BRANCH_BITS})
+        return (fine, self.option, fine)
+
+    def parts(self, layer: LayerSpec) -> tuple[tuple[LayerSpec, QuantOption | None], ...]:
+        """The layers that ``layer`` becomes, in execution order, and what is done to each."""
+        split = self.split(layer.name)
+        return tuple(zip(layers_of((layer,), (split,) if split else ()), self.part_options, strict=True))
+
     def stored_bytes(self, layer: LayerSpec) -> int:
         """Bytes of the layer's codes, scales and zero points, or of its float weights."""
-        if self.option is None:
-            return 4 * layer.parameters
-        scales = layer.weight_shape[0]
-        zero_points = 0 if self.option.symmetric else scales
-        if self.option.group_size:
-            scales *= -(-layer.weight_shape[1] // self.option.group_size)
-            zero_points = packed_bytes(scales, self.option.bits)  # beside codes that stay packed
-        return packed_bytes(layer.parameters, self.option.bits) + 4 * scales + zero_points
+        return sum(_bytes(part, option) for part, option in self.parts(layer))
+
+    def macs(self, layer: LayerSpec) -> int:
+        """Multiply-accumulates a sample."""
+        return sum(part.macs for part, _ in self.parts(layer))
 
     def bops(self, layer: LayerSpec) -> int:
         """Bit operations a sample: MACs times the widths of weight and activation."""
-        return layer.macs * self.widths[0] * self.widths[1]
+        parts = self.parts(layer)
+        bits = ((option.bits, option.act_bits or _FLOAT_BITS) if option else (_FLOAT_BITS,) * 2 for _, option in parts)
+        return sum(part.macs * weight * act for (part, _), (weight, act) in zip(parts, bits, strict=True))
 
     def trial(self) -> Trial:
         """What has to be measured for it."""
-        assert self.method is not None
-        assert self.option is not None
-        return Trial(self.method, self.option)
+        return Trial(self.method or "", self.option, self.rank, self.form)
 
-    def choice(self, layer: str) -> Choice:
-        """Its entry in a plan."""
-        assert self.method is not None
-        assert self.option is not None
-        return Choice(layer=layer, method=self.method, option=self.option, format=self.format)
+    def split(self, layer: str) -> Split | None:
+        """What is done to the layer first; None: nothing."""
+        return None if self.rank is None else Split(layer=layer, rank=self.rank, form=self.form)
+
+    def names(self, layer: str) -> tuple[str, ...]:
+        """The layers that there will be instead of ``layer``."""
+        split = self.split(layer)
+        return split.parts if split else (layer,)
+
+    def choices(self, layer: str) -> tuple[Choice, ...]:
+        """Its entries in a plan, one a layer that there will be; none where those stay float."""
+        method = self.method
+        return tuple(
+            Choice(layer=name, method=method, option=option, format=self.format)
+            for name, option in zip(self.names(layer), self.part_options, strict=True)
+            if option is not None and method is not None
+        )
 
 
 FLOAT = Way(None, None, "float")
@@ -101,9 +144,14 @@ class Space:
 
     def trials(self, layer: str) -> tuple[Trial, ...]:
         """What has to be measured of ``layer``, each once."""
-        ways = [way for way in self.ways[layer] if way.option is not None]
+        ways = [way for way in self.ways[layer] if not way.untouched]
         if self.separable:
-            ways = [way for way in ways if way in (self.weights_alone(way, ways), self.input_alone(way, ways))]
+            whole = [way for way in ways if way.rank is None]
+            ways = [
+                way
+                for way in ways
+                if way.rank is not None or way in (self.weights_alone(way, whole), self.input_alone(way, whole))
+            ]
         return tuple(dict.fromkeys(way.trial() for way in ways))
 
     @staticmethod
@@ -153,6 +201,8 @@ def list_space(
             else:
                 ways[layer.name] = (*table, *((FLOAT,) if search.floats else ()))
             continue
+        ranks = thin_ranks(layer, search.ranks or ())
+        branch = thin_ranks(layer, (BRANCH_SHARE,)) if ranks and layer.kind == "linear" else ()
         widths = [
             bits
             for bits in sorted(search.weight_widths)
@@ -170,17 +220,39 @@ def list_space(
                     fits = FORMATS[name].inputs == option.inputs
                     if fits and FORMATS[name].refusal(layer, option) is None:
                         found += [Way(method, option, name) for method in methods]
+                        # The value between two factors has a grid of its own: on few bits it loses what it saves.
+                        if bits in (4, max(widths)) and act_bits in (None, 8):
+                            found += [Way(method, option, name, rank) for method in methods for rank in ranks]
+                        if bits <= 4 and act_bits in (None, 8):
+                            found += [
+                                Way(method, option, name, rank, "branch") for method in methods for rank in branch
+                            ]
         if reason is None and not found:
             reason = f"target {target.name} has no format for it"
         if reason is not None:
             skipped.append(Skip(layer=layer.name, reason=reason))
         else:
-            ways[layer.name] = (*found, *((FLOAT,) if search.floats else ()))
+            ways[layer.name] = (*found, *((FLOAT, *_float_ranks(ranks)) if search.floats else ()))
     if not ways:
         reasons = "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:3])
         raise InputError(f"nothing to compress: {reasons or 'the model has no layer with weights'}")
     separable = with_data and not search.tied and len(activations) > 1
     return Space(ways, _units(traced, ways, search.grouped), tuple(skipped), separable)
+
+
+def _float_ranks(ranks: Sequence[int]) -> tuple[Way, ...]:
+    return tuple(Way(None, None, "float", rank) for rank in ranks)
+
+
+def _bytes(layer: LayerSpec, option: QuantOption | None) -> int:
+    if option is None:
+        return 4 * layer.parameters
+    scales = layer.weight_shape[0]
+    zero_points = 0 if option.symmetric else scales
+    if option.group_size:
+        scales *= -(-layer.weight_shape[1] // option.group_size)
+        zero_points = packed_bytes(scales, option.bits)  # beside codes that stay packed
+    return packed_bytes(layer.parameters, option.bits) + 4 * scales + zero_points
 
 
 def _table_ways(layer: LayerSpec, widths: Sequence[int], target: Target) -> tuple[Way, ...] | str:

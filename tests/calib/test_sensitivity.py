@@ -14,7 +14,8 @@ from compress.calib.calibrate import calibrate
 from compress.calib.output_loss import output_loss
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import load_samples
-from compress.calib.sensitivity import BASE, FLOAT, Trial, measure_sensitivity, stored_losses
+from compress.calib.sensitivity import BASE, FLOAT, measure_sensitivity, stored_losses
+from compress.calib.trials import Trial
 from compress.graph.layers import layer_calls
 from compress.graph.quantizers import place_quantizers
 from compress.graph.traced import TracedModel
