@@ -1,7 +1,7 @@
 """One linear of a ViT done whole and by two thin ones, on floats and integers: 197 rows, files in turn.
 
-``python -m benchmarks.thin`` writes ``benchmarks/results/thin.json`` and a table beside it. K is the smaller side. Files
-hold made-up numbers: time does not depend on them.
+``python -m benchmarks.thin`` writes ``benchmarks/results/thin.json`` and a table beside it. K is the smaller side.
+Files hold made-up numbers: time does not depend on them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from torch import Tensor
 
 __all__ = ["Factors", "break_even", "plain_factors", "rank_by_energy", "rank_by_threshold", "weighted_factors"]
 
+_SLIVER = 1e-10
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -65,10 +67,19 @@ def weighted_factors(weight: Tensor, gram: Tensor) -> Factors:
 
     ``gram`` need not be scaled or of full rank. Both factors get rows and columns of equal length.
     """
-    exact = weight.double()
-    moments = exact @ gram.double() @ exact.T
-    values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
-    count = min(exact.shape)
+    exact, gram = weight.double(), gram.double()
+    outputs, inputs = exact.shape
+    if outputs <= inputs:
+        moments = exact @ gram @ exact.T
+        values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
+    else:
+        # The same left vectors from the smaller side: those of W G^(1/2). What the inputs never hold gets a sliver, so
+        # that all components together stay exact.
+        lengths, turn = torch.linalg.eigh(gram)
+        root = turn * lengths.clamp(min=_SLIVER * max(float(lengths[-1]), _SLIVER)).sqrt()
+        vectors, values, _ = torch.linalg.svd(exact @ root, full_matrices=False)
+        values, vectors = values.square().flip(0), vectors.flip(1)
+    count = min(outputs, inputs)
     values, vectors = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
     down = vectors.T @ exact
     # Lengths between the two are free: as equal ones they quantize and train alike.

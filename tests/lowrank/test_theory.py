@@ -87,3 +87,20 @@ def test_uneven_inputs_give_the_weighted_optimum_and_so_does_the_closed_form() -
         assert errors[1] == pytest.approx(predicted, abs=1e-4)
         if rank < 5:
             assert errors[2] > errors[1] + 1e-3, "the weight's own singular values are not the best order"
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)], ids=["tall", "wide"])
+@pytest.mark.parametrize("seen", [200, 5], ids=["all directions", "few directions"])
+def test_weighted_factors_are_exact_whole_and_optimal_cut_from_either_side(shape: tuple[int, int], seen: int) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    weight[:, -1] = weight[:, 0]  # a weight that lacks a rank
+    inputs = torch.randn(seen, shape[1], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    factors = weighted_factors(weight, inputs.T @ inputs)
+    wanted = inputs @ weight.T
+    torch.testing.assert_close(inputs @ factors.product().T, wanted, rtol=1e-6, atol=1e-7)
+    if shape[0] > shape[1]:
+        torch.testing.assert_close(factors.product(), weight, rtol=1e-6, atol=1e-6)
+    best = torch.linalg.svdvals(wanted).square()
+    for rank in range(1, min(shape)):
+        error = float((inputs @ factors.truncated(rank).product().T - wanted).square().sum())
+        assert error == pytest.approx(float(best[rank:].sum()), rel=1e-5, abs=1e-6 * float(best.sum()))
