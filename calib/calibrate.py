@@ -19,6 +19,7 @@ from compress.calib.adaquant import evaluation_rows
 from compress.calib.bias import corrected_bias
 from compress.calib.block_rounding import round_blocks
 from compress.calib.observers import Histogram, activation_grid, observe_range
+from compress.calib.refit import refit_up
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.errors import InputError
@@ -93,6 +94,8 @@ def calibrate(
             elif name in first_call and (choice := plan.choice(first_call[name])):
                 results.append(calibration.quantize_layer(choice, quantizers))
                 progress(choice.layer)
+            elif name in first_call and first_call[name] in calibration.refitted:
+                calibration.refit_layer(first_call[name])
     finally:
         walk.close()
     return results
@@ -120,6 +123,7 @@ class _Calibration:
     ) -> None:
         self.walk, self.plan, self.computes, self.store = walk, plan, computes, store
         self.model = walk.model
+        self.refitted = {split.parts[-1] for split in plan.splits if split.form == "factors"} if walk.inputs else set()
 
     def choose_grid(self, quantizer: Quantizer) -> None:
         """Observe the value that ``quantizer`` reads and set its grid."""
@@ -150,7 +154,12 @@ class _Calibration:
         effort = Effort(self.plan.iterations, seed=layer_seed(self.plan.seed, choice.layer))
         solution = self._stored(choice, problem)
         if solution is None:
+            if choice.layer in self.refitted:
+                weight, bias = refit_up(problem)
+                problem = replace(problem, weight=weight, bias=bias)
             solution = method.solve(problem, choice.option, effort)
+            if choice.layer in self.refitted and solution.bias is None:
+                solution = replace(solution, bias=problem.bias)
             # Whatever the method learned on: corrected and measured on what the layer will be given.
             problem = replace(problem, inputs=found.prefix)
             if self.plan.steps.bias_correction and problem.inputs is not None and len(calls) == 1:
@@ -168,6 +177,13 @@ class _Calibration:
         if found.quantizer is not None and solution.grid is not None:
             set_grid(self.model, found.quantizer.name, solution.grid.scale, solution.grid.zero_point)
         return result
+
+    def refit_layer(self, layer: str) -> None:
+        """Fit the second factor of a layer that stays float, in the graph."""
+        problem = self.walk.layer(layer, [], sequential=True).problem
+        weight, bias = refit_up(problem)
+        self.model.set_tensor(f"{layer}.weight", weight)
+        set_bias(self.model, layer, bias)
 
     def _measure(self, choice: Choice, problem: LayerProblem, solution: Solution, note: str | None) -> LayerResult:
         weight_error = _relative(solution.weight.dequantize(), problem.weight)

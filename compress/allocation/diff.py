@@ -49,7 +49,10 @@ def diff_plans(first: Plan, second: Plan) -> PlanDiff:
 
 
 def _layers(plan: Plan) -> list[str]:
-    return [*(choice.layer for choice in plan.choices), *(skip.layer for skip in plan.skipped)]
+    """The model's own: thin ones are named by what they do the work of."""
+    wholes = {part: split.layer for split in plan.splits for part in split.parts}
+    names = [*(choice.layer for choice in plan.choices), *(skip.layer for skip in plan.skipped)]
+    return list(dict.fromkeys(wholes.get(name, name) for name in names))
 
 
 def _predicted(plan: Plan) -> dict[str, Candidate]:
@@ -71,6 +74,10 @@ def _layer(name: str, first: Plan, second: Plan, a: Candidate | None, b: Candida
 
 
 def _does(plan: Plan, layer: str) -> str:
+    split = next((split for split in plan.splits if split.layer == layer), None)
+    if split is not None:
+        part = layer if split.form == "branch" else split.parts[0]
+        return f"{_does(plan.model_copy(update={'splits': ()}), part)}, {split}"
     choice = plan.choice(layer)
     if choice is not None:
         return f"{choice.option} {choice.method}" + (" on floats" if choice.format == "float-weights" else "")

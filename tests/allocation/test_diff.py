@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compress.allocation.diff import diff_plans
-from compress.records import Allocation, Candidate, Choice, Cost, Plan, QuantOption, Skip
+from compress.records import Allocation, Candidate, Choice, Cost, Plan, QuantOption, Skip, Split
 
 
 def choice(layer: str, bits: int, act_bits: int | None = 8, method: str = "mse") -> Choice:
@@ -138,3 +138,14 @@ def test_a_uniform_plan_beside_an_allocated_one() -> None:
     assert found.second_totals == {}
     (row,) = found.layers
     assert (row.first_bytes, row.second_bytes, row.second_error) == (30, None, None)
+
+
+def test_thin_layers_stand_for_the_one_they_do_the_work_of() -> None:
+    whole = plan([choice("a", 4), choice("b", 8)])
+    parts = [choice("a.down", 8), choice("a.up", 8), choice("b.down", 8), choice("b", 4), choice("b.up", 8)]
+    cut = plan(parts, splits=(Split(layer="a", rank=3), Split(layer="b", rank=2, form="branch")))
+    found = diff_plans(whole, cut)
+    assert [(row.layer, row.first, row.second) for row in found.layers] == [
+        ("a", "W4A8 mse", "W8A8 mse, rank 3"),
+        ("b", "W8A8 mse", "W4A8 mse, + rank 2"),
+    ]

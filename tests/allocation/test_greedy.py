@@ -133,9 +133,9 @@ def test_a_thousand_units_in_two_seconds(budgets: int) -> None:
         costs.append({"error": rng.lognormal(0, 2) * 4.0**-bits, "size": size, "latency": size * rng.uniform(1, 2, 20)})
     limits = {q: sum(0.6 * c[q].min() + 0.4 * c[q].max() for c in costs) for q in ("size", "latency")[:budgets]}
     large = Program(tuple(costs), "error", limits)
-    started = time.perf_counter()
+    started = time.process_time()
     picks = greedy(large)
     # About 0.4 s on two cores; the rest is for a busy machine.
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
     assert picks is not None
     assert large.feasible(picks)

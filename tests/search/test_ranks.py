@@ -210,6 +210,23 @@ def test_a_branch_corrects_few_bits(linears: tuple[Intake, Samples], tmp_path: P
     assert float((found - wanted).norm()) < 0.97 * float((worse - wanted).norm())
 
 
+def test_the_second_factor_makes_up_for_what_came_before(
+    intake: Intake, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = (Split(layer="body", rank=6), Split(layer="deep", rank=12))
+    plan = plan_with(intake, samples, splits, QuantOption(bits=4, act_bits=8))
+    with torch.no_grad():
+        wanted = intake.original(samples.inputs[0])
+
+        def error() -> float:
+            done = realize(intake, plan, samples, None, None, overwrite=False, progress=silent)
+            return float((done.module(samples.inputs[0]) - wanted).norm() / wanted.norm())
+
+        fitted = error()
+        monkeypatch.setattr("compress.calib.calibrate.refit_up", lambda problem: (problem.weight, problem.bias))
+        assert fitted < 0.95 * error()
+
+
 def test_a_plan_that_splits_what_cannot_be_is_refused_by_name(intake: Intake, samples: Samples) -> None:
     splits = (Split(layer="body", rank=33), Split(layer="gone", rank=1), Split(layer="left", rank=2))
     plan = plan_with(intake, samples, splits[2:], None).model_copy(update={"splits": splits})
