@@ -1,0 +1,174 @@
+"""The members of a family: what the dense model was, what every cut costs and loses, each with its own statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import InputError
+from compress.lowrank.decompose import Decomposition, decomposed_layers
+from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
+from compress.lowrank.truncate import count_positions, cut_to, model_macs, truncation_path
+from compress.machine import describe_environment
+from compress.training.family import Family, FamilyInput, FamilyMember, weights_of
+from compress.training.loop import TrainingData, criterion_of, evaluate, first
+
+__all__ = ["DenseModel", "LowRankOptions", "make_family"]
+
+Progress = Callable[[str, int, int], None]
+_JUDGED = 512
+_BATCH = 128
+_NORMALISED = 4096
+
+
+@dataclass(frozen=True)
+class LowRankOptions:
+    """What training and truncation share.
+
+    Attributes:
+        ignore, keep_first, keep_last: see :func:`~compress.lowrank.decompose.decompose`.
+        smallest: the family goes down to this share of the dense model's MACs.
+        factor: a cut goes to this share of a layer's rank.
+        factory: ``package.module:factory``, for a model file that holds weights only.
+        allow: classes that a model file may use besides torch.nn's own.
+        overwrite: replace the folder, and throw away an unfinished run's checkpoint.
+    """
+
+    ignore: tuple[str, ...] = ()
+    keep_first: int = 0
+    keep_last: bool = False
+    smallest: float = 0.1
+    factor: float = 0.85
+    factory: str | None = None
+    allow: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: with the option's name.
+        """
+        if not 0 < self.smallest < 1:
+            raise InputError(f"--smallest {self.smallest:g}: a share of the dense model's MACs, between 0 and 1")
+        if not 0 < self.factor < 1:
+            raise InputError(f"--factor {self.factor:g}: between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The model before it was decomposed: what the family is compared with."""
+
+    data: TrainingData
+    test: TrainingData | None
+    outputs: Tensor
+    macs: int
+    weights: int
+    positions: dict[str, int]
+    metric: float | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, module: nn.Module, data: TrainingData, test: TrainingData | None) -> DenseModel:
+        """Measure ``module`` as it is.
+
+        Raises:
+            InputError: the samples do not run through it.
+        """
+        module.eval()
+        few = tuple(x[:2] for x in data.inputs)
+        try:
+            positions = count_positions(module, few)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"the samples do not run through the model: {str(error).splitlines()[0]}") from error
+        outputs = _outputs(module, tuple(x[-_JUDGED:] for x in data.inputs))
+        return cls(
+            data, test, outputs, model_macs(module, positions), sum(each.numel() for each in module.parameters()),
+            positions, evaluate(module, test) if test is not None else None,
+        )  # fmt: skip
+
+
+def make_family(
+    module: nn.Module,
+    done: Decomposition,
+    dense: DenseModel,
+    options: LowRankOptions,
+    notes: tuple[str, ...],
+    progress: Progress,
+) -> tuple[Family, list[dict[str, Tensor]]]:
+    """The members of ``module``, and every BatchNorm's statistics of each; ``module`` is left whole."""
+    labelled = len(dense.data.labels) > 0
+    judged = tuple(x[-_JUDGED:] for x in dense.data.inputs)
+    labels = dense.data.labels[-_JUDGED:]
+    criterion = criterion_of(dense.data) if labelled else None
+
+    @torch.no_grad()
+    def loss() -> float:
+        outputs = _outputs(module, judged)
+        if criterion is not None:
+            return float(criterion(outputs, labels))
+        return float((outputs - dense.outputs).square().sum() / dense.outputs.square().sum().clamp(min=1e-30))
+
+    few = tuple(x[:_NORMALISED] for x in dense.data.inputs)
+    batches = [tuple(x[index] for x in few) for index in torch.arange(len(few[0])).split(_BATCH)]
+    given = norm_statistics(module)
+
+    def settle() -> float:
+        """Give the module, cut as it is, statistics of its own where they are better than those it came with."""
+        set_norm_statistics(module, given)
+        before = loss()
+        if recalibrate(module, batches) == 0:
+            return before
+        after = loss()
+        if after <= before:
+            return after
+        set_norm_statistics(module, given)
+        return before
+
+    settle()
+    path = truncation_path(
+        module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
+        progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
+    )  # fmt: skip
+    members, statistics = [], []
+    for number, member in enumerate(path):
+        with cut_to(decomposed_layers(module), member.ranks):
+            lost = settle()
+            statistics.append(norm_statistics(module))
+            members.append(
+                FamilyMember(
+                    ranks=member.ranks,
+                    macs=member.macs,
+                    weights=weights_of(module, member),
+                    loss=lost,
+                    metric=evaluate(module, dense.test) if dense.test is not None else None,
+                )
+            )
+        progress("measuring members", number + 1, len(path))
+    set_norm_statistics(module, statistics[0])
+    name = None
+    if dense.test is not None:
+        name = "accuracy" if dense.test.classes else "mean squared error"
+    what = {layer_name: f"rank {layer.rank} of {layer.full_rank}" for layer_name, layer in done.layers.items()}
+    family = Family(
+        loss_name=("loss" if labelled else "relative squared error of the outputs"),
+        metric_name=name,
+        dense_macs=dense.macs,
+        dense_weights=dense.weights,
+        dense_metric=dense.metric,
+        inputs=tuple(FamilyInput.of(x) for x in dense.data.inputs),
+        members=tuple(members),
+        layers=what,
+        dense=dict(done.dense),
+        notes=notes,
+        environment=describe_environment(),
+    )
+    return family, statistics
+
+
+def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    index = torch.arange(len(inputs[0])).split(_BATCH)
+    return torch.cat([first(module(*(x[each] for x in inputs))) for each in index])
