@@ -29,6 +29,7 @@ from compress.machine import Environment
 from compress.records import Record
 
 __all__ = [
+    "FAMILY_FILE",
     "Family",
     "FamilyInput",
     "FamilyMember",
@@ -42,7 +43,8 @@ __all__ = [
     "write_family",
 ]
 
-_MODULE, _RECORD, _NORMS = "family.pt", "family.json", "norms.safetensors"
+FAMILY_FILE = "family.json"
+_MODULE, _NORMS = "family.pt", "norms.safetensors"
 _MACS_AXIS = "MACs, of the dense model's"
 _CLASSES = tuple(
     f"compress.lowrank.{name}" for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "attention.OpenAttention")
@@ -117,7 +119,7 @@ def write_family(
     named = {f"{number}/{name}": value for number, each in enumerate(statistics) for name, value in each.items()}
     save_file(named, partial / _NORMS)
     family = family.model_copy(update={"files": {name: _sha256(partial / name) for name in (_MODULE, _NORMS)}})
-    (partial / _RECORD).write_text(family.model_dump_json(indent=1) + "\n")
+    (partial / FAMILY_FILE).write_text(family.model_dump_json(indent=1) + "\n")
     plain = copy.deepcopy(module)
     extract(plain)
     torch.save(plain, partial / "model.pt")
@@ -136,25 +138,25 @@ def read_family(folder: Path) -> tuple[nn.Module, Family]:
     """
     from pydantic import ValidationError
 
-    for name in (_MODULE, _RECORD, _NORMS):
+    for name in (_MODULE, FAMILY_FILE, _NORMS):
         if not (folder / name).is_file():
             raise InputError(
                 f"{folder} has no {name}: `compress lowrank train` and `compress lowrank truncate` make one"
             )
     try:
-        family = Family.model_validate_json((folder / _RECORD).read_text())
+        family = Family.model_validate_json((folder / FAMILY_FILE).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / _RECORD} is damaged, or of another version of compress") from error
+        raise InputError(f"{folder / FAMILY_FILE} is damaged, or of another version of compress") from error
     for name in (_MODULE, _NORMS):
         if _sha256(folder / name) != family.files.get(name):
             raise InputError(
-                f"{folder / name} is not the file that {_RECORD} was written with (its SHA-256 differs): it was "
+                f"{folder / name} is not the file that {FAMILY_FILE} was written with (its SHA-256 differs): it was "
                 "damaged, or is another run's; copy the folder again as a whole, or make it anew"
             )
     module = load_model(folder / _MODULE, allow=_CLASSES).module
     have = {name: layer.rank for name, layer in decomposed_layers(module).items()}
     if not family.members or have != family.members[0].ranks:
-        raise InputError(f"{folder}: {_RECORD} and {_MODULE} are not of one run: their ranks differ")
+        raise InputError(f"{folder}: {FAMILY_FILE} and {_MODULE} are not of one run: their ranks differ")
     return module, family
 
 
