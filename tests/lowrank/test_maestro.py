@@ -200,8 +200,12 @@ def test_ranks_fall_under_the_penalty_and_never_grow() -> None:
 
 def test_a_checkpoint_of_another_architecture_is_refused() -> None:
     first, second = Maestro(net()), Maestro(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5)))
-    with pytest.raises(ValueError, match="of another architecture: layer 0 has rank 6 there, at most 4 here"):
+    with pytest.raises(ValueError, match="of another architecture: layer 0 is 8 x 6 there, 4 x 6 here"):
         second.load_state_dict(first.state_dict())
+    cut = Maestro(net())
+    shrink(cut.layers["0"], 3)
+    with pytest.raises(ValueError, match="of another architecture: layer 0 has rank 6 there, at most 3 here"):
+        cut.load_state_dict(first.state_dict())
     third = Maestro(nn.Sequential(nn.Linear(6, 4)))
     with pytest.raises(ValueError, match="another architecture: 2 only in one of them"):
         third.load_state_dict(first.state_dict())
