@@ -31,6 +31,9 @@ def cutting(
     keep_first: Annotated[int, typer.Option(help="Leave so many leading layers dense")] = 0,
     keep_last: Annotated[bool, typer.Option(help="Leave the last layer dense")] = False,
     smallest: Annotated[float, typer.Option(help="Smallest size, as a share of the dense model's MACs")] = 0.1,
+    search: Annotated[
+        str, typer.Option(help="greedy, or program: plans of an integer program too, the better of both at every size")
+    ] = "greedy",
     factory: Factory = None,
     allow: Allow = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,

@@ -15,10 +15,12 @@ from compress.lowrank.truncate import count_positions, cut_to, model_macs, trunc
 from compress.machine import describe_environment
 from compress.training.family import Family, FamilyInput, FamilyMember, weights_of
 from compress.training.loop import TrainingData, criterion_of, evaluate, first
+from compress.training.program import program_path, undominated
 
 __all__ = ["DenseModel", "LowRankOptions", "make_family"]
 
 Progress = Callable[[str, int, int], None]
+SEARCHES = ("greedy", "program")
 _JUDGED = 512
 _BATCH = 128
 _NORMALISED = 4096
@@ -32,6 +34,7 @@ class LowRankOptions:
         ignore, keep_first, keep_last: see :func:`~compress.lowrank.decompose.decompose`.
         smallest: the family goes down to this share of the dense model's MACs.
         factor: a cut goes to this share of a layer's rank.
+        search: "greedy", or "program", which adds the plans of an integer program and keeps what is undominated.
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
         overwrite: replace the folder, and throw away an unfinished run's checkpoint.
@@ -42,6 +45,7 @@ class LowRankOptions:
     keep_last: bool = False
     smallest: float = 0.1
     factor: float = 0.85
+    search: str = "greedy"
     factory: str | None = None
     allow: tuple[str, ...] = ()
     overwrite: bool = False
@@ -56,6 +60,8 @@ class LowRankOptions:
             raise InputError(f"--smallest {self.smallest:g}: a share of the dense model's MACs, between 0 and 1")
         if not 0 < self.factor < 1:
             raise InputError(f"--factor {self.factor:g}: between 0 and 1")
+        if self.search not in SEARCHES:
+            raise InputError(f"--search {self.search}: known are {', '.join(SEARCHES)}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,12 @@ def make_family(
         module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
         progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
     )  # fmt: skip
+    if options.search == "program":
+        planned = program_path(
+            module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
+            progress=lambda done, total: progress("planning ranks", done, total),
+        )  # fmt: skip
+        path = undominated(path, planned)
     members, statistics = [], []
     for number, member in enumerate(path):
         with cut_to(decomposed_layers(module), member.ranks):
