@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from compress.lowrank.attention import attention_refusal, open_attention
+from compress.lowrank.factors import break_even
 from compress.lowrank.layers import LowRankConv2d, LowRankLayer, LowRankLinear, refusal
 
 __all__ = ["Decomposition", "decompose", "decomposed_layers", "extract"]
@@ -71,6 +72,8 @@ def decompose(
             reason = "first or last, to be left dense"
         elif id(child.weight) in shared:
             reason = "its weight is another module's, too"
+        elif reason is None and break_even(child.weight.shape[0], child.weight[0].numel()) <= 1:
+            reason = "two layers of rank 1 would cost no less"
         if reason is not None:
             dense[name] = reason
             continue

@@ -32,7 +32,16 @@ class Member:
 
 @contextmanager
 def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> Iterator[None]:
-    """Cut ``layers`` to ``ranks`` while the block runs."""
+    """Cut ``layers`` to ``ranks`` while the block runs.
+
+    Raises:
+        ValueError: there is no such layer, or it has no such rank; nothing is cut then.
+    """
+    for name, rank in ranks.items():
+        if name not in layers:
+            raise ValueError(f"no decomposed layer {name!r}; there are {', '.join(list(layers)[:8])}")
+        if not 0 <= rank <= layers[name].rank:
+            raise ValueError(f"layer {name}: rank {rank}, allowed are 0 to {layers[name].rank}")
     for name, rank in ranks.items():
         layers[name].active = rank
     try:

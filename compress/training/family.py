@@ -157,6 +157,13 @@ def read_family(folder: Path) -> tuple[nn.Module, Family]:
     have = {name: layer.rank for name, layer in decomposed_layers(module).items()}
     if not family.members or have != family.members[0].ranks:
         raise InputError(f"{folder}: {FAMILY_FILE} and {_MODULE} are not of one run: their ranks differ")
+    for number, member in enumerate(family.members):
+        for name, rank in member.ranks.items():
+            if not 0 <= rank <= have.get(name, -1):
+                raise InputError(
+                    f"{folder / FAMILY_FILE} was changed: member {number} has rank {rank} in layer {name}, which has 0 "
+                    f"to {have.get(name, 'none')}"
+                )
     return module, family
 
 

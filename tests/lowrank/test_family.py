@@ -175,6 +175,11 @@ def test_a_damaged_record_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="is damaged, or of another version"):
         read_family(folder)
     family = Family.model_validate_json(text)
+    larger = family.members[1].model_copy(update={"ranks": family.members[1].ranks | {"3": 99}})
+    changed = family.model_copy(update={"members": (family.members[0], larger)})
+    (folder / "family.json").write_text(changed.model_dump_json())
+    with pytest.raises(InputError, match="was changed: member 1 has rank 99 in layer 3, which has 0 to 48"):
+        read_family(folder)
     (folder / "family.json").write_text(family.model_copy(update={"members": family.members[1:]}).model_dump_json())
     with pytest.raises(InputError, match="are not of one run: their ranks differ"):
         read_family(folder)
