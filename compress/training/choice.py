@@ -75,8 +75,8 @@ def choose_member(family: Family, budgets: Sequence[Budget], timer: MemberTimer 
     within = " within the other budgets" if limits else ""
     raise InfeasibleBudget(
         f"latency is limited to {format_value('latency', limit)}; the smallest that a member reaches{within} is "
-        f"{format_value('latency', fastest)} ({fastest / timer.dense_us:.2f}x of the dense model's, with "
-        f"{timer.threads} threads and batch {timer.batch})"
+        f"{format_value('latency', fastest)} ({fastest / timer.dense_us:.2f}x of the dense model's; --threads "
+        f"{timer.threads}, --batch {timer.batch})"
     )
 
 

@@ -155,7 +155,9 @@ def read_family(folder: Path) -> tuple[nn.Module, Family]:
             )
     module = load_model(folder / _MODULE, allow=_CLASSES).module
     have = {name: layer.rank for name, layer in decomposed_layers(module).items()}
-    if not family.members or have != family.members[0].ranks:
+    whole = family.members[0].ranks if family.members else {}
+    # A layer that no sample ran through is in no member.
+    if not whole or {name: have.get(name) for name in whole} != whole:
         raise InputError(f"{folder}: {FAMILY_FILE} and {_MODULE} are not of one run: their ranks differ")
     for number, member in enumerate(family.members):
         for name, rank in member.ranks.items():
@@ -225,7 +227,14 @@ def plot(family: Family, path: Path, costs: Sequence[float], axis: str, *, dense
     members = family.members
     measured = all(each.metric is not None for each in members)
     values: Sequence[float] = [float(each.metric or 0.0) if measured else each.loss for each in members]
-    axes.plot(costs, values, marker="o", markersize=3)
+    # Times differ by chance, so that a line through all members would go to and fro: it joins the best for their cost.
+    sign = -1.0 if measured and family.metric_name == "accuracy" else 1.0
+    front: list[tuple[float, float]] = []
+    for cost, value in sorted(zip(costs, values, strict=True), key=lambda pair: (pair[0], sign * pair[1])):
+        if not front or sign * value < sign * front[-1][1]:
+            front.append((cost, value))
+    axes.plot(costs, values, "o", markersize=3)
+    axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1)
     if measured and family.dense_metric is not None:
         axes.axhline(family.dense_metric, linestyle=":", color="grey", label="dense")
     if dense is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class _Start:
     dense: DenseModel
     fingerprint: str
 
+    def decomposed(self) -> _Start:
+        """The same behind the decomposition, before anything is cut: opened attention has layers of its own."""
+        return replace(self, dense=self.dense.counted(self.module))
+
 
 def train_lowrank(
     model: ModelLike,
@@ -84,6 +88,7 @@ def train_lowrank(
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error
+    start = start.decomposed()
     work = out.with_name(f".{out.name}.work")
     if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
@@ -131,6 +136,7 @@ def truncate(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    start = start.decomposed()
     if weighted:
         order_by_data(done.layers, start.module, start.samples.inputs, progress)
     return LowRankResult(_finish(start, done, out, options, (), progress), (), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,8 @@ class DenseModel:
             InputError: the samples do not run through it.
         """
         module.eval()
-        few = tuple(x[:2] for x in data.inputs)
         try:
-            positions = count_positions(module, few)
+            positions = count_positions(module, _few(data))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"the samples do not run through the model: {str(error).splitlines()[0]}") from error
         outputs = _outputs(module, tuple(x[-_JUDGED:] for x in data.inputs))
@@ -95,6 +94,15 @@ class DenseModel:
             data, test, outputs, model_macs(module, positions), sum(each.numel() for each in module.parameters()),
             positions, evaluate(module, test) if test is not None else None,
         )  # fmt: skip
+
+    def counted(self, module: nn.Module) -> DenseModel:
+        """With the positions and MACs of ``module``, which is this one decomposed at full rank."""
+        positions = count_positions(module, _few(self.data))
+        return replace(self, positions=positions, macs=model_macs(module, positions))
+
+
+def _few(data: TrainingData) -> tuple[Tensor, ...]:
+    return tuple(x[:2] for x in data.inputs)
 
 
 def make_family(

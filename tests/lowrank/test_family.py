@@ -125,6 +125,22 @@ def test_a_latency_budget_is_met_by_bisection_and_timed_once(folder: Path) -> No
         chosen(folder, "latency=1us,drop=30", timer=again)
 
 
+@torch.no_grad()
+def test_a_transformer_on_token_ids(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    module = nn.Sequential(nn.Embedding(50, 32), nn.TransformerEncoder(layer, 1), nn.Flatten(), nn.Linear(256, 3))
+    ids = torch.randint(0, 50, (64, 8))
+    family = truncate(module.eval(), ids, tmp_path / "out", options=LowRankOptions(smallest=0.3)).family
+    names = [f"1.layers.0.{name}" for name in ("self_attn.q", "self_attn.out", "linear1", "linear2")]
+    assert set(names) <= set(family.members[0].ranks), "attention is opened before it is counted"
+    assert family.dense_macs == 8 * (4 * 32 * 32 + 2 * 32 * 64) + 256 * 3
+    assert family.members[-1].macs <= 0.3 * family.dense_macs
+    assert family.inputs[0].dtype == "int64"
+    found, _ = read_family(tmp_path / "out")
+    assert MemberTimer(tmp_path / "out", found, family).times([len(family.members) - 1])
+
+
 def test_members_are_really_timed(folder: Path) -> None:
     module, family = read_family(folder)
     timer = MemberTimer(folder, module, family)
