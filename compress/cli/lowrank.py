@@ -130,6 +130,7 @@ def extract(
     """
     from rich.console import Console
 
+    from compress.allocation.budgets import format_value
     from compress.training.choice import WEIGHT_BYTES, choose_member, family_budgets
     from compress.training.family import cut, read_family, refuse_existing, save_module
     from compress.training.timing import MemberTimer
@@ -148,8 +149,8 @@ def extract(
     if quiet:
         return
     console = Console()
-    size = member.weights * WEIGHT_BYTES / 1e6
-    sentence = f"Written to {out}: {member.macs:,} MACs ({member.macs / family.dense_macs:.2f}x), {size:,.3f} MB of "
+    size = format_value("size", member.weights * WEIGHT_BYTES)
+    sentence = f"Written to {out}: {member.macs:,} MACs ({member.macs / family.dense_macs:.2f}x), {size} of "
     sentence += f"weights ({member.weights / family.dense_weights:.2f}x), {family.loss_name} {member.loss:.4g}"
     if member.metric is not None:
         sentence += f", {family.metric_name} {member.metric:.4f}"
