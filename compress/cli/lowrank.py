@@ -81,6 +81,13 @@ def truncate(
     weighted: Annotated[
         bool, typer.Option("--data-aware/--plain", help="Order by outputs on the samples, or by singular values")
     ] = True,
+    unrolling: Annotated[
+        str, typer.Option(help="Of convolutions: best (of the two, by layer), channel, spatial")
+    ] = "best",
+    energy: Annotated[float | None, typer.Option(help="No search: ranks that hold this share of the energy")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="No search: components this share of their layer's first, or more")
+    ] = None,
     ignore: Ignore = None,
     keep_first: KeepFirst = 0,
     keep_last: KeepLast = False,
@@ -99,7 +106,8 @@ def truncate(
 
     with ProgressBar(enabled=not quiet) as bar:
         result = truncate_model(
-            model, calib, out, test=test, weighted=weighted, overwrite=overwrite, factory=factory, allow=allow or (),
+            model, calib, out, test=test, weighted=weighted, unrolling=unrolling, energy=energy, threshold=threshold,
+            overwrite=overwrite, factory=factory, allow=allow or (),
             options=LowRankOptions(tuple(ignore or ()), keep_first, keep_last, smallest), progress=bar.update,
         )  # fmt: skip
     if not quiet:

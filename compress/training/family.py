@@ -29,7 +29,8 @@ from compress.records import Record
 __all__ = ["Family", "FamilyMember", "choose_member", "cut", "read_family", "save_module", "write_family"]
 
 _CLASSES = tuple(
-    f"compress.lowrank.{name}" for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "attention.OpenAttention")
+    f"compress.lowrank.{name}"
+    for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "layers.SpatialConv2d", "attention.OpenAttention")
 )
 
 

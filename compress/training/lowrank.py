@@ -13,25 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compress.calib.gram import Gram, rows_of
 from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose, decomposed_layers
-from compress.lowrank.factors import weighted_factors
-from compress.lowrank.layers import LowRankConv2d, LowRankLayer
+from compress.lowrank.layers import Positions, SpatialConv2d
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
-from compress.lowrank.truncate import count_positions, cut_to, model_macs, truncation_path
+from compress.lowrank.truncate import Member, count_positions, cut_to, model_macs, ranks_by_rule, truncation_path
 from compress.machine import describe_environment
 from compress.training.family import Family, FamilyMember, weights_of, write_family
 from compress.training.loop import Epoch, Recipe, TrainingData, criterion_of, evaluate, first, fit
+from compress.training.ordering import order_layers
 
 __all__ = ["LowRankOptions", "LowRankResult", "MaestroCompanion", "train_lowrank", "truncate"]
 
 Progress = Callable[[str, int, int], None]
 _JUDGED = 512
-_GRAM_ROWS = 64 * 1024
 _BATCH = 128
 _NORMALISED = 4096
 
@@ -144,6 +142,9 @@ def truncate(
     test: object | None = None,
     options: LowRankOptions = LowRankOptions(),
     weighted: bool = True,
+    unrolling: str = "best",
+    energy: float | None = None,
+    threshold: float | None = None,
     factory: str | None = None,
     allow: Sequence[str] = (),
     overwrite: bool = False,
@@ -154,11 +155,17 @@ def truncate(
     Args:
         data: samples; with labels members are chosen by their loss, else by the relative squared error of the outputs.
         weighted: order by gram matrices of the inputs; False: by the weights' own singular values.
+        unrolling: of convolutions; see :func:`~compress.training.ordering.order_layers`.
+        energy, threshold: one of them: no search, but one member beside the whole model, with ranks by that rule; see
+            :func:`~compress.lowrank.truncate.ranks_by_rule`.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
     """
     options.check()
+    ruled = energy is not None or threshold is not None
+    if ruled:
+        _ranks_by_rule({}, energy, threshold)
     _check_out(out, overwrite)
     loaded = read_model(model, factory=factory, allow=allow)
     samples = load_samples(data)
@@ -170,56 +177,13 @@ def truncate(
         done = decompose(module, ignore=options.ignore, keep_first=options.keep_first, keep_last=options.keep_last)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if weighted:
-        order_by_data(done.layers, module, samples.inputs, progress)
-    family, statistics = _family(module, done, dense, options, (), progress)
+    energies = order_layers(
+        done.layers, module, samples.inputs, dense.positions, progress, weighted=weighted, unrolling=unrolling
+    )
+    ranks = _ranks_by_rule(energies, energy, threshold) if ruled else None
+    family, statistics = _family(module, done, dense, options, (), progress, ranks)
     write_family(out, module, family, statistics, overwrite=overwrite)
     return LowRankResult(family, (), None)
-
-
-@torch.no_grad()
-def order_by_data(
-    layers: dict[str, LowRankLayer], module: nn.Module, inputs: tuple[Tensor, ...], progress: Progress
-) -> None:
-    """Give every layer the factors that are best for its inputs, as the module feeds them."""
-    grams = {name: Gram() for name in layers}
-    seen = dict.fromkeys(layers, 0)
-    hooks = [layer.register_forward_pre_hook(_watch(grams, seen, name)) for name, layer in layers.items()]
-    try:
-        batches = torch.arange(len(inputs[0])).split(_BATCH)
-        for number, index in enumerate(batches):
-            module(*(x[index] for x in inputs))
-            progress("gram matrices", number + 1, len(batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for number, (name, layer) in enumerate(layers.items()):
-        if seen[name]:
-            found = weighted_factors(layer.weight().flatten(1), grams[name].matrix()[0])
-            layer.up.data, layer.down.data = found.up.clone(), found.down.reshape(layer.down.shape).clone()
-        progress("decomposing", number + 1, len(layers))
-
-
-def _watch(grams: dict[str, Gram], seen: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
-    def watch(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if seen[name] >= _GRAM_ROWS:
-            return
-        x = arguments[0]
-        if isinstance(layer, LowRankConv2d):
-            settings = [_pair(layer.settings[key]) for key in ("stride", "padding", "dilation")]
-            rows = rows_of(x, layer.down.shape[2:], 1, *settings)
-        else:
-            rows = x.reshape(1, -1, x.shape[-1])
-        grams[name].update(rows)
-        seen[name] += rows.shape[1]
-
-    return watch
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, str):
-        raise InputError(f"padding={value!r}: give it in numbers")
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 class MaestroCompanion:
@@ -253,7 +217,7 @@ class _Dense:
     outputs: Tensor
     macs: int
     weights: int
-    positions: dict[str, int]
+    positions: dict[str, Positions]
     metric: float | None
 
     @classmethod
@@ -279,8 +243,12 @@ def _family(
     options: LowRankOptions,
     notes: tuple[str, ...],
     progress: Progress,
+    ranks: dict[str, int] | None = None,
 ) -> tuple[Family, list[dict[str, Tensor]]]:
-    """The members of ``module``, and every BatchNorm's statistics of each; ``module`` is left whole."""
+    """The members of ``module``, and every BatchNorm's statistics of each; ``module`` is left whole.
+
+    With ``ranks`` there are two: all of it, and that one.
+    """
     labelled = len(dense.data.labels) > 0
     judged = tuple(x[-_JUDGED:] for x in dense.data.inputs)
     labels = dense.data.labels[-_JUDGED:]
@@ -296,10 +264,17 @@ def _family(
     few = tuple(x[:_NORMALISED] for x in dense.data.inputs)
     batches = [tuple(x[index] for x in few) for index in torch.arange(len(few[0])).split(_BATCH)]
     recalibrate(module, batches)
-    path = truncation_path(
-        module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
-        progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
-    )  # fmt: skip
+    if ranks is None:
+        path = truncation_path(
+            module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
+            progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
+        )  # fmt: skip
+    else:
+        dear = [name for name, rank in ranks.items() if not done.layers[name].pays(rank)]
+        notes += tuple(f"{name} stays dense: rank {ranks[name]} would cost more" for name in dear)
+        whole = {name: layer.rank for name, layer in done.layers.items()}
+        chosen = ranks | {name: whole[name] for name in dear}
+        path = [Member(each, model_macs(module, dense.positions, each), 0.0) for each in (whole, chosen)]
     members, statistics = [], []
     for number, member in enumerate(path):
         with cut_to(decomposed_layers(module), member.ranks):
@@ -319,7 +294,10 @@ def _family(
     name = None
     if dense.test is not None:
         name = "accuracy" if dense.test.classes else "mean squared error"
-    what = {layer_name: f"rank {layer.rank} of {layer.full_rank}" for layer_name, layer in done.layers.items()}
+    what = {
+        layer_name: f"rank {layer.rank} of {layer.full_rank}" + ", spatial" * isinstance(layer, SpatialConv2d)
+        for layer_name, layer in done.layers.items()
+    }
     family = Family(
         loss_name=("loss" if labelled else "relative squared error of the outputs"),
         metric_name=name,
@@ -345,6 +323,13 @@ def _training_data(samples: Samples) -> TrainingData:
     if samples.labels is None:
         raise InputError(f"{samples.source} has no labels; an .npz with x and y is needed")
     return TrainingData(samples.inputs, samples.labels)
+
+
+def _ranks_by_rule(energies: dict[str, Tensor], energy: float | None, threshold: float | None) -> dict[str, int]:
+    try:
+        return ranks_by_rule(energies, energy=energy, threshold=threshold)
+    except ValueError as error:
+        raise InputError(f"--energy or --threshold: {error}") from error
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
