@@ -85,21 +85,21 @@ class LowRankLayer(nn.Module, ABC):
 
     def cost(self, rank: int) -> int:
         """Weights of the form that ``rank`` is extracted to: two thin layers, or one dense one."""
-        return rank * (self.inputs + self.outputs) if self.pays(rank) else self.inputs * self.outputs
+        return max(rank, 1) * (self.inputs + self.outputs) if self.pays(rank) else self.inputs * self.outputs
 
     def pays(self, rank: int | None = None) -> bool:
         """Whether two thin layers compute no more than one dense one; a tie keeps the thin ones.
 
-        They then have no more weights either.
+        They then have no more weights either. Rank 0 is extracted as one component of zeros, which costs what one does.
         """
-        rank = self.rank if rank is None else rank
+        rank = max(self.rank if rank is None else rank, 1)
         return rank * (self.inputs * self.widening + self.outputs) <= self.inputs * self.outputs
 
     def macs(self, rank: int, positions: Positions) -> int:
         """MACs a sample of the form that ``rank`` is extracted to."""
         if not self.pays(rank):
             return self.inputs * self.outputs * positions.output
-        return rank * (self.inputs * self._down_positions(positions) + self.outputs * positions.output)
+        return max(rank, 1) * (self.inputs * self._down_positions(positions) + self.outputs * positions.output)
 
     def saving_rank(self, positions: Positions) -> float:
         """The rank at which two thin layers have as many MACs as one dense one; they save below it."""
@@ -133,6 +133,13 @@ class LowRankLayer(nn.Module, ABC):
     def _first(self, rank: int) -> tuple[Tensor, Tensor]:
         """``up`` and ``down`` of the first ``rank`` components; themselves where that is all, which saves a step."""
         return (self.up, self.down) if rank == self.rank else (self.up[:, :rank], self.down[:rank])
+
+    def _thin_factors(self, rank: int | None) -> tuple[Tensor, Tensor]:
+        """``up`` and ``down`` of the first ``rank`` components, or of one that is zero."""
+        rank = self.rank if rank is None else rank
+        if rank > 0:
+            return self._first(rank)
+        return self.up.new_zeros(self.outputs, 1), self.down.new_zeros(1, *self.down.shape[1:])
 
     def _merges(self, rank: int, rows: int) -> bool:
         """Whether multiplying ``rows`` with the product, product included, takes fewer MACs than with each factor.
@@ -181,13 +188,11 @@ class LowRankLinear(LowRankLayer):
         return _filled(layer, self.weight(rank), self.bias)
 
     def thin(self, rank: int | None = None) -> nn.Sequential:
-        """Two ordinary linears that compute the same; one that ignores its input at rank 0."""
-        rank = self.rank if rank is None else rank
-        if rank == 0:
-            return nn.Sequential(self.dense(0))
-        first = nn.Linear(self.inputs, rank, bias=False, device="meta")
-        second = nn.Linear(rank, self.outputs, bias=self.bias is not None, device="meta")
-        return nn.Sequential(_filled(first, self.down[:rank], None), _filled(second, self.up[:, :rank], self.bias))
+        """Two ordinary linears that compute the same; at rank 0 by way of one value, which is zero."""
+        up, down = self._thin_factors(rank)
+        first = nn.Linear(self.inputs, len(down), bias=False, device="meta")
+        second = nn.Linear(len(down), self.outputs, bias=self.bias is not None, device="meta")
+        return nn.Sequential(_filled(first, down, None), _filled(second, up, self.bias))
 
 
 class LowRankConv2d(LowRankLayer):
@@ -242,7 +247,7 @@ class LowRankConv2d(LowRankLayer):
             return zero if self.bias is None else zero + self.bias[:, None, None]
         if self._merges(rank, len(x) * x.shape[2:].numel() // math.prod(self.settings["stride"])):
             return F.conv2d(x, self.weight(rank), self.bias, **self.settings)
-        first, second = self._filters(rank)
+        first, second = self._filters(*self._first(rank))
         settings = self._halves()
         return F.conv2d(F.conv2d(x, first, None, **settings[0]), second, self.bias, **settings[1])
 
@@ -251,20 +256,16 @@ class LowRankConv2d(LowRankLayer):
         return _convolution(self.weight(rank), self.bias, self.settings)
 
     def thin(self, rank: int | None = None) -> nn.Sequential:
-        """Two ordinary convolutions that compute the same; one of zeros at rank 0."""
-        rank = self.rank if rank is None else rank
-        if rank == 0:
-            return nn.Sequential(self.dense(0))
-        (first, second), settings = self._filters(rank), self._halves()
+        """Two ordinary convolutions that compute the same; at rank 0 by way of one filter of zeros."""
+        (first, second), settings = self._filters(*self._thin_factors(rank)), self._halves()
         return nn.Sequential(_convolution(first, None, settings[0]), _convolution(second, self.bias, settings[1]))
 
     @staticmethod
     def _filter_shape(layer: nn.Conv2d) -> torch.Size:
         return layer.weight.shape
 
-    def _filters(self, rank: int) -> tuple[Tensor, Tensor]:
+    def _filters(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the two convolutions."""
-        up, down = self._first(rank)
         return down, up[:, :, None, None]
 
     def _halves(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -317,8 +318,7 @@ class SpatialConv2d(LowRankConv2d):
     def _filter_shape(layer: nn.Conv2d) -> torch.Size:
         return torch.Size((*layer.weight.shape[:3], 1))
 
-    def _filters(self, rank: int) -> tuple[Tensor, Tensor]:
-        up, down = self._first(rank)
+    def _filters(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         return down, up.unflatten(0, (self.channels, -1)).transpose(1, 2).unsqueeze(2)
 
     def _halves(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,8 +21,8 @@ class RankSampler:
         layers: decomposed ones by name; their ranks may shrink between steps.
         kind: ``pair``: one layer to one rank, every pair of them once in random order before any comes again, all other
             layers whole, so that a layer is drawn in proportion to its rank. ``independent``: every layer to a rank of
-            its own. ``shared``: all layers to one rank, those that have fewer whole; low ranks more often than high ones,
-            with a weight of one over the root of the rank, as few components must do alone what many do together.
+            its own. ``shared``: all layers to one rank, those that have fewer whole; low ranks more often, in
+            proportion to one over the root of the rank, as few components must do alone what many do together.
             ``full``: none.
         seed: of the order.
 

@@ -114,7 +114,7 @@ def truncation_path(
 
     def next_rank(name: str) -> int:
         saving = layers[name].saving_rank(positions[name])
-        return max(math.ceil(min(ranks[name], saving) * factor) - 1, 0)
+        return max(math.ceil(min(ranks[name], saving) * factor) - 1, 1)
 
     def loss_with(name: str, rank: int) -> float:
         layers[name].active = rank
@@ -133,7 +133,7 @@ def truncation_path(
     try:
         now, macs, turn = loss(), model_macs(module, positions), 0
         path = [Member(dict(ranks), macs, now)]
-        offers = [offer(name, now, turn) for name in layers if ranks[name] > 0]
+        offers = [offer(name, now, turn) for name in layers if ranks[name] > 1]
         heapq.heapify(offers)
         while macs > smallest and offers:
             _, asked, name, rank, after = heapq.heappop(offers)
@@ -145,7 +145,7 @@ def truncation_path(
             now, macs = after, model_macs(module, positions, ranks)
             path.append(Member(dict(ranks), macs, now))
             progress(macs, smallest)
-            if rank > 0:
+            if rank > 1:
                 heapq.heappush(offers, offer(name, now, turn))
         return path
     finally:

@@ -261,12 +261,17 @@ def _family(
             return float(criterion(outputs, labels))
         return float((outputs - dense.outputs).square().sum() / dense.outputs.square().sum().clamp(min=1e-30))
 
-    few = tuple(x[:_NORMALISED] for x in dense.data.inputs)
-    batches = [tuple(x[index] for x in few) for index in torch.arange(len(few[0])).split(_BATCH)]
-    recalibrate(module, batches)
+    batches = _batches(tuple(x[:_NORMALISED] for x in dense.data.inputs))
+
+    def recalibrated_loss() -> float:
+        recalibrate(module, judging)
+        return loss()
+
+    judging = _batches(judged)
     if ranks is None:
         path = truncation_path(
-            module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
+            module, recalibrated_loss, dense.positions, smallest=round(options.smallest * dense.macs),
+            factor=options.factor,
             progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
         )  # fmt: skip
     else:
@@ -312,6 +317,11 @@ def _family(
         environment=describe_environment(),
     )
     return family, statistics
+
+
+def _batches(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """About equally many samples in each: a last one alone has no variance for BatchNorm."""
+    return list(zip(*(x.tensor_split(-(-len(x) // _BATCH)) for x in inputs), strict=True))
 
 
 def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
