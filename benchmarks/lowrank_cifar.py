@@ -14,7 +14,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,20 +71,20 @@ def main() -> None:
     if arguments.part == "time":
         (arguments.work / "time.json").write_text(json.dumps(timed(train, arguments.repeats)))
         return
+    settings = {
+        "command": f"python -m benchmarks.lowrank_cifar train --epochs {arguments.epochs} --tuned {arguments.tuned} "
+        f"--batch {arguments.batch} --rate {arguments.rate:g} --device {arguments.device}",
+        "tuned": arguments.tuned,
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else describe_environment().cpu,
+        "images": len(train),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     for seed in range(arguments.seeds) if arguments.seed is None else (arguments.seed,):
         run = Run(
             train, test, seed, arguments.epochs, arguments.tuned, arguments.batch, arguments.rate, arguments.judged
         )
-        found = run.all()
-        found["settings"] = {
-            "command": f"python -m benchmarks.lowrank_cifar train --epochs {arguments.epochs} --tuned "
-            f"{arguments.tuned} --batch {arguments.batch} --rate {arguments.rate:g} --device {arguments.device}",
-            "tuned": arguments.tuned,
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else describe_environment().cpu,
-            "images": len(train),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        (arguments.work / f"seed{seed}.json").write_text(json.dumps(found))
+        for found in run.all():
+            (arguments.work / f"seed{seed}.json").write_text(json.dumps(found | {"settings": settings}))
 
 
 class Augmented(TrainingData):
@@ -143,8 +143,8 @@ class Run:
     rate: float
     judged: int
 
-    def all(self) -> dict[str, Any]:
-        """Accuracy of every variant by rank and by share of the MACs."""
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Accuracy of every variant by rank and by share of the MACs; all that is known after each one."""
         plain = TrainingData((self.train.inputs[0][:_NORMALISED],), self.train.labels[:_NORMALISED])
         self.batches: Batches = [inputs for inputs, _ in plain.batches(_BATCH)]
         found: dict[str, Any] = {"ranks": {}, "shares": {}, "tuned": {}}
@@ -158,11 +158,13 @@ class Run:
         for name, weighted in ((SVD, False), (AWARE, True)):
             module = self.decomposed(dense, weighted=weighted)
             self.measure(found, name, module)
+            yield found
         for sampler in SAMPLERS:
             module = copy.deepcopy(start)
             maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler=sampler, seed=self.seed)
             self.fit(module, self.recipe(), MaestroCompanion(maestro))
             self.measure(found, sampler, module)
+            yield found
         module = copy.deepcopy(dense)
         maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler="shared", seed=self.seed)
         self.fit(
@@ -171,8 +173,9 @@ class Run:
             MaestroCompanion(maestro),
         )
         self.measure(found, CONTINUED, module)
+        yield found
         self.tune(found, "dense", dense)
-        return found
+        yield found
 
     def recipe(self) -> Recipe:
         """For a net from its start."""
