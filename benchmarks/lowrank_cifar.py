@@ -159,21 +159,18 @@ class Run:
             module = self.decomposed(dense, weighted=weighted)
             self.measure(found, name, module)
             yield found
+        module = copy.deepcopy(dense)
+        maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler="shared", seed=self.seed)
+        recipe = replace(self.recipe(), epochs=max(self.epochs // 2, 1), rate=self.rate / 2)
+        self.fit(module, recipe, MaestroCompanion(maestro))
+        self.measure(found, CONTINUED, module)
+        yield found
         for sampler in SAMPLERS:
             module = copy.deepcopy(start)
             maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler=sampler, seed=self.seed)
             self.fit(module, self.recipe(), MaestroCompanion(maestro))
             self.measure(found, sampler, module)
             yield found
-        module = copy.deepcopy(dense)
-        maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler="shared", seed=self.seed)
-        self.fit(
-            module,
-            replace(self.recipe(), epochs=max(self.epochs // 2, 1), rate=self.rate / 2),
-            MaestroCompanion(maestro),
-        )
-        self.measure(found, CONTINUED, module)
-        yield found
         self.tune(found, "dense", dense)
         yield found
 
