@@ -1,10 +1,11 @@
 """Ordered factors on CIFAR-10: accuracy at every rank, at every share of the MACs, and what training costs.
 
 ``python -m benchmarks.lowrank_cifar train --data FOLDER`` trains one seed after the other (``--seed 3`` only that one,
-``--device cuda`` on a GPU) and keeps each seed's figures under ``--work``; ``time`` takes the time an epoch on the CPU;
-``report`` writes ``benchmarks/results/lowrank_cifar.{json,md,png}`` from both. FOLDER holds ``.npz`` files with
-``images`` [N, 32, 32, 3] in bytes and ``labels``. All nets of a seed start from the same weights and see the same
-batches; every one that was cut gets its BatchNorm's statistics anew.
+``--device cuda`` on a GPU) and keeps each seed's figures under ``--work``, beside what is there of it; ``time`` takes
+the time an epoch on the CPU; ``report`` writes ``benchmarks/results/lowrank_cifar.{json,md,png}`` from both. With
+``--small`` images have half the side and the net half of the channels: minutes a seed on one core. FOLDER holds
+``.npz`` files with ``images`` [N, 32, 32, 3] in bytes and ``labels``. All nets of a seed start from the same weights and see the
+same batches; every one that was cut gets its BatchNorm's statistics anew.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from compress.training.ordering import order_layers
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
-SAMPLERS = ("shared", "pair")
 SVD, AWARE = "dense, then SVD", "dense, then data-aware, better unrolling"
-CONTINUED = "dense, then shared"
+CONTINUED = "dense, data-aware, then shared"
+SCRATCH = ("shared", "pair")
 TUNED = (AWARE, "shared", CONTINUED)
 _NORMALISED, _BATCH = 4096, 512
 Batches = list[tuple[Tensor, ...]]
@@ -61,19 +62,26 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--images", type=int, help="So many to train and to test on, for a trial")
     parser.add_argument("--judged", type=int, default=2048)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="Ordered from the start")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.part == "report":
-        report(arguments.work)
+        report(arguments.work, "lowrank_cifar_small" if arguments.small else "lowrank_cifar")
         return
     train, test = cifar(arguments.data, arguments.device, arguments.images)
+    if arguments.small:
+        train = replace(train, inputs=(F.avg_pool2d(train.inputs[0], 2),))
+        test = replace(test, inputs=(F.avg_pool2d(test.inputs[0], 2),))
     if arguments.part == "time":
         (arguments.work / "time.json").write_text(json.dumps(timed(train, arguments.repeats)))
         return
     settings = {
         "command": f"python -m benchmarks.lowrank_cifar train --epochs {arguments.epochs} --tuned {arguments.tuned} "
-        f"--batch {arguments.batch} --rate {arguments.rate:g} --device {arguments.device}",
+        f"--batch {arguments.batch} --rate {arguments.rate:g} --device {arguments.device}"
+        + " --small"
+        * arguments.small,
         "tuned": arguments.tuned,
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else describe_environment().cpu,
         "images": len(train),
@@ -81,10 +89,16 @@ def main() -> None:
     }
     for seed in range(arguments.seeds) if arguments.seed is None else (arguments.seed,):
         run = Run(
-            train, test, seed, arguments.epochs, arguments.tuned, arguments.batch, arguments.rate, arguments.judged
-        )
+            train, test, seed, arguments.epochs, arguments.tuned, arguments.batch, arguments.rate, arguments.judged,
+            arguments.scratch, 0.5 if arguments.small else 1.0,
+        )  # fmt: skip
         for found in run.all():
-            (arguments.work / f"seed{seed}.json").write_text(json.dumps(found | {"settings": settings}))
+            path = arguments.work / f"seed{seed}.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            merged = {
+                part: known.get(part, {}) | each if isinstance(each, dict) else each for part, each in found.items()
+            }
+            path.write_text(json.dumps(merged | {"settings": settings}))
 
 
 class Augmented(TrainingData):
@@ -96,10 +110,11 @@ class Augmented(TrainingData):
         count = len(images)
         device = images.device
         flipped = torch.where(torch.rand(count, 1, 1, 1).to(device) < 0.5, images.flip(3), images)
+        side = images.shape[-1]
         padded = F.pad(flipped, (4, 4, 4, 4))
         down, right = (torch.randint(0, 9, (count, 1), generator=None).to(device) for _ in range(2))
-        rows = (down + torch.arange(32, device=device))[:, None, :, None]
-        columns = (right + torch.arange(32, device=device))[:, None, None, :]
+        rows = (down + torch.arange(side, device=device))[:, None, :, None]
+        columns = (right + torch.arange(side, device=device))[:, None, None, :]
         samples = torch.arange(count, device=device)[:, None, None, None]
         channels = torch.arange(3, device=device)[None, :, None, None]
         return (padded[samples, channels, rows, columns],), labels
@@ -119,15 +134,16 @@ def cifar(folder: Path, device: str, limit: int | None) -> tuple[Augmented, Trai
     return Augmented((x[:limit],), y[:limit]), TrainingData((tx[:limit],), ty[:limit])
 
 
-def net() -> nn.Module:
-    """Six 3 x 3 convolutions of 32 to 128 channels with BatchNorm, then a linear: 31.5 million MACs."""
+def net(width: float = 1.0) -> nn.Module:
+    """Six 3 x 3 convolutions of 32 to 128 channels, times ``width``, with BatchNorm, then a linear."""
     layers: list[nn.Module] = []
     for inputs, outputs, pooled in (
         (3, 32, True), (32, 64, False), (64, 64, True), (64, 128, False), (128, 128, True), (128, 128, False),
     ):  # fmt: skip
+        inputs, outputs = (channels if channels == 3 else int(channels * width) for channels in (inputs, outputs))
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()] + [nn.MaxPool2d(2)] * pooled
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(int(128 * width), 10))
 
 
 @dataclass
@@ -142,6 +158,8 @@ class Run:
     batch: int
     rate: float
     judged: int
+    scratch: bool
+    width: float
 
     def all(self) -> Iterator[dict[str, Any]]:
         """Accuracy of every variant by rank and by share of the MACs; all that is known after each one."""
@@ -149,9 +167,9 @@ class Run:
         self.batches: Batches = [inputs for inputs, _ in plain.batches(_BATCH)]
         found: dict[str, Any] = {"ranks": {}, "shares": {}, "tuned": {}}
         torch.manual_seed(self.seed)
-        start = net().to(self.train.labels.device)
+        start = net(self.width).to(self.train.labels.device)
         self.positions = count_positions(start, tuple(x[:2] for x in self.train.inputs))
-        self.dense_macs = model_macs(start, self.positions)
+        found["macs"] = self.dense_macs = model_macs(start, self.positions)
         dense = copy.deepcopy(start)
         self.fit(dense, self.recipe())
         found["dense"] = evaluate(dense, self.test)
@@ -159,20 +177,19 @@ class Run:
             module = self.decomposed(dense, weighted=weighted)
             self.measure(found, name, module)
             yield found
-        module = copy.deepcopy(dense)
+        self.tune(found, "dense", copy.deepcopy(dense))
+        module = self.decomposed(dense, weighted=True)
         maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler="shared", seed=self.seed)
-        recipe = replace(self.recipe(), epochs=max(self.epochs // 2, 1), rate=self.rate / 2)
+        recipe = replace(self.recipe(), epochs=max(self.epochs // 2, 1), rate=self.rate / 5, weight_decay=1e-4)
         self.fit(module, recipe, MaestroCompanion(maestro))
         self.measure(found, CONTINUED, module)
         yield found
-        for sampler in SAMPLERS:
+        for sampler in SCRATCH if self.scratch else ():
             module = copy.deepcopy(start)
             maestro = Maestro(module, penalty=0.0, threshold=0.0, sampler=sampler, seed=self.seed)
             self.fit(module, self.recipe(), MaestroCompanion(maestro))
             self.measure(found, sampler, module)
             yield found
-        self.tune(found, "dense", dense)
-        yield found
 
     def recipe(self) -> Recipe:
         """For a net from its start."""
@@ -244,9 +261,9 @@ class Run:
 
 
 def timed(train: Augmented, repeats: int) -> dict[str, Any]:
-    """Seconds for 2,048 images on one thread, all variants in turn: medians, and ratios to the dense net's."""
+    """The processor's seconds for 1,024 images on one thread, all variants in turn: medians."""
     torch.set_num_threads(1)
-    few = Augmented((train.inputs[0][:2048],), train.labels[:2048])
+    few = Augmented((train.inputs[0][:1024],), train.labels[:1024])
     torch.manual_seed(0)
     dense = net()
     positions = count_positions(dense, (few.inputs[0][:2],))
@@ -264,21 +281,22 @@ def timed(train: Augmented, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats + 1):
         for name, (module, companion) in variants.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             fit(module, few, Recipe(epochs=1, rate=1e-3), companion=companion)
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.process_time() - begun)
     medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
     print({name: f"{each:.2f} s, {each / medians['dense']:.2f}" for name, each in medians.items()})
     return {"seconds": medians, "repeats": repeats, "environment": describe_environment().model_dump()}
 
 
-def report(work: Path) -> None:
+def report(work: Path, title: str) -> None:
     """Put all seeds together."""
     seeds = [json.loads(path.read_text()) for path in sorted(work.glob("seed*.json"))]
     result: dict[str, Any] = {
         "settings": seeds[0]["settings"],
         "rank": RANKS,
         "share": SHARES,
+        "macs": seeds[0].get("macs", 31_556_864),
         "dense": [each["dense"] for each in seeds],
         **{
             part: {name: [each[part][name] for each in seeds] for name in seeds[0][part]}
@@ -287,12 +305,12 @@ def report(work: Path) -> None:
     }
     if (work / "time.json").exists():
         result["time"] = json.loads((work / "time.json").read_text())
-    (RESULTS / "lowrank_cifar.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "lowrank_cifar.md").write_text(table(result))
-    draw(result, RESULTS / "lowrank_cifar.png")
+    (RESULTS / f"{title}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{title}.md").write_text(table(result, title))
+    draw(result, RESULTS / f"{title}.png")
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], title: str) -> str:
     """Means and standard deviations in Markdown."""
     settings = result["settings"]
     dense = 100 * np.array(result["dense"])
@@ -301,14 +319,14 @@ def table(result: dict[str, Any]) -> str:
         "# Ordered factors on CIFAR-10",
         "",
         f"`{settings['command']}`: {settings['device']}, {settings['date']}. {settings['images']:,} images to train "
-        f"on, 4,990 to test on, {len(dense)} seeds, six convolutions and a linear, 31.5 million MACs. Accuracy in "
-        f"percent, mean and standard deviation over seeds. The dense net has {spread(dense)}.",
+        f"on, 4,990 to test on, {len(dense)} seeds, six convolutions and a linear, {result['macs'] / 1e6:.1f} "
+        f"million MACs. Accuracy in percent, mean and standard deviation over seeds. The dense net has {spread(dense)}.",
         "",
-        "![curves](lowrank_cifar.png)",
+        f"![curves]({title}.png)",
         "",
         "## Every layer cut to the same rank, without training",
         "",
-        "To reach: an ordered training above SVD at every rank up to 32, a quarter of the highest.",
+        "To reach: an ordered training above SVD at every rank up to a quarter of the highest.",
         "",
         *rows("rank", result["rank"], {name: 100 * np.array(result["ranks"][name]) for name in names}),
         "",
@@ -332,8 +350,9 @@ def table(result: dict[str, Any]) -> str:
             "",
             "## Time an epoch, of the dense net's",
             "",
-            f"`python -m benchmarks.lowrank_cifar time`: {result['time']['environment']['cpu']}, one thread, variants "
-            f"in turn, medians of {result['time']['repeats']}. Sought: 1.3 at full rank, below 1 when shrunk to half.",
+            f"`python -m benchmarks.lowrank_cifar time`: {result['time']['environment']['cpu']}, one thread, processor "
+            f"time, variants in turn, medians of {result['time']['repeats']}. Sought: 1.3 at full rank, below 1 when "
+            "shrunk to half.",
             "",
             *(f"- {name}: {each / seconds['dense']:.2f}" for name, each in seconds.items()),
         ]
