@@ -4,8 +4,8 @@
 ``--device cuda`` on a GPU) and keeps each seed's figures under ``--work``, beside what is there of it; ``time`` takes
 the time an epoch on the CPU; ``report`` writes ``benchmarks/results/lowrank_cifar.{json,md,png}`` from both. With
 ``--small`` images have half the side and the net half of the channels: minutes a seed on one core. FOLDER holds
-``.npz`` files with ``images`` [N, 32, 32, 3] in bytes and ``labels``. All nets of a seed start from the same weights and see the
-same batches; every one that was cut gets its BatchNorm's statistics anew.
+``.npz`` files with ``images`` [N, 32, 32, 3] in bytes and ``labels``. All nets of a seed start from the same weights
+and see the same batches; every one that was cut gets its BatchNorm's statistics anew.
 """
 
 from __future__ import annotations
@@ -319,8 +319,9 @@ def table(result: dict[str, Any], title: str) -> str:
         "# Ordered factors on CIFAR-10",
         "",
         f"`{settings['command']}`: {settings['device']}, {settings['date']}. {settings['images']:,} images to train "
-        f"on, 4,990 to test on, {len(dense)} seeds, six convolutions and a linear, {result['macs'] / 1e6:.1f} "
-        f"million MACs. Accuracy in percent, mean and standard deviation over seeds. The dense net has {spread(dense)}.",
+        f"on, 4,990 to test on, {len(dense)} seeds, six convolutions and a linear, "
+        f"{result['macs'] / 1e6:.1f} million MACs. Accuracy in percent, mean and standard deviation over "
+        f"seeds. The dense net has {spread(dense)}.",
         "",
         f"![curves]({title}.png)",
         "",
