@@ -87,6 +87,13 @@ def truncate(
     weighted: Annotated[
         bool, typer.Option("--data-aware/--plain", help="Order by outputs on the samples, or by singular values")
     ] = True,
+    unrolling: Annotated[
+        str, typer.Option(help="Of convolutions: best (of the two, by layer), channel, spatial")
+    ] = "best",
+    energy: Annotated[float | None, typer.Option(help="No search: ranks that hold this share of the energy")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="No search: components this share of their layer's first, or more")
+    ] = None,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
@@ -98,8 +105,9 @@ def truncate(
 
     with ProgressBar(enabled=not quiet) as bar:
         result = truncate_model(
-            model, calib, out, test=test, weighted=weighted, options=_options(given), progress=bar.update
-        )
+            model, calib, out, test=test, weighted=weighted, unrolling=unrolling, energy=energy, threshold=threshold,
+            options=_options(given), progress=bar.update,
+        )  # fmt: skip
     if not quiet:
         _report(result.family, out)
 

@@ -39,7 +39,7 @@ class Maestro:
         threshold: components below this importance go at the end of an epoch.
         relative: whether ``threshold`` is a multiple of the layer's first importance when training began, or absolute.
         sampler: see :class:`~compress.lowrank.sampler.RankSampler`.
-        ignore, keep_first, keep_last: see :func:`~compress.lowrank.decompose.decompose`.
+        ignore, keep_first, keep_last, unrolling: see :func:`~compress.lowrank.decompose.decompose`.
         seed: of the sampler.
 
     Attributes:
@@ -58,6 +58,7 @@ class Maestro:
         ignore: Sequence[str] = (),
         keep_first: int = 0,
         keep_last: bool = False,
+        unrolling: str = "channel",
         seed: int = 0,
     ) -> None:
         if penalty < 0 or threshold < 0:
@@ -65,7 +66,8 @@ class Maestro:
         self.module = module
         self.dense: dict[str, str] = {}
         if not decomposed_layers(module):
-            self.dense = decompose(module, ignore=ignore, keep_first=keep_first, keep_last=keep_last).dense
+            done = decompose(module, ignore=ignore, keep_first=keep_first, keep_last=keep_last, unrolling=unrolling)
+            self.dense = done.dense
         self.layers = decomposed_layers(module)
         self.weight, self.threshold = penalty, threshold
         self.scales = {

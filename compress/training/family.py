@@ -47,7 +47,8 @@ FAMILY_FILE = "family.json"
 _MODULE, _NORMS = "family.pt", "norms.safetensors"
 _MACS_AXIS = "MACs, of the dense model's"
 _CLASSES = tuple(
-    f"compress.lowrank.{name}" for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "attention.OpenAttention")
+    f"compress.lowrank.{name}"
+    for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "layers.SpatialConv2d", "attention.OpenAttention")
 )
 
 

@@ -13,23 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compress.calib.gram import Gram, rows_of
 from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
-from compress.lowrank.factors import weighted_factors
-from compress.lowrank.layers import LowRankConv2d, LowRankLayer
 from compress.lowrank.maestro import Maestro
+from compress.lowrank.truncate import ranks_by_rule
 from compress.training.family import Family, refuse_existing, write_family
 from compress.training.loop import Epoch, Recipe, TrainingData, fit
 from compress.training.members import DenseModel, LowRankOptions, make_family
+from compress.training.ordering import order_layers
 
 __all__ = ["LowRankOptions", "LowRankResult", "MaestroCompanion", "train_lowrank", "truncate"]
 
 Progress = Callable[[str, int, int], None]
-_GRAM_ROWS = 64 * 1024
-_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,9 @@ def truncate(
     test: object | None = None,
     options: LowRankOptions = LowRankOptions(),  # noqa: B008 - frozen
     weighted: bool = True,
+    unrolling: str = "best",
+    energy: float | None = None,
+    threshold: float | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> LowRankResult:
     """Decompose a trained ``model``, ordered by what each component does on ``data``, and write the family to ``out``.
@@ -125,10 +125,16 @@ def truncate(
     Args:
         data: samples; with labels members are chosen by their loss, else by the relative squared error of the outputs.
         weighted: order by gram matrices of the inputs; False: by the weights' own singular values.
+        unrolling: of convolutions; see :func:`~compress.training.ordering.order_layers`.
+        energy, threshold: one of them: no search, but one member beside the whole model, with ranks by that rule; see
+            :func:`~compress.lowrank.truncate.ranks_by_rule`.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
     """
+    ruled = energy is not None or threshold is not None
+    if ruled:
+        _ranks_by_rule({}, energy, threshold)
     start = _start(model, data, out, test, options)
     try:
         done = decompose(
@@ -137,9 +143,12 @@ def truncate(
     except ValueError as error:
         raise InputError(str(error)) from error
     start = start.decomposed()
-    if weighted:
-        order_by_data(done.layers, start.module, start.samples.inputs, progress)
-    return LowRankResult(_finish(start, done, out, options, (), progress), (), None)
+    energies = order_layers(
+        done.layers, start.module, start.samples.inputs, start.dense.positions, progress, weighted=weighted,
+        unrolling=unrolling,
+    )  # fmt: skip
+    ranks = _ranks_by_rule(energies, energy, threshold) if ruled else None
+    return LowRankResult(_finish(start, done, out, options, (), progress, ranks), (), None)
 
 
 def _start(
@@ -156,56 +165,24 @@ def _start(
 
 
 def _finish(
-    start: _Start, done: Decomposition, out: Path, options: LowRankOptions, notes: tuple[str, ...], progress: Progress
+    start: _Start,
+    done: Decomposition,
+    out: Path,
+    options: LowRankOptions,
+    notes: tuple[str, ...],
+    progress: Progress,
+    ranks: dict[str, int] | None = None,
 ) -> Family:
     start.module.eval()
-    family, statistics = make_family(start.module, done, start.dense, options, notes, progress)
+    family, statistics = make_family(start.module, done, start.dense, options, notes, progress, ranks)
     return write_family(out, start.module, family, statistics, overwrite=options.overwrite)
 
 
-@torch.no_grad()
-def order_by_data(
-    layers: dict[str, LowRankLayer], module: nn.Module, inputs: tuple[Tensor, ...], progress: Progress
-) -> None:
-    """Give every layer the factors that are best for its inputs, as the module feeds them."""
-    grams = {name: Gram() for name in layers}
-    seen = dict.fromkeys(layers, 0)
-    hooks = [layer.register_forward_pre_hook(_watch(grams, seen, name)) for name, layer in layers.items()]
+def _ranks_by_rule(energies: dict[str, Tensor], energy: float | None, threshold: float | None) -> dict[str, int]:
     try:
-        batches = torch.arange(len(inputs[0])).split(_BATCH)
-        for number, index in enumerate(batches):
-            module(*(x[index] for x in inputs))
-            progress("gram matrices", number + 1, len(batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for number, (name, layer) in enumerate(layers.items()):
-        if seen[name]:
-            found = weighted_factors(layer.weight().flatten(1), grams[name].matrix()[0])
-            layer.up.data, layer.down.data = found.up.clone(), found.down.reshape(layer.down.shape).clone()
-        progress("decomposing", number + 1, len(layers))
-
-
-def _watch(grams: dict[str, Gram], seen: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
-    def watch(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if seen[name] >= _GRAM_ROWS:
-            return
-        x = arguments[0]
-        if isinstance(layer, LowRankConv2d):
-            settings = [_pair(layer.settings[key]) for key in ("stride", "padding", "dilation")]
-            rows = rows_of(x, layer.down.shape[2:], 1, *settings)
-        else:
-            rows = x.reshape(1, -1, x.shape[-1])
-        grams[name].update(rows)
-        seen[name] += rows.shape[1]
-
-    return watch
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, str):
-        raise InputError(f"padding={value!r}: give it in numbers")
-    return (value, value) if isinstance(value, int) else tuple(value)
+        return ranks_by_rule(energies, energy=energy, threshold=threshold)
+    except ValueError as error:
+        raise InputError(f"--energy or --threshold: {error}") from error
 
 
 class MaestroCompanion:

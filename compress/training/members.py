@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.lowrank.decompose import Decomposition, decomposed_layers
+from compress.lowrank.layers import Positions, SpatialConv2d
 from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
-from compress.lowrank.truncate import count_positions, cut_to, model_macs, truncation_path
+from compress.lowrank.truncate import Member, count_positions, cut_to, model_macs, truncation_path
 from compress.machine import describe_environment
 from compress.training.family import Family, FamilyInput, FamilyMember, weights_of
 from compress.training.loop import TrainingData, criterion_of, evaluate, first
@@ -73,7 +74,7 @@ class DenseModel:
     outputs: Tensor
     macs: int
     weights: int
-    positions: dict[str, int]
+    positions: dict[str, Positions]
     metric: float | None
 
     @classmethod
@@ -112,8 +113,12 @@ def make_family(
     options: LowRankOptions,
     notes: tuple[str, ...],
     progress: Progress,
+    ranks: dict[str, int] | None = None,
 ) -> tuple[Family, list[dict[str, Tensor]]]:
-    """The members of ``module``, and every BatchNorm's statistics of each; ``module`` is left whole."""
+    """The members of ``module``, and every BatchNorm's statistics of each; ``module`` is left whole.
+
+    With ``ranks`` there are two: all of it, and that one.
+    """
     labelled = len(dense.data.labels) > 0
     judged = tuple(x[-_JUDGED:] for x in dense.data.inputs)
     labels = dense.data.labels[-_JUDGED:]
@@ -126,14 +131,26 @@ def make_family(
             return float(criterion(outputs, labels))
         return float((outputs - dense.outputs).square().sum() / dense.outputs.square().sum().clamp(min=1e-30))
 
-    few = tuple(x[:_NORMALISED] for x in dense.data.inputs)
-    batches = [tuple(x[index] for x in few) for index in torch.arange(len(few[0])).split(_BATCH)]
+    batches, judging = _batches(tuple(x[:_NORMALISED] for x in dense.data.inputs)), _batches(judged)
+
+    def recalibrated_loss() -> float:
+        recalibrate(module, judging)
+        return loss()
+
     given = norm_statistics(module)
+
+    @torch.no_grad()
+    def unchanged() -> bool:
+        """Whether the dense model's function is still computed: its own statistics then hold."""
+        change = (_outputs(module, judged) - dense.outputs).square().sum()
+        return float(change) <= 1e-6 * float(dense.outputs.square().sum())
 
     def settle() -> float:
         """Give the module, cut as it is, statistics of its own where they are better than those it came with."""
         set_norm_statistics(module, given)
         before = loss()
+        if unchanged():
+            return before
         if recalibrate(module, batches) == 0:
             return before
         after = loss()
@@ -142,17 +159,14 @@ def make_family(
         set_norm_statistics(module, given)
         return before
 
-    settle()
-    path = truncation_path(
-        module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
-        progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
-    )  # fmt: skip
-    if options.search == "program":
-        planned = program_path(
-            module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
-            progress=lambda done, total: progress("planning ranks", done, total),
-        )  # fmt: skip
-        path = undominated(path, planned)
+    if ranks is None:
+        path = _searched(module, recalibrated_loss, dense, options, progress)
+    else:
+        dear = [name for name, rank in ranks.items() if not done.layers[name].pays(rank)]
+        notes += tuple(f"{name} stays dense: rank {ranks[name]} would cost more" for name in dear)
+        whole = {name: layer.rank for name, layer in done.layers.items()}
+        chosen = ranks | {name: whole[name] for name in dear}
+        path = [Member(each, model_macs(module, dense.positions, each), 0.0) for each in (whole, chosen)]
     members, statistics = [], []
     for number, member in enumerate(path):
         with cut_to(decomposed_layers(module), member.ranks):
@@ -172,7 +186,10 @@ def make_family(
     name = None
     if dense.test is not None:
         name = "accuracy" if dense.test.classes else "mean squared error"
-    what = {layer_name: f"rank {layer.rank} of {layer.full_rank}" for layer_name, layer in done.layers.items()}
+    what = {
+        layer_name: f"rank {layer.rank} of {layer.full_rank}" + ", spatial" * isinstance(layer, SpatialConv2d)
+        for layer_name, layer in done.layers.items()
+    }
     family = Family(
         loss_name=("loss" if labelled else "relative squared error of the outputs"),
         metric_name=name,
@@ -187,6 +204,29 @@ def make_family(
         environment=describe_environment(),
     )
     return family, statistics
+
+
+def _searched(
+    module: nn.Module, loss: Callable[[], float], dense: DenseModel, options: LowRankOptions, progress: Progress
+) -> list[Member]:
+    """Members by greedy search, or by that and the integer program."""
+    smallest = round(options.smallest * dense.macs)
+    path = truncation_path(
+        module, loss, dense.positions, smallest=smallest, factor=options.factor,
+        progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
+    )  # fmt: skip
+    if options.search == "greedy":
+        return path
+    planned = program_path(
+        module, loss, dense.positions, smallest=smallest, factor=options.factor,
+        progress=lambda done, total: progress("planning ranks", done, total),
+    )  # fmt: skip
+    return undominated(path, planned)
+
+
+def _batches(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """About equally many samples in each: a last one alone has no variance for BatchNorm."""
+    return list(zip(*(x.tensor_split(-(-len(x) // _BATCH)) for x in inputs), strict=True))
 
 
 def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -9,8 +9,7 @@ ahead at some sizes: greedy search judges every cut behind those before it, the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 from compress.allocation.program import Program
 from compress.allocation.solver import solve
 from compress.lowrank.decompose import decomposed_layers
+from compress.lowrank.layers import Positions
 from compress.lowrank.truncate import Member, cut_to, model_macs
 
 __all__ = ["program_path", "rank_ladder", "undominated"]
@@ -29,20 +29,20 @@ _SECONDS = 10.0
 
 
 def rank_ladder(rank: int, saving: float, factor: float) -> list[int]:
-    """``rank``, and from below ``saving`` (where two layers cost what one does) down to 0, each ``factor`` of the last.
+    """``rank``, and from below ``saving`` (where two layers cost what one does) down to 1, each ``factor`` of the last.
 
     They are the ranks that greedy search steps through.
     """
     found = [rank]
-    while found[-1] > 0:
-        found.append(max(math.ceil(min(found[-1], saving) * factor) - 1, 0))
+    while found[-1] > 1:
+        found.append(max(math.ceil(min(found[-1], saving) * factor) - 1, 1))
     return found
 
 
 def program_path(
     module: nn.Module,
     loss: Callable[[], float],
-    positions: Any,
+    positions: Mapping[str, Positions],
     *,
     smallest: int,
     factor: float = 0.85,
@@ -58,12 +58,11 @@ def program_path(
         factor: see :func:`rank_ladder`.
         progress: losses measured, of all.
     """
-    layers = {name: layer for name, layer in decomposed_layers(module).items() if positions.get(name)}
+    layers = {name: layer for name, layer in decomposed_layers(module).items() if name in positions}
     whole = model_macs(module, positions)
     path = [Member({name: layer.rank for name, layer in layers.items()}, whole, loss())]
     ladders = {
-        name: rank_ladder(layer.rank, layer.inputs * layer.outputs / (layer.inputs + layer.outputs), factor)
-        for name, layer in layers.items()
+        name: rank_ladder(layer.rank, layer.saving_rank(positions[name]), factor) for name, layer in layers.items()
     }
     total, done = sum(len(ladder) - 1 for ladder in ladders.values()) + _PLANS, 0
 

@@ -64,6 +64,15 @@ def test_truncation_without_training(forks: Forks, folder: Path) -> None:
     assert (folder / "cut" / "family.pt").exists()
 
 
+def test_ranks_by_a_rule_instead_of_a_search(forks: Forks, folder: Path) -> None:
+    cut = ("lowrank", "truncate", "model.pt", "--calib", "calib.npz", "-q")
+    run = forks.run(folder, *cut, "--energy", 0.9, "--unrolling", "channel", "-o", "ruled")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    whole, member = json.loads((folder / "ruled" / "family.json").read_text())["members"]
+    assert member["macs"] < whole["macs"]
+    assert all(member["ranks"][name] <= rank for name, rank in whole["ranks"].items())
+
+
 REFUSED = {
     "no labels": (("train", "model.pt", "--data", "calib.npz", "-o", "never"), "labels"),
     "sampler": (
@@ -71,6 +80,14 @@ REFUSED = {
         "known: pair, in",
     ),
     "penalty": (("train", "model.pt", "--data", "train.npz", "--penalty", "-1", "-o", "never"), "neither is below 0"),
+    "rules": (
+        ("truncate", "model.pt", "--calib", "calib.npz", "--energy", "0.9", "--threshold", "0.1", "-o", "never"),
+        "one rule is needed",
+    ),
+    "unrolling": (
+        ("truncate", "model.pt", "--calib", "calib.npz", "--unrolling", "both", "-o", "never"),
+        "known are best, channel, spatial",
+    ),
     "no family": (("extract", ".", "--budget", "macs=0.5x", "-o", "x.pt"), "has no family.pt"),
     "no limit": (("extract", "small", "-o", "x.pt"), "give a --budget: macs=0.5x"),
     "limit": (("extract", "small", "--budget", "macs=half", "-o", "x.pt"), "write a quantity, a number and a unit"),

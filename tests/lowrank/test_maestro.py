@@ -63,6 +63,16 @@ def test_one_rank_for_all_layers() -> None:
     assert {each["a"] for each in drawn} == set(range(1, 10))
 
 
+def test_low_ranks_are_shared_more_often() -> None:
+    sampler = RankSampler({"a": LowRankLinear.of(nn.Linear(16, 16))}, "shared")
+    counts = Counter(sampler.draw()["a"] for _ in range(8000))
+    total = sum(rank**-0.5 for rank in range(1, 17))
+    for rank in (1, 4, 16):
+        assert counts[rank] / 8000 == pytest.approx(rank**-0.5 / total, rel=0.2)
+    shrink(sampler.layers["a"], 3)
+    assert {sampler.draw()["a"] for _ in range(100)} == {1, 2, 3}
+
+
 def test_a_sampler_goes_on_where_it_was() -> None:
     layers = {"a": LowRankLinear.of(nn.Linear(9, 9))}
     first = RankSampler(layers, seed=3)

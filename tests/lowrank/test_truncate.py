@@ -36,7 +36,8 @@ def net() -> nn.Module:
 
 def test_positions_and_macs_are_counted_by_hand() -> None:
     positions = count_positions(net(), (torch.randn(2, 2, 8, 8),))
-    assert positions == {"0": 64, "3": 9, "7": 1, "9": 1}
+    assert {name: each.output for name, each in positions.items()} == {"0": 64, "3": 9, "7": 1, "9": 1}
+    assert {name: each.between for name, each in positions.items()} == {"0": 64, "3": 3 * 8, "7": 1, "9": 1}
     dense = 64 * 16 * 18 + 9 * 24 * 144 + 96 * 40 + 40 * 3
     module = net()
     assert model_macs(module, positions) == dense
