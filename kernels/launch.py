@@ -1,0 +1,37 @@
+"""What a launch needs to know about the device a tensor is on; asked at the call, never at import."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["capability", "multiprocessors", "overlaps", "power_of_two"]
+
+
+@cache
+def _properties(index: int) -> tuple[tuple[int, int], int]:
+    found = torch.cuda.get_device_properties(index)
+    return (found.major, found.minor), found.multi_processor_count
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """Compute capability of the GPU that ``x`` is on; None elsewhere."""
+    return _properties(x.device.index)[0] if x.is_cuda else None
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors the GPU has; 1 elsewhere."""
+    return _properties(x.device.index)[1] if x.is_cuda else 1
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch, from Hopper on)."""
+    found = capability(x)
+    return found is not None and found >= (9, 0)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least ``number`` (1 or more)."""
+    return 1 << (number - 1).bit_length()

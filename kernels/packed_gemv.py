@@ -1,0 +1,208 @@
+"""One row times a packed weight: every thread unpacks 8 units at a time and multiplies on the ordinary cores.
+
+A tensor core would do 16 rows' work for one. What limits the plain way is instructions, so codes are never converted:
+a unit masked to one position is, read as the bits of a float32, a subnormal number, the code times a power of two, and
+exact; GPUs multiply subnormal float32 at full speed. The power of two goes into the input instead, once for all
+outputs. Per code that leaves one mask and one multiply-add.
+
+    y_o = sum_g scale_og * (sum_c code_oc x_c  -  zero_og * sum_c x_c)  +  sum_r up_or h_r  +  bias_o
+
+Inputs may span 1e-10 to 1e13 without loss: products are carried 2**-85 times their size.
+
+Alphabet: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` a block that was loaded; N outputs, G groups
+of a row, U units of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compress.kernels.dispatch import Kernel, Requires
+from compress.kernels.lanes import LaneWeight
+from compress.kernels.launch import overlaps, power_of_two
+
+__all__ = ["KERNEL", "packed_gemv"]
+
+# Subnormal float32 are multiples of 2**-149; inputs are multiplied by 2**64, so sums are 2**-85 times their size.
+_UP = tl.constexpr(2.0**64)
+_SUM = tl.constexpr(2.0**-85)
+_BACK = tl.constexpr(2.0**85)
+
+
+@triton.jit
+def _unit_sums(
+    b_acc, b_q, p_x, o_x, p_scale, p_zero, i_group, m_n, inputs, groups,
+    WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Add one unit tile [N, G, U] of a plane to ``b_acc``; ``o_x`` [1, G, U] is the column of its position 0."""
+    PER: tl.constexpr = 16 // WIDTH
+    CHUNKS: tl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * PER else 16 * PER // GROUP
+    for chunk in tl.static_range(CHUNKS):
+        b_part = tl.zeros_like(b_acc)
+        b_sum = tl.zeros_like(o_x).to(tl.float32)
+        for k in tl.static_range(PER // CHUNKS):
+            position: tl.constexpr = chunk * (PER // CHUNKS) + k
+            o_c = o_x + 16 * position
+            b_x = tl.load(p_x + o_c, mask=o_c < inputs, other=0.0).to(tl.float32)
+            if FIRST:
+                b_sum += b_x
+            b_tiny = (b_q & (((1 << WIDTH) - 1) << (WIDTH * position))).to(tl.float32, bitcast=True)
+            b_part += b_tiny * (b_x * (_UP * ((1 << OFFSET) / (1 << (WIDTH * position)))))
+        o_g = i_group + chunk
+        m_g = m_n & (o_g < groups)
+        b_scale = tl.load(p_scale + o_g, mask=m_g, other=0.0).to(tl.float32)
+        if FIRST:
+            b_zero = tl.load(p_zero + o_g, mask=m_g, other=0).to(tl.float32)
+            b_part -= b_zero * (b_sum * _SUM)
+        b_acc += b_part * (b_scale * _BACK)
+    return b_acc
+
+
+@triton.jit
+def _plane(
+    b_acc, p_plane, o_t, o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups,
+    PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Add a plane's unit tiles over the blocks of ``o_t`` [1, G, U] (16 times block, plus lane), groups' first ``o_first``."""
+    PER: tl.constexpr = 16 // WIDTH
+    TILES: tl.constexpr = PT // PER
+    o_block = o_t // 16
+    o_lane = o_t % 16
+    for tile in tl.static_range(TILES):
+        o_u = (o_block * TILES + tile) * 16 + o_lane
+        b_q = tl.load(p_plane + o_u, mask=m_n & (o_t < units), other=0).to(tl.int32) & 0xFFFF
+        o_x = (o_block * TILES + tile) * (16 * PER) + o_lane
+        if GROUP > 0:
+            i_group = (o_first // 16 * TILES + tile) * (16 * PER) // GROUP
+        else:
+            i_group = o_first * 0
+        b_acc = _unit_sums(
+            b_acc, b_q, p_x, o_x, p_scale, p_zero, i_group, m_n, inputs, groups, WIDTH, OFFSET, FIRST, GROUP
+        )
+    return b_acc
+
+
+@triton.jit
+def packed_gemv_fwd_kernel(
+    p_x, p_units, p_scale, p_zero, p_bias, p_h, p_up, p_out,
+    outputs, inputs, units, row_units, groups, rank, stride_x, stride_h, stride_up, stride_out,
+    BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
+    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``units`` are those of a row's narrowest plane, ``row_units`` of the whole row; GROUP is 0 for one a row."""
+    i_m = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0) * N + tl.arange(0, N)
+    m_n = (o_n < outputs)[:, None, None]
+    o_row = o_n.to(tl.int64)[:, None, None]
+    o_t = tl.arange(0, G)[None, :, None] * U + tl.arange(0, U)[None, None, :]
+    o_first = tl.arange(0, G)[None, :, None] * U
+    p_row = p_units + o_row * row_units
+    p_scale += o_row * groups
+    p_zero += o_row * groups
+    p_x += i_m * stride_x
+    b_acc = tl.zeros([N, G, U], dtype=tl.float32)
+    SINGLE: tl.constexpr = (BITS & (BITS - 1)) == 0
+    if OVERLAP:
+        # The next kernel may take its place on the chip now; it waits for our results where it needs them.
+        tl.extra.cuda.gdc_launch_dependents()
+    if SINGLE:
+        # Weights depend on no other kernel: the first ones, and always those of the next step, are already on the way.
+        b_next = tl.load(p_row + o_t, mask=m_n & (o_t < units), other=0)
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        for i_u in range(0, units, G * U):
+            b_q = b_next.to(tl.int32) & 0xFFFF
+            o_next = i_u + G * U + o_t
+            b_next = tl.load(p_row + o_next, mask=m_n & (o_next < units), other=0)
+            o_u = i_u + o_t
+            o_x = (o_u // 16) * (16 * PT) + o_u % 16
+            if GROUP > 0:
+                i_group = (i_u + o_first) // 16 * (16 * PT) // GROUP
+            else:
+                i_group = o_first * 0
+            b_acc = _unit_sums(
+                b_acc, b_q, p_x, o_x, p_scale, p_zero, i_group, m_n, inputs, groups, BITS, 0, True, GROUP
+            )
+    else:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        for i_u in range(0, units, G * U):
+            o_u = i_u + o_t
+            p_plane = p_row
+            if BITS & 4:
+                b_acc = _plane(
+                    b_acc, p_plane, o_u, i_u + o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups, PT, 4, 0, True, GROUP
+                )
+                p_plane += units * (PT // 4)
+            if BITS & 2:
+                b_acc = _plane(
+                    b_acc, p_plane, o_u, i_u + o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups,
+                    PT, 2, BITS & 4, (BITS & 4) == 0, GROUP,
+                )  # fmt: skip
+                p_plane += units * (PT // 8)
+            if BITS & 1:
+                b_acc = _plane(
+                    b_acc, p_plane, o_u, i_u + o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups,
+                    PT, 1, BITS & 6, False, GROUP,
+                )  # fmt: skip
+    b_y = tl.sum(tl.sum(b_acc, 2), 1)
+    m_o = o_n < outputs
+    if RANK > 0:
+        o_r = tl.arange(0, RANK)
+        b_h = tl.load(p_h + i_m * stride_h + o_r, mask=o_r < rank, other=0.0).to(tl.float32)
+        p_branch = p_up + o_n.to(tl.int64)[:, None] * stride_up + o_r[None, :]
+        b_up = tl.load(p_branch, mask=m_o[:, None] & (o_r < rank)[None, :], other=0.0).to(tl.float32)
+        b_y += tl.sum(b_up * b_h[None, :], 1)
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_n, mask=m_o, other=0.0).to(tl.float32)
+    tl.store(p_out + i_m * stride_out + o_n, b_y.to(p_out.dtype.element_ty), mask=m_o)
+
+
+def packed_gemv(
+    x: Tensor,
+    weight: LaneWeight,
+    bias: Tensor | None = None,
+    branch: tuple[Tensor, Tensor] | None = None,
+    tile: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
+
+    ``tile``: outputs a program, units of a row a step, warps; None takes what was fastest where it was measured.
+    """
+    rows, inputs = x.shape
+    outputs = weight.outputs
+    positions = 16 // min(1 << n for n in range(4) if weight.bits >> n & 1)
+    whole = weight.group_size >= inputs
+    chunk = 64 if whole else 16 * max(1, weight.group_size // (16 * positions))
+    units = -(-inputs // (16 * positions)) * 16
+    n, span, warps = tile or (16, 256, 4)
+    groups = max(1, min(span, power_of_two(units)) // chunk)
+    h, up = branch or (x, x)
+    rank = up.shape[1] if branch else 0
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    overlap = overlaps(x)
+    packed_gemv_fwd_kernel[(triton.cdiv(outputs, n), rows)](
+        x, weight.units, weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
+        outputs, inputs, units, weight.units.shape[1], weight.scale.shape[1], rank,
+        x.stride(0), h.stride(0), up.stride(0), out.stride(0),
+        BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size, N=n, G=groups, U=chunk,
+        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlap,
+        num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
+    return out
+
+
+KERNEL = Kernel(
+    run=packed_gemv,
+    requires=Requires(
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        rows=(1, 4),
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        group_sizes=(32, 64, 128),
+        rank=512,
+        capability=(8, 0),
+    ),
+)
