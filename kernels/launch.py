@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "multiprocessors", "overlaps", "power_of_two"]
+__all__ = ["capability", "launch_options", "multiprocessors", "overlaps", "power_of_two"]
 
 
 @cache
@@ -30,6 +31,13 @@ def overlaps(x: Tensor) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, from Hopper on)."""
     found = capability(x)
     return found is not None and found >= (9, 0)
+
+
+def launch_options(x: Tensor) -> dict[str, Any]:
+    """What every launch says: products and sums may fuse, and on Hopper the launch may overlap the one before."""
+    if not x.is_cuda:
+        return {}
+    return {"enable_fp_fusion": True, **({"launch_pdl": True} if overlaps(x) else {})}
 
 
 def power_of_two(number: int) -> int:

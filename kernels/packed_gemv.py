@@ -1,4 +1,4 @@
-"""One row times a packed weight: every thread unpacks 8 units at a time and multiplies on the ordinary cores.
+"""One row times a packed weight: every thread unpacks 16 bytes at a time and multiplies on the ordinary cores.
 
 A tensor core would do 16 rows' work for one. What limits the plain way is instructions, so codes are never converted:
 a unit masked to one position is, read as the bits of a float32, a subnormal number, the code times a power of two, and
@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
-from compress.kernels.lanes import LaneWeight
-from compress.kernels.launch import overlaps, power_of_two
+from compress.kernels.lanes import LANES, LaneWeight, block_columns
+from compress.kernels.launch import launch_options, overlaps, power_of_two
 
 __all__ = ["KERNEL", "packed_gemv"]
 
@@ -33,123 +33,121 @@ _BACK = tl.constexpr(2.0**85)
 
 
 @triton.jit
-def _unit_sums(
-    b_acc, b_q, p_x, o_x, p_scale, p_zero, i_group, m_n, inputs, groups,
+def _word_sums(
+    b_acc, b_q, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups,
     WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Add one unit tile [N, G, U] of a plane to ``b_acc``; ``o_x`` [1, G, U] is the column of its position 0."""
+    """Add a plane's words ``b_q`` [N, G, U / 2] to ``b_acc`` [N, G]; ``o_x`` [1, G, U]: columns of position 0."""
     PER: tl.constexpr = 16 // WIDTH
     CHUNKS: tl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * PER else 16 * PER // GROUP
+    b_odd = (b_q.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True)
     for chunk in tl.static_range(CHUNKS):
-        b_part = tl.zeros_like(b_acc)
+        b_part = tl.zeros_like(b_q).to(tl.float32)
         b_sum = tl.zeros_like(o_x).to(tl.float32)
         for k in tl.static_range(PER // CHUNKS):
-            position: tl.constexpr = chunk * (PER // CHUNKS) + k
+            position = chunk * (PER // CHUNKS) + k
             o_c = o_x + 16 * position
             b_x = tl.load(p_x + o_c, mask=o_c < inputs, other=0.0).to(tl.float32)
             if FIRST:
                 b_sum += b_x
-            b_tiny = (b_q & (((1 << WIDTH) - 1) << (WIDTH * position))).to(tl.float32, bitcast=True)
-            b_part += b_tiny * (b_x * (_UP * ((1 << OFFSET) / (1 << (WIDTH * position)))))
-        o_g = i_group + chunk
-        m_g = m_n & (o_g < groups)
-        b_scale = tl.load(p_scale + o_g, mask=m_g, other=0.0).to(tl.float32)
+            b_x = b_x * (_UP * ((1 << OFFSET) / (1 << (WIDTH * position))))
+            b_x0, b_x1 = tl.split(tl.reshape(b_x, [1, b_x.shape[1], b_x.shape[2] // 2, 2]))
+            mask = ((1 << WIDTH) - 1) << (WIDTH * position)
+            b_part += (b_q & mask).to(tl.float32, bitcast=True) * b_x0
+            b_part += (b_odd & mask).to(tl.float32, bitcast=True) * b_x1
+        # Sums of whole groups first: scales then meet [N, G] numbers instead of [N, G, U].
+        b_group = tl.sum(b_part, 2)
+        m_g = m_o[:, None] & (o_g + chunk < groups)
+        b_scale = tl.load(p_scale + o_g + chunk, mask=m_g, other=0.0).to(tl.float32)
         if FIRST:
-            b_zero = tl.load(p_zero + o_g, mask=m_g, other=0).to(tl.float32)
-            b_part -= b_zero * (b_sum * _SUM)
-        b_acc += b_part * (b_scale * _BACK)
+            b_zero = tl.load(p_zero + o_g + chunk, mask=m_g, other=0).to(tl.float32)
+            b_group -= b_zero * (tl.sum(b_sum, 2) * _SUM)
+        b_acc += b_group * (b_scale * _BACK)
     return b_acc
 
 
 @triton.jit
-def _plane(
-    b_acc, p_plane, o_t, o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups,
-    PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
+def _plane_sums(
+    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+    PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr,
+    GROUP: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """Add a plane's unit tiles over the blocks of ``o_t`` [1, G, U] (16 times block, plus lane), groups' first ``o_first``."""
+    """Add what one plane has in G * U / 16 blocks from ``i_block`` on; a block is PT positions, ``TILES`` units a lane."""
     PER: tl.constexpr = 16 // WIDTH
     TILES: tl.constexpr = PT // PER
-    o_block = o_t // 16
-    o_lane = o_t % 16
+    o_w = tl.arange(0, G)[None, :, None] * (U // 2) + tl.arange(0, U // 2)[None, None, :]
+    o_t = tl.arange(0, G)[None, :, None] * U + tl.arange(0, U)[None, None, :]
+    o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
     for tile in tl.static_range(TILES):
-        o_u = (o_block * TILES + tile) * 16 + o_lane
-        b_q = tl.load(p_plane + o_u, mask=m_n & (o_t < units), other=0).to(tl.int32) & 0xFFFF
-        o_x = (o_block * TILES + tile) * (16 * PER) + o_lane
-        if GROUP > 0:
-            i_group = (o_first // 16 * TILES + tile) * (16 * PER) // GROUP
-        else:
-            i_group = o_first * 0
-        b_acc = _unit_sums(
-            b_acc, b_q, p_x, o_x, p_scale, p_zero, i_group, m_n, inputs, groups, WIDTH, OFFSET, FIRST, GROUP
-        )
+        o_block = i_block + o_w // 8
+        p_q = p_plane + (o_block * TILES + tile) * 8 + o_w % 8
+        b_q = tl.load(p_q, mask=m_o[:, None, None] & (o_block < blocks), other=0)
+        o_x = ((i_block + o_t // 16) * TILES + tile) * (16 * PER) + o_t % 16
+        o_g = (o_first * TILES + tile) * (16 * PER) // GROUP if GROUP > 0 else o_first * 0
+        b_acc = _word_sums(b_acc, b_q, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups, WIDTH, OFFSET, FIRST, GROUP)
     return b_acc
 
 
 @triton.jit
 def packed_gemv_fwd_kernel(
-    p_x, p_units, p_scale, p_zero, p_bias, p_h, p_up, p_out,
-    outputs, inputs, units, row_units, groups, rank, stride_x, stride_h, stride_up, stride_out,
+    p_x, p_words, p_scale, p_zero, p_bias, p_h, p_up, p_out,
+    outputs, inputs, blocks, row_words, groups, rank, stride_x, stride_h, stride_up, stride_out,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``units`` are those of a row's narrowest plane, ``row_units`` of the whole row; GROUP is 0 for one a row."""
+    """``p_words``: two units, of an even lane and the odd one behind it, in 32 bits; GROUP is 0 for one a row."""
     i_m = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0) * N + tl.arange(0, N)
-    m_n = (o_n < outputs)[:, None, None]
-    o_row = o_n.to(tl.int64)[:, None, None]
+    m_o = o_n < outputs
+    m_n = m_o[:, None, None]
+    o_w = tl.arange(0, G)[None, :, None] * (U // 2) + tl.arange(0, U // 2)[None, None, :]
     o_t = tl.arange(0, G)[None, :, None] * U + tl.arange(0, U)[None, None, :]
-    o_first = tl.arange(0, G)[None, :, None] * U
-    p_row = p_units + o_row * row_units
-    p_scale += o_row * groups
-    p_zero += o_row * groups
+    p_row = p_words + o_n.to(tl.int64)[:, None, None] * row_words
+    p_scale += o_n.to(tl.int64)[:, None] * groups
+    p_zero += o_n.to(tl.int64)[:, None] * groups
     p_x += i_m * stride_x
-    b_acc = tl.zeros([N, G, U], dtype=tl.float32)
+    b_acc = tl.zeros([N, G], dtype=tl.float32)
     SINGLE: tl.constexpr = (BITS & (BITS - 1)) == 0
     if OVERLAP:
         # The next kernel may take its place on the chip now; it waits for our results where it needs them.
         tl.extra.cuda.gdc_launch_dependents()
     if SINGLE:
         # Weights depend on no other kernel: the first ones, and always those of the next step, are already on the way.
-        b_next = tl.load(p_row + o_t, mask=m_n & (o_t < units), other=0)
+        words = blocks * 8
+        b_next = tl.load(p_row + o_w, mask=m_n & (o_w < words), other=0)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        for i_u in range(0, units, G * U):
-            b_q = b_next.to(tl.int32) & 0xFFFF
-            o_next = i_u + G * U + o_t
-            b_next = tl.load(p_row + o_next, mask=m_n & (o_next < units), other=0)
-            o_u = i_u + o_t
-            o_x = (o_u // 16) * (16 * PT) + o_u % 16
-            if GROUP > 0:
-                i_group = (i_u + o_first) // 16 * (16 * PT) // GROUP
-            else:
-                i_group = o_first * 0
-            b_acc = _unit_sums(
-                b_acc, b_q, p_x, o_x, p_scale, p_zero, i_group, m_n, inputs, groups, BITS, 0, True, GROUP
-            )
+        for i_block in range(0, blocks, G * U // 16):
+            b_q = b_next
+            o_next = (i_block * 8 + G * U // 2) + o_w
+            b_next = tl.load(p_row + o_next, mask=m_n & (o_next < words), other=0)
+            o_x = (i_block + o_t // 16) * (16 * PT) + o_t % 16
+            o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
+            o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
+            b_acc = _word_sums(b_acc, b_q, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups, BITS, 0, True, GROUP)
     else:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
-        for i_u in range(0, units, G * U):
-            o_u = i_u + o_t
+        for i_block in range(0, blocks, G * U // 16):
             p_plane = p_row
             if BITS & 4:
-                b_acc = _plane(
-                    b_acc, p_plane, o_u, i_u + o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups, PT, 4, 0, True, GROUP
-                )
-                p_plane += units * (PT // 4)
+                b_acc = _plane_sums(
+                    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+                    PT, 4, 0, True, GROUP, G, U,
+                )  # fmt: skip
+                p_plane += blocks * 8 * (PT // 4)
             if BITS & 2:
-                b_acc = _plane(
-                    b_acc, p_plane, o_u, i_u + o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups,
-                    PT, 2, BITS & 4, (BITS & 4) == 0, GROUP,
+                b_acc = _plane_sums(
+                    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+                    PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, G, U,
                 )  # fmt: skip
-                p_plane += units * (PT // 8)
+                p_plane += blocks * 8 * (PT // 8)
             if BITS & 1:
-                b_acc = _plane(
-                    b_acc, p_plane, o_u, i_u + o_first, p_x, p_scale, p_zero, m_n, units, inputs, groups,
-                    PT, 1, BITS & 6, False, GROUP,
+                b_acc = _plane_sums(
+                    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+                    PT, 1, BITS & 6, False, GROUP, G, U,
                 )  # fmt: skip
-    b_y = tl.sum(tl.sum(b_acc, 2), 1)
-    m_o = o_n < outputs
+    b_y = tl.sum(b_acc, 1)
     if RANK > 0:
         o_r = tl.arange(0, RANK)
         b_h = tl.load(p_h + i_m * stride_h + o_r, mask=o_r < rank, other=0.0).to(tl.float32)
@@ -166,31 +164,33 @@ def packed_gemv(
     weight: LaneWeight,
     bias: Tensor | None = None,
     branch: tuple[Tensor, Tensor] | None = None,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
 
-    ``tile``: outputs a program, units of a row a step, warps; None takes what was fastest where it was measured.
+    ``tile``: outputs a program, warps; None takes what was fastest where it was measured.
     """
     rows, inputs = x.shape
     outputs = weight.outputs
-    positions = 16 // min(1 << n for n in range(4) if weight.bits >> n & 1)
+    positions = block_columns(weight.bits) // LANES
     whole = weight.group_size >= inputs
-    chunk = 64 if whole else 16 * max(1, weight.group_size // (16 * positions))
-    units = -(-inputs // (16 * positions)) * 16
-    n, span, warps = tile or (16, 256, 4)
-    groups = max(1, min(span, power_of_two(units)) // chunk)
+    chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
+    blocks = -(-inputs // (LANES * positions))
+    n, warps = tile or (4, 4)
+    # So many units are 16 bytes a thread, which gives inputs and weights one layout over the threads. Short rows: less.
+    span = min(warps * 256, power_of_two(blocks * LANES))
     h, up = branch or (x, x)
     rank = up.shape[1] if branch else 0
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    overlap = overlaps(x)
+    words = weight.units.view(torch.int32)
     packed_gemv_fwd_kernel[(triton.cdiv(outputs, n), rows)](
-        x, weight.units, weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
-        outputs, inputs, units, weight.units.shape[1], weight.scale.shape[1], rank,
+        x, words, weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
+        outputs, inputs, blocks, words.shape[1], weight.scale.shape[1], rank,
         x.stride(0), h.stride(0), up.stride(0), out.stride(0),
-        BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size, N=n, G=groups, U=chunk,
-        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlap,
-        num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+        BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size,
+        N=n, G=max(1, span // chunk), U=chunk,
+        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlaps(x),
+        num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out
 
