@@ -73,7 +73,7 @@ def _decode(
 def _plane_dots(
     b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
     PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
-    U: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    U: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Add what one plane has in U / 16 blocks from ``i_block`` on to ``b_acc`` [N, M]."""
     PER: tl.constexpr = 16 // WIDTH
@@ -83,7 +83,8 @@ def _plane_dots(
     o_block = i_block + o_u // 16
     for tile in tl.static_range(TILES):
         p_q = p_plane + (o_block * TILES + tile) * 16 + o_u % 16
-        b_q = tl.load(p_q, mask=m_o[:, None] & (o_block < blocks)[None, :], other=0)
+        m_q = m_o[:, None] if FULL else m_o[:, None] & (o_block < blocks)[None, :]
+        b_q = tl.load(p_q, mask=m_q, other=0)
         i_x = (i_block * TILES + tile) * (16 * PER)
         o_x = (o_block * TILES + tile) * (16 * PER) + o_u % 16
         i_g = i_x // GROUP if GROUP > 0 else 0
@@ -95,7 +96,8 @@ def _plane_dots(
             b_part = tl.zeros_like(b_acc)
             for k in tl.static_range(PER // CHUNKS):
                 o_c = o_x + 16 * (chunk * (PER // CHUNKS) + k)
-                b_x = tl.load(p_x + o_m[None, :] + o_c[:, None], mask=m_m[None, :] & (o_c < inputs)[:, None], other=0.0)
+                m_x = m_m[None, :] if FULL else m_m[None, :] & (o_c < inputs)[:, None]
+                b_x = tl.load(p_x + o_m[None, :] + o_c[:, None], mask=m_x, other=0.0)
                 b_w = _decode(
                     b_q, b_zero[:, None], b_x.dtype, chunk * (PER // CHUNKS) + k, WIDTH, OFFSET, FIRST, PAIRS
                 )
@@ -110,9 +112,12 @@ def packed_dot_fwd_kernel(
     rows, outputs, inputs, blocks, row_units, groups, rank, steps, stride_x, stride_h, stride_up, stride_split,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, U: tl.constexpr,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    FULL: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs: outputs, rows, splits of ``steps`` times U / 16 blocks each; ``p_out`` [splits, rows, outputs]."""
+    """Programs: outputs, rows, splits of ``steps`` times U / 16 blocks each; ``p_out`` [splits, rows, outputs].
+
+    FULL: inputs end where a step ends.
+    """
     i_split = tl.program_id(2)
     o_n = tl.program_id(0) * N + tl.arange(0, N)
     o_r = tl.program_id(1) * M + tl.arange(0, M)
@@ -134,24 +139,24 @@ def packed_dot_fwd_kernel(
         if BITS & 8:
             b_acc = _plane_dots(
                 b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 8, 0, True, GROUP, U, PAIRS, PRECISION,
+                PT, 8, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
         if BITS & 4:
             b_acc = _plane_dots(
                 b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 4, 0, True, GROUP, U, PAIRS, PRECISION,
+                PT, 4, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
             p_plane += blocks * 16 * (PT // 4)
         if BITS & 2:
             b_acc = _plane_dots(
                 b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, U, PAIRS, PRECISION,
+                PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
             p_plane += blocks * 16 * (PT // 8)
         if BITS & 1:
             b_acc = _plane_dots(
                 b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 1, BITS & 6, False, GROUP, U, PAIRS, PRECISION,
+                PT, 1, BITS & 6, False, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
     if RANK > 0 and i_split == 0:
         o_k = tl.arange(0, RANK)
@@ -198,7 +203,8 @@ def packed_dot(
         x.stride(0), h.stride(0), up.stride(0), out.stride(0),
         BITS=bits, PT=positions, GROUP=0 if whole else weight.group_size, M=m, N=n, U=chunk,
         RANK=max(16, power_of_two(rank)) if rank else 0, HAS_BIAS=bias is not None, PAIRS=pairs,
-        PRECISION=product_precision(x), OVERLAP=overlaps(x), STAGES=stages,
+        PRECISION=product_precision(x),
+        FULL=inputs % (chunk * positions) == 0, OVERLAP=overlaps(x), STAGES=stages,
         num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out[0] if splits == 1 else sum_partials(out, x.dtype)

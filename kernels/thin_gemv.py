@@ -1,0 +1,88 @@
+"""One row times a low-rank weight, ``up @ (down @ x)``: two launches of one kernel, the second waiting on the chip.
+
+The second launch starts while the first runs (programmatic dependent launch, from Hopper on), has its part of ``up`` in
+registers by the time the rank-sized result is there, and reads that from the cache. A smaller rank is fewer rows of
+``down`` and shorter rows of ``up``: nothing is copied.
+
+Alphabet as in packed_gemv.py; N outputs, K inputs of a step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compress.kernels.dispatch import Kernel, Requires
+from compress.kernels.launch import launch_options, overlaps, power_of_two
+
+__all__ = ["KERNEL", "lowrank_gemv", "thin_gemv"]
+
+
+@triton.jit
+def thin_gemv_fwd_kernel(
+    p_x, p_w, p_bias, p_out, outputs, inputs, stride_x, stride_w, stride_out,
+    N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``p_w`` [outputs, inputs], rows ``stride_w`` apart; programs: outputs, rows of ``p_x``."""
+    i_m = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0) * N + tl.arange(0, N)
+    o_k = tl.arange(0, K)[None, :]
+    m_o = o_n < outputs
+    p_row = p_w + o_n.to(tl.int64)[:, None] * stride_w
+    p_x += i_m * stride_x
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    # Weights depend on no other kernel: they are on the way before this one waits for its input.
+    b_next = tl.load(p_row + o_k, mask=m_o[:, None] & (o_k < inputs), other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    b_acc = tl.zeros([N, K], dtype=tl.float32)
+    for i_k in range(0, inputs, K):
+        b_w = b_next.to(tl.float32)
+        o_next = i_k + K + o_k
+        b_next = tl.load(p_row + o_next, mask=m_o[:, None] & (o_next < inputs), other=0.0)
+        b_x = tl.load(p_x + i_k + o_k, mask=i_k + o_k < inputs, other=0.0).to(tl.float32)
+        b_acc += b_w * b_x
+    b_y = tl.sum(b_acc, 1)
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_n, mask=m_o, other=0.0).to(tl.float32)
+    tl.store(p_out + i_m * stride_out + o_n, b_y.to(p_out.dtype.element_ty), mask=m_o)
+
+
+def thin_gemv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: tuple[int, int] | None = None
+) -> Tensor:
+    """``x`` [M, I] times ``weight`` [O, I], whose rows may be apart, to [M, O] in ``dtype``; ``tile``: outputs, warps."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    n, warps = tile or ((2, 8) if outputs <= 1024 else (4, 4))
+    # 16 bytes of weights a thread; no more threads than a row needs.
+    per_thread = 16 // weight.element_size()
+    warps = max(1, min(warps, power_of_two(inputs) // (32 * per_thread)))
+    out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    thin_gemv_fwd_kernel[(triton.cdiv(outputs, n), rows)](
+        x, weight, bias if bias is not None else x, out, outputs, inputs,
+        x.stride(0), weight.stride(0), out.stride(0),
+        N=n, K=warps * 32 * per_thread, HAS_BIAS=bias is not None, OVERLAP=overlaps(x),
+        num_warps=warps, **launch_options(x),
+    )  # fmt: skip
+    return out
+
+
+def lowrank_gemv(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | None = None,
+    tiles: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None),
+) -> Tensor:
+    """``x`` [M, I] to ``up`` [O, R] @ (``down`` [R, I] @ x) + bias, [M, O]; float32 between the two."""
+    return thin_gemv(thin_gemv(x, down, None, torch.float32, tiles[0]), up, bias, x.dtype, tiles[1])
+
+
+KERNEL = Kernel(
+    run=lowrank_gemv,
+    requires=Requires(dtypes=(torch.float16, torch.bfloat16, torch.float32), rows=(1, 4), capability=(8, 0)),
+)
