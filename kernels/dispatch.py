@@ -1,13 +1,12 @@
 """Which kernel runs a call: the first of the table's that does not refuse it; each refusal is a sentence.
 
-A kernel declares what it takes as data (:class:`Requires`), beside its code. Nothing here imports triton, and nothing is
-decided before a call is there to look at.
+A kernel declares what it takes as data (:class:`Requires`), beside its code. Nothing here imports triton, and nothing
+is decided before a call is there to look at.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -63,8 +62,7 @@ class Requires:
         """Everything about ``call`` that the kernel does not take, a sentence each."""
         if self.capability is not None:
             if call.device != "cuda":
-                if not _interpreted():
-                    yield f"inputs are on {call.device}; it runs on GPUs"
+                yield f"inputs are on {call.device}; it runs on GPUs"
             elif call.capability is None or call.capability < self.capability:
                 yield f"compute capability {call.capability} is below {self.capability}"
             if not _has_triton():
@@ -100,7 +98,11 @@ class Choice:
 
 
 def choose(call: Call) -> Choice:
-    """The first kernel of ``call.operator`` that takes ``call``; each operator's last one takes everything."""
+    """The first kernel of ``call.operator`` that takes ``call``; each operator's last one runs anywhere.
+
+    Raises:
+        TypeError: not even that one takes the inputs' type.
+    """
     refused = []
     for name, home in KERNELS[call.operator].items():
         # A kernel's module imports triton: without one, only the rows that need none can be looked at.
@@ -112,14 +114,9 @@ def choose(call: Call) -> Choice:
             refused.append(f"{name}: {reasons}")
             continue
         return Choice(name, kernel.run, tuple(refused))
-    raise RuntimeError(f"no kernel takes {call}: {'. '.join(refused)}")
+    raise TypeError(f"no kernel of {call.operator} takes the call. {'. '.join(refused)}")
 
 
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    """Whether kernels run in triton's interpreter, which works on the CPU and is for tests alone."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("COMPRESS_INTERPRET_KERNELS") == "1"

@@ -113,8 +113,8 @@ class LaneWeight:
 
     def to(self, device: str | torch.device) -> LaneWeight:
         """The same weight on ``device``."""
-        moved = [part.to(device) for part in (self.units, self.scale, self.zero_point)]
-        return LaneWeight(*moved, self.bits, self.inputs, self.group_size)
+        units, scale, zero_point = (part.to(device) for part in (self.units, self.scale, self.zero_point))
+        return LaneWeight(units, scale, zero_point, self.bits, self.inputs, self.group_size)
 
     @staticmethod
     def from_quantized(weight: QuantizedWeight, scale_dtype: torch.dtype = torch.float32) -> LaneWeight:

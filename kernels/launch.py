@@ -12,19 +12,21 @@ __all__ = ["capability", "launch_options", "multiprocessors", "overlaps", "power
 
 
 @cache
-def _properties(index: int) -> tuple[tuple[int, int], int]:
-    found = torch.cuda.get_device_properties(index)
+def _properties(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    if device.type != "cuda":
+        return None, 1
+    found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count
 
 
 def capability(x: Tensor) -> tuple[int, int] | None:
     """Compute capability of the GPU that ``x`` is on; None elsewhere."""
-    return _properties(x.device.index)[0] if x.is_cuda else None
+    return _properties(x.device)[0]
 
 
 def multiprocessors(x: Tensor) -> int:
-    """How many multiprocessors the GPU has; 1 elsewhere."""
-    return _properties(x.device.index)[1] if x.is_cuda else 1
+    """How many multiprocessors the GPU has that ``x`` is on; 1 elsewhere."""
+    return _properties(x.device)[1]
 
 
 def overlaps(x: Tensor) -> bool:
@@ -35,7 +37,7 @@ def overlaps(x: Tensor) -> bool:
 
 def launch_options(x: Tensor) -> dict[str, Any]:
     """What every launch says: products and sums may fuse, and on Hopper the launch may overlap the one before."""
-    if not x.is_cuda:
+    if capability(x) is None:
         return {}
     return {"enable_fp_fusion": True, **({"launch_pdl": True} if overlaps(x) else {})}
 

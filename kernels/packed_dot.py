@@ -1,7 +1,7 @@
 """Few to many rows times a packed weight on the tensor cores, split along the inputs where there are too few programs.
 
-The weight is the left operand, unpacked in registers: 16 outputs are a tensor core's own tile, so few rows waste little.
-Codes minus zero point are small integers, exact in bfloat16; a scale is met once a group, by the float32 sums.
+The weight is the left operand, unpacked in registers. Codes minus zero point are small integers, exact in
+bfloat16; a scale is met once a group, by the float32 sums.
 
     y_mo = sum_g scale_og * sum_c (code_oc - zero_og) x_mc  +  sum_r up_or h_mr  +  bias_o
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import LANES, LaneWeight, block_columns
-from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.launch import capability, launch_options, multiprocessors, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
 
@@ -98,9 +98,7 @@ def _plane_dots(
                 o_c = o_x + 16 * (chunk * (PER // CHUNKS) + k)
                 m_x = m_m[None, :] if FULL else m_m[None, :] & (o_c < inputs)[:, None]
                 b_x = tl.load(p_x + o_m[None, :] + o_c[:, None], mask=m_x, other=0.0)
-                b_w = _decode(
-                    b_q, b_zero[:, None], b_x.dtype, chunk * (PER // CHUNKS) + k, WIDTH, OFFSET, FIRST, PAIRS
-                )
+                b_w = _decode(b_q, b_zero[:, None], b_x.dtype, chunk * (PER // CHUNKS) + k, WIDTH, OFFSET, FIRST, PAIRS)
                 b_part = block_product(b_w, b_x, b_part, PRECISION)
             b_acc += b_part * b_scale[:, None]
     return b_acc
@@ -196,7 +194,7 @@ def packed_dot(
     h, up = branch or (x, x)
     rank = up.shape[1] if branch else 0
     out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    pairs = x.is_cuda and x.dtype is not torch.float32 and not (bits == 8 and x.dtype is torch.bfloat16)
+    pairs = capability(x) is not None and x.dtype is not torch.float32 and not (bits == 8 and x.dtype is torch.bfloat16)
     packed_dot_fwd_kernel[(triton.cdiv(outputs, n), triton.cdiv(rows, m), splits)](
         x, weight.units, weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
         rows, outputs, inputs, blocks, weight.units.shape[1], weight.scale.shape[1], rank, steps,

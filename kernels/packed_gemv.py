@@ -72,7 +72,7 @@ def _plane_sums(
     PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr,
     GROUP: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """Add what one plane has in G * U / 16 blocks from ``i_block`` on; a block is PT positions, ``TILES`` units a lane."""
+    """Add what one plane has in G * U / 16 blocks from ``i_block`` on: ``TILES`` units a lane and block."""
     PER: tl.constexpr = 16 // WIDTH
     TILES: tl.constexpr = PT // PER
     o_w = tl.arange(0, G)[None, :, None] * (U // 2) + tl.arange(0, U // 2)[None, None, :]

@@ -81,7 +81,7 @@ def unpack_weight(weight: LaneWeight, dtype: torch.dtype, tile: tuple[int, int, 
 def packed_unpack(
     x: Tensor, weight: LaneWeight, bias: Tensor | None = None, branch: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype."""
+    """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O], ``x``'s dtype."""
     y = torch.nn.functional.linear(x, unpack_weight(weight, x.dtype), bias)
     return torch.addmm(y, branch[0].to(x.dtype), branch[1].T) if branch else y
 

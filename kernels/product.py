@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compress.kernels.launch import capability
+
 __all__ = ["block_product", "product_precision"]
 
 
@@ -25,6 +27,6 @@ def product_precision(x: Tensor) -> str:
 
     Triton's interpreter multiplies bfloat16 as the integers it stores them in; on a CPU all blocks are widened first.
     """
-    if not x.is_cuda:
+    if capability(x) is None:
         return "widened"
     return "tf32x3" if x.dtype is torch.float32 else "tf32"

@@ -1,5 +1,5 @@
-"""Every operator of namespace ``compress::``, by the module that holds its reference and shape function, and the kernels
-of each, in the order in which they are asked (kernels/dispatch.py)."""
+"""Every operator of namespace ``compress::``, by the module that holds its reference and shape function, and the
+kernels of each, in the order in which they are asked (kernels/dispatch.py)."""
 
 from __future__ import annotations
 

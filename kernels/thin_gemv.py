@@ -54,7 +54,7 @@ def thin_gemv_fwd_kernel(
 def thin_gemv(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: tuple[int, int] | None = None
 ) -> Tensor:
-    """``x`` [M, I] times ``weight`` [O, I], whose rows may be apart, to [M, O] in ``dtype``; ``tile``: outputs, warps."""
+    """``x`` [M, I] times ``weight`` [O, I], rows maybe apart, to [M, O] in ``dtype``; ``tile``: outputs, warps."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     n, warps = tile or ((2, 8) if outputs <= 1024 else (4, 4))
