@@ -19,6 +19,17 @@ __all__ = ["KERNEL", "packed_unpack", "unpack_weight"]
 
 
 @triton.jit
+def _plane_codes(
+    p_plane, o_block, o_lane, m_q, position: tl.constexpr, PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr
+):
+    """What a plane has of the codes [N, U] at one position, in its place of the code."""
+    PER: tl.constexpr = 16 // WIDTH
+    o_u = (o_block * (PT // PER) + position // PER) * 16 + o_lane
+    b_u = tl.load(p_plane + o_u[None, :], mask=m_q, other=0).to(tl.int32)
+    return ((b_u >> (WIDTH * (position % PER))) & ((1 << WIDTH) - 1)) << OFFSET
+
+
+@triton.jit
 def packed_unpack_fwd_kernel(
     p_units, p_scale, p_zero, p_out, outputs, inputs, blocks, row_units, groups,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, U: tl.constexpr,
@@ -44,16 +55,14 @@ def packed_unpack_fwd_kernel(
         else:
             b_code = tl.zeros([N, U], dtype=tl.int32)
             p_plane = p_units + row * row_units
-            for n in tl.static_range(3):
-                WIDTH: tl.constexpr = 4 >> n
-                if BITS & WIDTH:
-                    PER: tl.constexpr = 16 // WIDTH
-                    o_u = (o_block * (PT // PER) + position // PER) * 16 + o_lane
-                    b_u = tl.load(p_plane + o_u[None, :], mask=m_q, other=0).to(tl.int32)
-                    # The planes above this one hold the code's lower bits.
-                    LOW: tl.constexpr = BITS & (8 - 2 * WIDTH)
-                    b_code |= ((b_u >> (WIDTH * (position % PER))) & ((1 << WIDTH) - 1)) << LOW
-                    p_plane += blocks * (16 * (PT // PER))
+            if BITS & 4:
+                b_code |= _plane_codes(p_plane, o_block, o_lane, m_q, position, PT, 4, 0)
+                p_plane += blocks * (4 * PT)
+            if BITS & 2:
+                b_code |= _plane_codes(p_plane, o_block, o_lane, m_q, position, PT, 2, BITS & 4)
+                p_plane += blocks * (2 * PT)
+            if BITS & 1:
+                b_code |= _plane_codes(p_plane, o_block, o_lane, m_q, position, PT, 1, BITS & 6)
         o_c = o_block * (16 * PT) + 16 * position + o_lane
         m_c = m_o & (o_c < inputs)[None, :]
         o_g = row * groups + (o_c // GROUP if GROUP > 0 else o_c * 0)[None, :]
