@@ -26,8 +26,8 @@ def copies_for(call_bytes: int) -> int:
     return max(2, -(-4 * cache // call_bytes))
 
 
-def record_graph(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """All ``calls`` in one graph, after each has run once: kernels are compiled, libraries awake."""
+def record_graph(calls: list[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """All ``calls`` in one graph, after each has run once: kernels are compiled, libraries awake; and its outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -37,9 +37,8 @@ def record_graph(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+        outputs = [call() for call in calls]
+    return graph, outputs
 
 
 def time_in_turn(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int = ROUNDS) -> dict[str, list[float]]:
@@ -69,6 +68,6 @@ def copy_bandwidth() -> float:
     """GB/s of a device-to-device copy of 1 GB, bytes read and written both counted."""
     source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
     target = torch.empty_like(source)
-    graph = record_graph([lambda: target.copy_(source)])
+    graph, _ = record_graph([lambda: target.copy_(source)])
     best = statistics.median(time_in_turn({"copy": (graph, 1)})["copy"])
     return 2 * source.numel() * 4 / best / 1000

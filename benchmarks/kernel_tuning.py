@@ -80,7 +80,7 @@ def tensors(what: str, shape: tuple[int, int], copies: int) -> list[Any]:
     return list(ups if what == "up" else downs)
 
 
-def measure(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
+def measure(shape: tuple[int, int], bandwidth: float, only: str | None) -> list[dict[str, Any]]:
     """Every candidate at one shape, with and without overlap of launches where that is possible."""
     rows_found = []
     groups: dict[tuple[str, int], list[Candidate]] = {}
@@ -94,14 +94,14 @@ def measure(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
         weights = tensors(what, shape, copies)
         inner = RANK if what == "up" else shape[1]
         for (kind, rows), group in groups.items():
-            if kind != what:
+            if kind != what or only not in (None, f"{kind}:{rows}"):
                 continue
             xs = [torch.randn(rows, inner, device="cuda", dtype=DTYPE) for _ in range(copies)]
             graphs = {}
             for candidate in group:
                 try:
                     calls = [lambda x=x, w=w, c=candidate: c.run(x, w) for x, w in zip(xs, weights, strict=True)]
-                    graphs[candidate.label] = (record_graph(calls), copies)
+                    graphs[candidate.label] = (record_graph(calls)[0], copies)
                 except Exception as error:  # noqa: BLE001 -- a tile that does not fit this GPU is an answer, too
                     print(what, rows, candidate.label, type(error).__name__, str(error)[:100], flush=True)
             for label, times in time_in_turn(graphs, rounds=5).items():
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--warm", type=int, nargs=2, metavar=("I", "N"))
     parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--only", help="WHAT:ROWS, as in packed:1")
     arguments = parser.parse_args()
     if arguments.no_overlap:
         found = torch.cuda.get_device_properties(0)
@@ -142,7 +143,7 @@ def main() -> None:
         return
     bandwidth = copy_bandwidth()
     print(torch.cuda.get_device_name(), f"copy {bandwidth:.0f} GB/s", flush=True)
-    result = [row for shape in SHAPES for row in measure(shape, bandwidth)]
+    result = [row for shape in SHAPES for row in measure(shape, bandwidth, arguments.only)]
     if arguments.out:
         arguments.out.write_text(
             json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_per_s": bandwidth, "rows": result})

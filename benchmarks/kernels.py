@@ -24,18 +24,22 @@ from benchmarks.device_timing import copies_for, copy_bandwidth, record_graph, t
 from compress.kernels.lanes import LaneWeight, pack_lanes
 from compress.kernels.lowrank_linear import choose_lowrank
 from compress.kernels.packed_linear import choose_packed
+from compress.kernels.packed_reference import packed_reference
 from compress.kernels.table import register_operators
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((4096, 4096), (8192, 28672))
 DTYPE = torch.bfloat16
+MAX_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call with its own tensors: ``run``, the bytes of its weight, and the kernel that dispatch chooses."""
+    """One call with its own tensors: ``run``, its truth in float32, the weight's bytes, the kernel dispatch chooses."""
 
+    x: Tensor
     run: Callable[[], Tensor]
+    truth: Callable[[], Tensor]
     weight_bytes: int
     kernel: str
 
@@ -69,7 +73,11 @@ def packed(bits: int, group: int) -> Callable[[Tensor, int], Call]:
         w = random_weight(outputs, x.shape[1], bits, group)
         run = torch.ops.compress.packed_linear
         return Call(
-            lambda: run(x, w.units, w.scale, w.zero_point, None, bits, group), w.weight_bytes, choose_packed(x, w).name
+            x,
+            lambda: run(x, w.units, w.scale, w.zero_point, None, bits, group),
+            lambda: packed_reference(x.float(), w),
+            w.weight_bytes,
+            choose_packed(x, w).name,
         )
 
     return make
@@ -83,7 +91,9 @@ def packed_lowrank(bits: int, group: int, rank: int) -> Callable[[Tensor, int], 
         up, down = random_factors(outputs, x.shape[1], rank)
         run = torch.ops.compress.packed_lowrank_linear
         return Call(
+            x,
             lambda: run(x, w.units, w.scale, w.zero_point, up, down, None, bits, group),
+            lambda: packed_reference(x.float(), w, None, (x.float() @ down.float().T, up)),
             w.weight_bytes + 2 * (up.numel() + down.numel()),
             choose_packed(x, w, rank).name,
         )
@@ -100,7 +110,9 @@ def lowrank(divisor: int, kept: int) -> Callable[[Tensor, int], Call]:
         up, down = random_factors(outputs, x.shape[1], total)
         run = torch.ops.compress.lowrank_linear
         return Call(
+            x,
             lambda: run(x, up, down, None, rank),
+            lambda: x.float() @ down[:rank].float().T @ up[:, :rank].float().T,
             2 * rank * (outputs + x.shape[1]),
             choose_lowrank(x, up, down, rank).name,
         )
@@ -140,23 +152,29 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
     makers = {"ours": case.make}
     if case.beside:
         makers["beside"] = packed(4, 128)
-    graphs, kept, first = {}, [], None
+    graphs, kept, error = {}, [], 0.0
     for name, make in makers.items():
-        call = make(torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE), outputs)
-        first = first or call
-        copies = copies_for(call.weight_bytes)
-        inputs_of = [torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
-        calls = [make(x, outputs) for x in inputs_of]
-        kept.append(calls)
-        graphs[name] = (record_graph([c.run for c in calls]), copies)
+        calls = [make(torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE), outputs)]
+        copies = copies_for(calls[0].weight_bytes)
+        calls += [make(torch.randn_like(calls[0].x), outputs) for _ in range(copies - 1)]
+        graph, results = record_graph([call.run for call in calls])
+        graph.replay()
+        graph.replay()
+        for call, result in ((calls[0], results[0]), (calls[-1], results[-1])):
+            truth = call.truth()
+            error = max(error, float((result - truth).norm() / truth.norm()))
+        kept.append((calls, results))
+        graphs[name] = (graph, copies)
+    first = kept[0][0][0]
+    if not error <= MAX_ERROR:
+        raise AssertionError(f"{case}: relative error {error:.2e}")
     copies = copies_for(2 * outputs * inputs)
     weights = [torch.randn(outputs, inputs, device="cuda", dtype=DTYPE) * inputs**-0.5 for _ in range(copies)]
     xs = [torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
     dense = [lambda x=x, w=w: torch.matmul(x, w.T) for x, w in zip(xs, weights, strict=True)]
-    graphs["dense"] = (record_graph(dense), copies)
+    graphs["dense"] = (record_graph(dense)[0], copies)
     times = time_in_turn(graphs)
     ours = statistics.median(times["ours"])
-    assert first is not None
     row: dict[str, Any] = {
         "case": case.name,
         "outputs": outputs,
@@ -171,6 +189,7 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
         "gb_per_s": round(first.weight_bytes / ours / 1000, 1),
         "share_of_copy": round(first.weight_bytes / ours / 1000 / bandwidth, 3),
         "tflop_per_s": round(2 * case.rows * outputs * inputs / ours / 1e6, 1),
+        "relative_error": float(f"{error:.2e}"),
         "target": case.target,
     }
     if case.beside:

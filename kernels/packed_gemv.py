@@ -9,6 +9,8 @@ outputs. Per code that leaves one mask and one multiply-add.
 
 Inputs may span 1e-10 to 1e13 without loss: products are carried 2**-85 times their size.
 
+Tiles are flat, [N, G U]: threads then lie along a row, whichever Triton lays them out.
+
 Alphabet: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` a block that was loaded; N outputs, G groups
 of a row, U units of a group.
 """
@@ -33,11 +35,22 @@ _BACK = tl.constexpr(2.0**85)
 
 
 @triton.jit
+def _grids(p_scale, p_zero, o_g, m_o, groups):
+    """Scales and zero points [N, G] of the groups ``o_g`` [1, G], as loaded; past a row's end both are 0."""
+    m_g = m_o[:, None] & (o_g < groups)
+    return tl.load(p_scale + o_g, mask=m_g, other=0.0), tl.load(p_zero + o_g, mask=m_g, other=0)
+
+
+@triton.jit
 def _word_sums(
-    b_acc, b_q, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups,
+    b_acc, b_q, b_scale, b_zero, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups,
     WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """Add a plane's words ``b_q`` [N, G, U / 2] to ``b_acc`` [N, G]; ``o_x`` [1, G, U]: columns of position 0."""
+    """Add a plane's words ``b_q`` [N, G U / 2] to ``b_acc`` [N, G]; ``o_x`` [1, G U]: columns of position 0.
+
+    ``b_scale`` and ``b_zero`` are those of the groups ``o_g`` [1, G], in which the words begin.
+    """
     PER: tl.constexpr = 16 // WIDTH
     CHUNKS: tl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * PER else 16 * PER // GROUP
     b_odd = (b_q.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True)
@@ -51,18 +64,17 @@ def _word_sums(
             if FIRST:
                 b_sum += b_x
             b_x = b_x * (_UP * ((1 << OFFSET) / (1 << (WIDTH * position))))
-            b_x0, b_x1 = tl.split(tl.reshape(b_x, [1, b_x.shape[1], b_x.shape[2] // 2, 2]))
+            b_x0, b_x1 = tl.split(tl.reshape(b_x, [1, G * U // 2, 2]))
             mask = ((1 << WIDTH) - 1) << (WIDTH * position)
             b_part += (b_q & mask).to(tl.float32, bitcast=True) * b_x0
             b_part += (b_odd & mask).to(tl.float32, bitcast=True) * b_x1
         # Sums of whole groups first: scales then meet [N, G] numbers instead of [N, G, U].
-        b_group = tl.sum(b_part, 2)
-        m_g = m_o[:, None] & (o_g + chunk < groups)
-        b_scale = tl.load(p_scale + o_g + chunk, mask=m_g, other=0.0).to(tl.float32)
+        b_group = tl.sum(tl.reshape(b_part, [N, G, U // 2]), 2)
         if FIRST:
-            b_zero = tl.load(p_zero + o_g + chunk, mask=m_g, other=0).to(tl.float32)
-            b_group -= b_zero * (tl.sum(b_sum, 2) * _SUM)
-        b_acc += b_group * (b_scale * _BACK)
+            b_group -= b_zero.to(tl.float32) * (tl.sum(tl.reshape(b_sum, [1, G, U]), 2) * _SUM)
+        b_acc += b_group * (b_scale.to(tl.float32) * _BACK)
+        if chunk + 1 < CHUNKS:
+            b_scale, b_zero = _grids(p_scale, p_zero, o_g + chunk + 1, m_o, groups)
     return b_acc
 
 
@@ -70,21 +82,25 @@ def _word_sums(
 def _plane_sums(
     b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
     PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr,
-    GROUP: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
+    GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Add what one plane has in G * U / 16 blocks from ``i_block`` on: ``TILES`` units a lane and block."""
     PER: tl.constexpr = 16 // WIDTH
     TILES: tl.constexpr = PT // PER
-    o_w = tl.arange(0, G)[None, :, None] * (U // 2) + tl.arange(0, U // 2)[None, None, :]
-    o_t = tl.arange(0, G)[None, :, None] * U + tl.arange(0, U)[None, None, :]
+    o_w = tl.arange(0, G * U // 2)[None, :]
+    o_t = tl.arange(0, G * U)[None, :]
     o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
     for tile in tl.static_range(TILES):
         o_block = i_block + o_w // 8
         p_q = p_plane + (o_block * TILES + tile) * 8 + o_w % 8
-        b_q = tl.load(p_q, mask=m_o[:, None, None] & (o_block < blocks), other=0)
+        b_q = tl.load(p_q, mask=m_o[:, None] & (o_block < blocks), other=0)
         o_x = ((i_block + o_t // 16) * TILES + tile) * (16 * PER) + o_t % 16
         o_g = (o_first * TILES + tile) * (16 * PER) // GROUP if GROUP > 0 else o_first * 0
-        b_acc = _word_sums(b_acc, b_q, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups, WIDTH, OFFSET, FIRST, GROUP)
+        b_scale, b_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
+        b_acc = _word_sums(
+            b_acc, b_q, b_scale, b_zero, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups,
+            WIDTH, OFFSET, FIRST, GROUP, N, G, U,
+        )  # fmt: skip
     return b_acc
 
 
@@ -99,10 +115,10 @@ def packed_gemv_fwd_kernel(
     i_m = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0) * N + tl.arange(0, N)
     m_o = o_n < outputs
-    m_n = m_o[:, None, None]
-    o_w = tl.arange(0, G)[None, :, None] * (U // 2) + tl.arange(0, U // 2)[None, None, :]
-    o_t = tl.arange(0, G)[None, :, None] * U + tl.arange(0, U)[None, None, :]
-    p_row = p_words + o_n.to(tl.int64)[:, None, None] * row_words
+    m_n = m_o[:, None]
+    o_w = tl.arange(0, G * U // 2)[None, :]
+    o_t = tl.arange(0, G * U)[None, :]
+    p_row = p_words + o_n.to(tl.int64)[:, None] * row_words
     p_scale += o_n.to(tl.int64)[:, None] * groups
     p_zero += o_n.to(tl.int64)[:, None] * groups
     p_x += i_m * stride_x
@@ -114,17 +130,25 @@ def packed_gemv_fwd_kernel(
     if SINGLE:
         # Weights depend on no other kernel: the first ones, and always those of the next step, are already on the way.
         words = blocks * 8
+        o_first = tl.arange(0, G)[None, :] * (U // 16)
+        o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
         b_next = tl.load(p_row + o_w, mask=m_n & (o_w < words), other=0)
+        b_next_scale, b_next_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         for i_block in range(0, blocks, G * U // 16):
-            b_q = b_next
+            b_q, b_scale, b_zero = b_next, b_next_scale, b_next_zero
             o_next = (i_block * 8 + G * U // 2) + o_w
             b_next = tl.load(p_row + o_next, mask=m_n & (o_next < words), other=0)
             o_x = (i_block + o_t // 16) * (16 * PT) + o_t % 16
             o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
             o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
-            b_acc = _word_sums(b_acc, b_q, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups, BITS, 0, True, GROUP)
+            o_after = (o_first + G * U // 16) * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
+            b_next_scale, b_next_zero = _grids(p_scale, p_zero, o_after, m_o, groups)
+            b_acc = _word_sums(
+                b_acc, b_q, b_scale, b_zero, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups,
+                BITS, 0, True, GROUP, N, G, U,
+            )  # fmt: skip
     else:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
@@ -133,19 +157,19 @@ def packed_gemv_fwd_kernel(
             if BITS & 4:
                 b_acc = _plane_sums(
                     b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
-                    PT, 4, 0, True, GROUP, G, U,
+                    PT, 4, 0, True, GROUP, N, G, U,
                 )  # fmt: skip
                 p_plane += blocks * 8 * (PT // 4)
             if BITS & 2:
                 b_acc = _plane_sums(
                     b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
-                    PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, G, U,
+                    PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, N, G, U,
                 )  # fmt: skip
                 p_plane += blocks * 8 * (PT // 8)
             if BITS & 1:
                 b_acc = _plane_sums(
                     b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
-                    PT, 1, BITS & 6, False, GROUP, G, U,
+                    PT, 1, BITS & 6, False, GROUP, N, G, U,
                 )  # fmt: skip
     b_y = tl.sum(b_acc, 1)
     if RANK > 0:
