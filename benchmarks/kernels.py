@@ -62,7 +62,7 @@ def random_weight(outputs: int, inputs: int, bits: int, group: int) -> LaneWeigh
     grid = (outputs, -(-inputs // group))
     scale = (torch.rand(grid, device="cuda") * 1e-3 + 1e-3).half()
     zero_point = torch.randint(0, 1 << bits, grid, dtype=torch.uint8, device="cuda")
-    units = torch.cat([pack_lanes(part, bits) for part in codes.split(1024)])
+    units = torch.cat([pack_lanes(part, bits) for part in codes.split(1024)])  # whole stripes at a time
     return LaneWeight(units, scale, zero_point, bits, inputs, group)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
-from compress.kernels.lanes import LANES, LaneWeight, block_columns
+from compress.kernels.lanes import CHUNK, LANES, LaneWeight, block_columns
 from compress.kernels.launch import capability, launch_options, multiprocessors, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
@@ -71,7 +71,7 @@ def _decode(
 
 @triton.jit
 def _plane_dots(
-    b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
+    b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
     PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
     U: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,8 @@ def _plane_dots(
     o_u = tl.arange(0, U)
     o_block = i_block + o_u // 16
     for tile in tl.static_range(TILES):
-        p_q = p_plane + (o_block * TILES + tile) * 16 + o_u % 16
+        o_q = i_plane + (o_block * TILES + tile) * 16 + o_u % 16
+        p_q = p_row + ((o_q // 32) * 256 + o_q % 32)[None, :]
         m_q = m_o[:, None] if FULL else m_o[:, None] & (o_block < blocks)[None, :]
         b_q = tl.load(p_q, mask=m_q, other=0)
         i_x = (i_block * TILES + tile) * (16 * PER)
@@ -122,7 +123,7 @@ def packed_dot_fwd_kernel(
     m_o = o_n < outputs
     m_m = o_r < rows
     o_m = o_r.to(tl.int64) * stride_x
-    p_row = p_units + o_n.to(tl.int64)[:, None] * row_units
+    p_row = p_units + (o_n // 8).to(tl.int64)[:, None] * (8 * row_units) + (o_n % 8)[:, None] * 32
     p_scale += o_n.to(tl.int64) * groups
     p_zero += o_n.to(tl.int64) * groups
     b_acc = tl.zeros([N, M], dtype=tl.float32)
@@ -133,27 +134,27 @@ def packed_dot_fwd_kernel(
     first = i_split * steps
     for i_step in tl.range(first, tl.minimum(first + steps, tl.cdiv(blocks, STEP)), num_stages=STAGES):
         i_block = i_step * STEP
-        p_plane = p_row
+        i_plane = 0
         if BITS & 8:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
+                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
                 PT, 8, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
         if BITS & 4:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
+                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
                 PT, 4, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
-            p_plane += blocks * 16 * (PT // 4)
+            i_plane += blocks * 16 * (PT // 4)
         if BITS & 2:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
+                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
                 PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
-            p_plane += blocks * 16 * (PT // 8)
+            i_plane += blocks * 16 * (PT // 8)
         if BITS & 1:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
+                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
                 PT, 1, BITS & 6, False, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
     if RANK > 0 and i_split == 0:
@@ -197,7 +198,7 @@ def packed_dot(
     pairs = capability(x) is not None and x.dtype is not torch.float32 and not (bits == 8 and x.dtype is torch.bfloat16)
     packed_dot_fwd_kernel[(triton.cdiv(outputs, n), triton.cdiv(rows, m), splits)](
         x, weight.units, weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
-        rows, outputs, inputs, blocks, weight.units.shape[1], weight.scale.shape[1], rank, steps,
+        rows, outputs, inputs, blocks, weight.units.shape[1] * CHUNK, weight.scale.shape[1], rank, steps,
         x.stride(0), h.stride(0), up.stride(0), out.stride(0),
         BITS=bits, PT=positions, GROUP=0 if whole else weight.group_size, M=m, N=n, U=chunk,
         RANK=max(16, power_of_two(rank)) if rank else 0, HAS_BIAS=bias is not None, PAIRS=pairs,

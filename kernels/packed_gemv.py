@@ -35,6 +35,12 @@ _BACK = tl.constexpr(2.0**85)
 
 
 @triton.jit
+def word_place(o_w):
+    """Where a row's word (two units, 32 bits) lies behind its first one: rows are interleaved by eight."""
+    return (o_w // 16) * 128 + o_w % 16
+
+
+@triton.jit
 def _grids(p_scale, p_zero, o_g, m_o, groups):
     """Scales and zero points [N, G] of the groups ``o_g`` [1, G], as loaded; past a row's end both are 0."""
     m_g = m_o[:, None] & (o_g < groups)
@@ -80,7 +86,7 @@ def _word_sums(
 
 @triton.jit
 def _plane_sums(
-    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+    b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
     PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr,
     GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +98,8 @@ def _plane_sums(
     o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
     for tile in tl.static_range(TILES):
         o_block = i_block + o_w // 8
-        p_q = p_plane + (o_block * TILES + tile) * 8 + o_w % 8
-        b_q = tl.load(p_q, mask=m_o[:, None] & (o_block < blocks), other=0)
+        o_q = i_plane + (o_block * TILES + tile) * 8 + o_w % 8
+        b_q = tl.load(p_row + word_place(o_q), mask=m_o[:, None] & (o_block < blocks), other=0)
         o_x = ((i_block + o_t // 16) * TILES + tile) * (16 * PER) + o_t % 16
         o_g = (o_first * TILES + tile) * (16 * PER) // GROUP if GROUP > 0 else o_first * 0
         b_scale, b_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
@@ -118,7 +124,7 @@ def packed_gemv_fwd_kernel(
     m_n = m_o[:, None]
     o_w = tl.arange(0, G * U // 2)[None, :]
     o_t = tl.arange(0, G * U)[None, :]
-    p_row = p_words + o_n.to(tl.int64)[:, None] * row_words
+    p_row = p_words + (o_n // 8).to(tl.int64)[:, None] * (8 * row_words) + (o_n % 8)[:, None] * 16
     p_scale += o_n.to(tl.int64)[:, None] * groups
     p_zero += o_n.to(tl.int64)[:, None] * groups
     p_x += i_m * stride_x
@@ -132,14 +138,14 @@ def packed_gemv_fwd_kernel(
         words = blocks * 8
         o_first = tl.arange(0, G)[None, :] * (U // 16)
         o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
-        b_next = tl.load(p_row + o_w, mask=m_n & (o_w < words), other=0)
+        b_next = tl.load(p_row + word_place(o_w), mask=m_n & (o_w < words), other=0)
         b_next_scale, b_next_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         for i_block in range(0, blocks, G * U // 16):
             b_q, b_scale, b_zero = b_next, b_next_scale, b_next_zero
             o_next = (i_block * 8 + G * U // 2) + o_w
-            b_next = tl.load(p_row + o_next, mask=m_n & (o_next < words), other=0)
+            b_next = tl.load(p_row + word_place(o_next), mask=m_n & (o_next < words), other=0)
             o_x = (i_block + o_t // 16) * (16 * PT) + o_t % 16
             o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
             o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
@@ -153,22 +159,22 @@ def packed_gemv_fwd_kernel(
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         for i_block in range(0, blocks, G * U // 16):
-            p_plane = p_row
+            i_plane = 0
             if BITS & 4:
                 b_acc = _plane_sums(
-                    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+                    b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
                     PT, 4, 0, True, GROUP, N, G, U,
                 )  # fmt: skip
-                p_plane += blocks * 8 * (PT // 4)
+                i_plane += blocks * 8 * (PT // 4)
             if BITS & 2:
                 b_acc = _plane_sums(
-                    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+                    b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
                     PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, N, G, U,
                 )  # fmt: skip
-                p_plane += blocks * 8 * (PT // 8)
+                i_plane += blocks * 8 * (PT // 8)
             if BITS & 1:
                 b_acc = _plane_sums(
-                    b_acc, p_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
+                    b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
                     PT, 1, BITS & 6, False, GROUP, N, G, U,
                 )  # fmt: skip
     b_y = tl.sum(b_acc, 1)
@@ -206,10 +212,9 @@ def packed_gemv(
     h, up = branch or (x, x)
     rank = up.shape[1] if branch else 0
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    words = weight.units.view(torch.int32)
     packed_gemv_fwd_kernel[(triton.cdiv(outputs, n), rows)](
-        x, words, weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
-        outputs, inputs, blocks, words.shape[1], weight.scale.shape[1], rank,
+        x, weight.units.view(torch.int32), weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
+        outputs, inputs, blocks, weight.units.shape[1] * 16, weight.scale.shape[1], rank,
         x.stride(0), h.stride(0), up.stride(0), out.stride(0),
         BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size,
         N=n, G=max(1, span // chunk), U=chunk,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.dispatch import Call, Choice, choose
-from compress.kernels.lanes import LaneWeight, units_per_row
+from compress.kernels.lanes import LaneWeight, unit_shape
 from compress.kernels.launch import capability
 
 __all__ = ["choose_packed", "packed_linear", "packed_lowrank_linear"]
@@ -43,11 +43,11 @@ def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
 
 def _checked(x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> LaneWeight:
     """The weight, its sizes checked against ``x`` and each other: a kernel would read past the end of wrong ones."""
-    inputs, outputs = x.shape[-1], units.shape[0]
-    wanted = (outputs, units_per_row(inputs, bits))
+    inputs, outputs = x.shape[-1], scale.shape[0]
+    wanted = unit_shape(outputs, inputs, bits)
     if tuple(units.shape) != wanted or units.dtype is not torch.int16 or not units.is_contiguous():
         raise ValueError(
-            f"units {units.dtype} {tuple(units.shape)}; {bits} bits and {inputs} inputs need contiguous int16 {wanted}"
+            f"units {units.dtype} {tuple(units.shape)}; {bits} bits x {outputs} x {inputs} need contiguous int16 {wanted}"
         )
     grid = (outputs, -(-inputs // group_size))
     for name, part in (("scale", scale), ("zero_point", zero_point)):
@@ -84,7 +84,7 @@ def packed_linear(
 def _shape(
     x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], units.shape[0])
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
 @torch.library.custom_op("compress::packed_lowrank_linear", mutates_args=())
@@ -130,7 +130,7 @@ def _branch_shape(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], units.shape[0])
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
 def _inner(x: Tensor, down: Tensor, kernel: str) -> Tensor:

@@ -14,7 +14,7 @@ __all__ = ["KERNEL", "lane_weight_floats", "packed_reference"]
 
 def lane_weight_floats(weight: LaneWeight) -> Tensor:
     """The float32 matrix [O, I] that ``weight`` stands for."""
-    codes = unpack_lanes(weight.units, weight.bits, weight.inputs).float()
+    codes = unpack_lanes(weight.units, weight.bits, weight.outputs, weight.inputs).float()
     shape = (weight.outputs, weight.inputs)
     zero_point = spread(weight.zero_point.float(), shape, weight.group_size)
     return (codes - zero_point) * spread(weight.scale.float(), shape, weight.group_size)

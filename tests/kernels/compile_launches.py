@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from compress.kernels import launch
-from compress.kernels.lanes import LaneWeight, units_per_row
+from compress.kernels.lanes import LaneWeight, unit_shape
 from compress.kernels.packed_dot import packed_dot
 from compress.kernels.packed_gemv import packed_gemv
 from compress.kernels.packed_unpack import unpack_weight
@@ -69,7 +69,7 @@ class Recorder:
 
 def weight_of(bits: int) -> LaneWeight:
     """A weight of zeros, groups of 128, scales in 16 bits."""
-    units = torch.zeros(OUTPUTS, units_per_row(INPUTS, bits), dtype=torch.int16)
+    units = torch.zeros(unit_shape(OUTPUTS, INPUTS, bits), dtype=torch.int16)
     grid = (OUTPUTS, INPUTS // 128)
     return LaneWeight(
         units, torch.ones(grid, dtype=torch.float16), torch.ones(grid, dtype=torch.uint8), bits, INPUTS, 128

@@ -81,7 +81,7 @@ def test_each_operator_ends_in_its_reference() -> None:
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("units", r"4 bits and 96 inputs need contiguous int16 \(24, 32\)"),
+        ("units", r"4 bits x 24 x 96 need contiguous int16 \(3, 1, 8, 32\)"),
         ("scale", r"groups of 32 need contiguous \(24, 3\)"),
         ("zero_point", r"groups of 32 need contiguous \(24, 3\)"),
     ],
