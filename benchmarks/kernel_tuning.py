@@ -42,14 +42,14 @@ class Candidate:
 
 def candidates() -> Iterator[Candidate]:
     """Everything that is tried; ``packed`` gets a LaneWeight, ``down`` and ``up`` a factor, ``dense`` a weight."""
-    for tile in ((1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (8, 2), (8, 4), (4, 8), (2, 8)):
+    for tile in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4)):
         for rows in (1, 4):
             yield Candidate("packed", rows, f"gemv {tile}", lambda x, w, t=tile: packed_gemv(x, w, tile=t))
     for n, warps in ((32, 2), (64, 4), (128, 4), (128, 8), (64, 2)):
         for splits in (1, 2, 4, 8):
-            for stages in (3, 5) if splits in (2, 4) else (4,):
+            for stages in (3, 5) if splits > 1 else (4,):
                 tile5 = (n, 16, splits, warps, stages)
-                for rows in (4, 16) if n == 64 else (16,):
+                for rows in (1, 4, 16) if (n, warps) == (64, 4) else (16,):
                     yield Candidate("packed", rows, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
     for n, m, splits, warps, stages in ((64, 64, 1, 4, 3), (64, 64, 2, 4, 4), (128, 64, 1, 4, 3), (128, 64, 2, 8, 3)):
         tile5 = (n, m, splits, warps, stages)
@@ -60,8 +60,10 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate("packed", 2048, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
     for rows in (64, 256, 2048):
         yield Candidate("packed", rows, "unpack", lambda x, w: packed_unpack(x, w))
-    for tile3 in ((8, 128, 4), (4, 256, 4), (16, 64, 4), (2, 512, 4), (1, 512, 2)):
-        yield Candidate("packed", 1, f"unpack alone {tile3}", lambda x, w, t=tile3: unpack_weight(w, DTYPE, t))
+    for tile3 in ((4, 1024, 4), (8, 1024, 4), (2, 1024, 4), (4, 2048, 8), (8, 512, 2), (16, 512, 4)):
+        yield Candidate("packed", 8, f"unpack alone {tile3}", lambda x, w, t=tile3: unpack_weight(w, DTYPE, t))
+    for rows in (1, 4, 16, 64, 256, 2048):
+        yield Candidate("dense", rows, "torch.matmul", lambda x, w: torch.matmul(x, w.T))
     for what in ("down", "up"):
         for tile in ((1, 4), (2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (8, 4), (8, 2)):
             yield Candidate(what, 1, f"gemv {tile}", lambda x, w, t=tile: thin_gemv(x, w, None, torch.float32, t))
@@ -76,6 +78,8 @@ def tensors(what: str, shape: tuple[int, int], copies: int) -> list[Any]:
     outputs, inputs = shape
     if what == "packed":
         return [random_weight(outputs, inputs, 4, 128) for _ in range(copies)]
+    if what == "dense":
+        return [torch.randn(outputs, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
     ups, downs = zip(*(random_factors(outputs, inputs, RANK) for _ in range(copies)), strict=True)
     return list(ups if what == "up" else downs)
 
@@ -86,10 +90,9 @@ def measure(shape: tuple[int, int], bandwidth: float, only: str | None) -> list[
     groups: dict[tuple[str, int], list[Candidate]] = {}
     for candidate in candidates():
         groups.setdefault((candidate.what, candidate.rows), []).append(candidate)
-    for what in ("packed", "down", "up"):
-        weight_bytes = (
-            shape[0] * shape[1] // 2 if what == "packed" else 2 * RANK * (shape[1] if what == "down" else shape[0])
-        )
+    for what in ("packed", "dense", "down", "up"):
+        thin = 2 * RANK * (shape[1] if what == "down" else shape[0])
+        weight_bytes = {"packed": shape[0] * shape[1] // 2, "dense": 2 * shape[0] * shape[1]}.get(what, thin)
         copies = min(64, copies_for(weight_bytes))
         weights = tensors(what, shape, copies)
         inner = RANK if what == "up" else shape[1]

@@ -58,10 +58,10 @@ def _word_sums(
     ``b_scale`` and ``b_zero`` are those of the groups ``o_g`` [1, G], in which the words begin.
     """
     PER: tl.constexpr = 16 // WIDTH
+    LOW: tl.constexpr = (1 << WIDTH) - 1
     CHUNKS: tl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * PER else 16 * PER // GROUP
-    b_odd = (b_q.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True)
+    b_high = b_q >> 12
     for chunk in tl.static_range(CHUNKS):
-        b_part = tl.zeros_like(b_q).to(tl.float32)
         b_sum = tl.zeros_like(o_x).to(tl.float32)
         for k in tl.static_range(PER // CHUNKS):
             position = chunk * (PER // CHUNKS) + k
@@ -69,11 +69,21 @@ def _word_sums(
             b_x = tl.load(p_x + o_c, mask=o_c < inputs, other=0.0).to(tl.float32)
             if FIRST:
                 b_sum += b_x
-            b_x = b_x * (_UP * ((1 << OFFSET) / (1 << (WIDTH * position))))
             b_x0, b_x1 = tl.split(tl.reshape(b_x, [1, G * U // 2, 2]))
-            mask = ((1 << WIDTH) - 1) << (WIDTH * position)
-            b_part += (b_q & mask).to(tl.float32, bitcast=True) * b_x0
-            b_part += (b_odd & mask).to(tl.float32, bitcast=True) * b_x1
+            b_even = (b_q & (LOW << (WIDTH * position))).to(tl.float32, bitcast=True)
+            b_even *= b_x0 * (_UP * ((1 << OFFSET) / (1 << (WIDTH * position))))
+            # Above bit 22 a float's exponent begins: codes that reach it are taken 12 bits lower.
+            if 16 + WIDTH * position + WIDTH <= 23:
+                b_odd = (b_q & (LOW << (16 + WIDTH * position))).to(tl.float32, bitcast=True)
+                b_odd *= b_x1 * (_UP * ((1 << OFFSET) / (1 << (16 + WIDTH * position))))
+            else:
+                b_odd = (b_high & (LOW << (4 + WIDTH * position))).to(tl.float32, bitcast=True)
+                b_odd *= b_x1 * (_UP * ((1 << OFFSET) / (1 << (4 + WIDTH * position))))
+            if k == 0:
+                b_part = b_even
+            else:
+                b_part += b_even
+            b_part += b_odd
         # Sums of whole groups first: scales then meet [N, G] numbers instead of [N, G, U].
         b_group = tl.sum(tl.reshape(b_part, [N, G, U // 2]), 2)
         if FIRST:

@@ -47,7 +47,8 @@ def _checked(x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: 
     wanted = unit_shape(outputs, inputs, bits)
     if tuple(units.shape) != wanted or units.dtype is not torch.int16 or not units.is_contiguous():
         raise ValueError(
-            f"units {units.dtype} {tuple(units.shape)}; {bits} bits x {outputs} x {inputs} need contiguous int16 {wanted}"
+            f"units {units.dtype} {tuple(units.shape)}; {bits} bits x {outputs} x {inputs} need contiguous int16 "
+            f"{wanted}"
         )
     grid = (outputs, -(-inputs // group_size))
     for name, part in (("scale", scale), ("zero_point", zero_point)):
