@@ -82,8 +82,8 @@ def _plane_dots(
     o_u = tl.arange(0, U)
     o_block = i_block + o_u // 16
     for tile in tl.static_range(TILES):
-        o_q = i_plane + (o_block * TILES + tile) * 16 + o_u % 16
-        p_q = p_row + ((o_q // 32) * 256 + o_q % 32)[None, :]
+        o_q = i_plane + o_block * TILES + tile
+        p_q = p_row + (o_q // 2 * 256 + o_q % 2 * 16 + o_u % 16)[None, :]
         m_q = m_o[:, None] if FULL else m_o[:, None] & (o_block < blocks)[None, :]
         b_q = tl.load(p_q, mask=m_q, other=0)
         i_x = (i_block * TILES + tile) * (16 * PER)
@@ -145,13 +145,13 @@ def packed_dot_fwd_kernel(
                 b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
                 PT, 4, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
-            i_plane += blocks * 16 * (PT // 4)
+            i_plane += blocks * (PT // 4)
         if BITS & 2:
             b_acc = _plane_dots(
                 b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
                 PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, U, PAIRS, PRECISION, FULL,
             )  # fmt: skip
-            i_plane += blocks * 16 * (PT // 8)
+            i_plane += blocks * (PT // 8)
         if BITS & 1:
             b_acc = _plane_dots(
                 b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,

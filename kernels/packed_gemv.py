@@ -108,8 +108,8 @@ def _plane_sums(
     o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
     for tile in tl.static_range(TILES):
         o_block = i_block + o_w // 8
-        o_q = i_plane + (o_block * TILES + tile) * 8 + o_w % 8
-        b_q = tl.load(p_row + word_place(o_q), mask=m_o[:, None] & (o_block < blocks), other=0)
+        o_q = i_plane + o_block * TILES + tile
+        b_q = tl.load(p_row + (o_q // 2 * 128 + o_q % 2 * 8 + o_w % 8), mask=m_o[:, None] & (o_block < blocks), other=0)
         o_x = ((i_block + o_t // 16) * TILES + tile) * (16 * PER) + o_t % 16
         o_g = (o_first * TILES + tile) * (16 * PER) // GROUP if GROUP > 0 else o_first * 0
         b_scale, b_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
@@ -175,13 +175,13 @@ def packed_gemv_fwd_kernel(
                     b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
                     PT, 4, 0, True, GROUP, N, G, U,
                 )  # fmt: skip
-                i_plane += blocks * 8 * (PT // 4)
+                i_plane += blocks * (PT // 4)
             if BITS & 2:
                 b_acc = _plane_sums(
                     b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,
                     PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, N, G, U,
                 )  # fmt: skip
-                i_plane += blocks * 8 * (PT // 8)
+                i_plane += blocks * (PT // 8)
             if BITS & 1:
                 b_acc = _plane_sums(
                     b_acc, p_row, i_plane, i_block, p_x, p_scale, p_zero, m_o, blocks, inputs, groups,

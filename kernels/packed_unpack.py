@@ -25,8 +25,8 @@ def _plane_codes(
     """What a plane has of the codes [N, C] of columns ``o_c`` [1, C], in its place of the code."""
     PER: tl.constexpr = 16 // WIDTH
     o_position = (o_c // 16) % PT
-    o_u = i_plane + (o_c // (16 * PT) * (PT // PER) + o_position // PER) * 16 + o_c % 16
-    b_u = tl.load(p_row + (o_u // 32) * 256 + o_u % 32, mask=m_c, other=0).to(tl.int32)
+    o_q = i_plane + o_c // (16 * PT) * (PT // PER) + o_position // PER
+    b_u = tl.load(p_row + (o_q // 2 * 256 + o_q % 2 * 16 + o_c % 16), mask=m_c, other=0).to(tl.int32)
     return ((b_u >> (WIDTH * (o_position % PER))) & ((1 << WIDTH) - 1)) << OFFSET
 
 
@@ -59,10 +59,10 @@ def packed_unpack_fwd_kernel(
         b_code |= _plane_codes(p_row, i_plane, o_c, m_c, PT, 8, 0)
     if BITS & 4:
         b_code |= _plane_codes(p_row, i_plane, o_c, m_c, PT, 4, 0)
-        i_plane += blocks * (4 * PT)
+        i_plane += blocks * (PT // 4)
     if BITS & 2:
         b_code |= _plane_codes(p_row, i_plane, o_c, m_c, PT, 2, BITS & 4)
-        i_plane += blocks * (2 * PT)
+        i_plane += blocks * (PT // 8)
     if BITS & 1:
         b_code |= _plane_codes(p_row, i_plane, o_c, m_c, PT, 1, BITS & 6)
     # Exact without a conversion: with an exponent of 2**23 over it, a code is the lowest bits of a float32.
