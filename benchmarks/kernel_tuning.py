@@ -42,8 +42,17 @@ class Candidate:
 
 def candidates() -> Iterator[Candidate]:
     """Everything that is tried; ``packed`` gets a LaneWeight, ``down`` and ``up`` a factor, ``dense`` a weight."""
-    for tile in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4)):
-        for rows in (1, 4):
+    for tile in (
+        (4, 2, ""),
+        (4, 2, "evict_first"),
+        (4, 4, ""),
+        (4, 4, "evict_first"),
+        (8, 2, ""),
+        (8, 2, "evict_first"),
+        (8, 4, ""),
+        (8, 4, "evict_first"),
+    ):
+        for rows in (1,):
             yield Candidate("packed", rows, f"gemv {tile}", lambda x, w, t=tile: packed_gemv(x, w, tile=t))
     for n, warps in ((32, 2), (64, 4), (128, 4), (128, 8), (64, 2)):
         for splits in (1, 2, 4, 8):
@@ -60,7 +69,7 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate("packed", 2048, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
     for rows in (64, 256, 2048):
         yield Candidate("packed", rows, "unpack", lambda x, w: packed_unpack(x, w))
-    for tile3 in ((4, 1024, 4), (8, 1024, 4), (2, 1024, 4), (4, 2048, 8), (8, 512, 2), (16, 512, 4)):
+    for tile3 in ((2, 1024, 4), (1, 1024, 4), (1, 2048, 8), (2, 512, 2), (1, 512, 2), (1, 512, 1)):
         yield Candidate("packed", 8, f"unpack alone {tile3}", lambda x, w, t=tile3: unpack_weight(w, DTYPE, t))
     for rows in (1, 4, 16, 64, 256, 2048):
         yield Candidate("dense", rows, "torch.matmul", lambda x, w: torch.matmul(x, w.T))

@@ -70,12 +70,25 @@ def _decode(
 
 
 @triton.jit
+def _grids(p_scale, p_zero, i_group, m_o, groups):
+    """Scales and zero points [N] of a group, as loaded.
+
+    Groups past a row's end hold padding alone, which meets inputs of zero: any scale will do.
+    """
+    o_g = tl.minimum(i_group, groups - 1)
+    return tl.load(p_scale + o_g, mask=m_o, other=0.0), tl.load(p_zero + o_g, mask=m_o, other=0)
+
+
+@triton.jit
 def _plane_dots(
-    b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
+    b_acc, b_scale, b_zero, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
     PT: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
-    U: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr,
+    U: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, FULL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Add what one plane has in U / 16 blocks from ``i_block`` on to ``b_acc`` [N, M]."""
+    """Add what one plane has in U / 16 blocks from ``i_block`` on to ``b_acc`` [N, M].
+
+    AHEAD: ``b_scale`` and ``b_zero`` are already those of the first group.
+    """
     PER: tl.constexpr = 16 // WIDTH
     TILES: tl.constexpr = PT // PER
     CHUNKS: tl.constexpr = 1 if GROUP == 0 or GROUP >= 16 * PER else 16 * PER // GROUP
@@ -90,18 +103,19 @@ def _plane_dots(
         o_x = (o_block * TILES + tile) * (16 * PER) + o_u % 16
         i_g = i_x // GROUP if GROUP > 0 else 0
         for chunk in tl.static_range(CHUNKS):
-            # Groups past a row's end hold padding alone, which meets inputs of zero: any scale will do.
-            i_scale = tl.minimum(i_g + chunk, groups - 1)
-            b_scale = tl.load(p_scale + i_scale, mask=m_o, other=0.0).to(tl.float32)
-            b_zero = tl.load(p_zero + i_scale, mask=m_o, other=0).to(tl.float32)
+            if tile + chunk > 0 or not AHEAD:
+                b_scale, b_zero = _grids(p_scale, p_zero, i_g + chunk, m_o, groups)
             b_part = tl.zeros_like(b_acc)
             for k in tl.static_range(PER // CHUNKS):
                 o_c = o_x + 16 * (chunk * (PER // CHUNKS) + k)
                 m_x = m_m[None, :] if FULL else m_m[None, :] & (o_c < inputs)[:, None]
                 b_x = tl.load(p_x + o_m[None, :] + o_c[:, None], mask=m_x, other=0.0)
-                b_w = _decode(b_q, b_zero[:, None], b_x.dtype, chunk * (PER // CHUNKS) + k, WIDTH, OFFSET, FIRST, PAIRS)
+                b_w = _decode(
+                    b_q, b_zero.to(tl.float32)[:, None], b_x.dtype, chunk * (PER // CHUNKS) + k,
+                    WIDTH, OFFSET, FIRST, PAIRS,
+                )  # fmt: skip
                 b_part = block_product(b_w, b_x, b_part, PRECISION)
-            b_acc += b_part * b_scale[:, None]
+            b_acc += b_part * b_scale.to(tl.float32)[:, None]
     return b_acc
 
 
@@ -128,35 +142,48 @@ def packed_dot_fwd_kernel(
     p_zero += o_n.to(tl.int64) * groups
     b_acc = tl.zeros([N, M], dtype=tl.float32)
     STEP: tl.constexpr = U // 16
+    AHEAD: tl.constexpr = (BITS & (BITS - 1)) == 0
+    SPAN: tl.constexpr = STEP * 16 * PT
+    first = i_split * steps
+    # Two bytes of a row are too few for the copy engine that brings codes and inputs: grids are loaded a step ahead.
+    b_scale, b_zero = _grids(p_scale, p_zero, first * SPAN // GROUP if GROUP > 0 else 0, m_o, groups)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    first = i_split * steps
     for i_step in tl.range(first, tl.minimum(first + steps, tl.cdiv(blocks, STEP)), num_stages=STAGES):
         i_block = i_step * STEP
+        if AHEAD:
+            i_after = (i_step + 1) * SPAN // GROUP if GROUP > 0 else 0
+            b_next_scale, b_next_zero = _grids(p_scale, p_zero, i_after, m_o, groups)
         i_plane = 0
         if BITS & 8:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 8, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
+                b_acc, b_scale, b_zero, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block,
+                blocks, inputs, groups,
+                PT, 8, 0, True, GROUP, U, PAIRS, PRECISION, FULL, AHEAD,
             )  # fmt: skip
         if BITS & 4:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 4, 0, True, GROUP, U, PAIRS, PRECISION, FULL,
+                b_acc, b_scale, b_zero, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block,
+                blocks, inputs, groups,
+                PT, 4, 0, True, GROUP, U, PAIRS, PRECISION, FULL, AHEAD,
             )  # fmt: skip
             i_plane += blocks * (PT // 4)
         if BITS & 2:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, U, PAIRS, PRECISION, FULL,
+                b_acc, b_scale, b_zero, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block,
+                blocks, inputs, groups,
+                PT, 2, BITS & 4, (BITS & 4) == 0, GROUP, U, PAIRS, PRECISION, FULL, AHEAD,
             )  # fmt: skip
             i_plane += blocks * (PT // 8)
         if BITS & 1:
             b_acc = _plane_dots(
-                b_acc, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block, blocks, inputs, groups,
-                PT, 1, BITS & 6, False, GROUP, U, PAIRS, PRECISION, FULL,
+                b_acc, b_scale, b_zero, p_x, o_m, m_m, p_row, i_plane, p_scale, p_zero, m_o, i_block,
+                blocks, inputs, groups,
+                PT, 1, BITS & 6, False, GROUP, U, PAIRS, PRECISION, FULL, AHEAD,
             )  # fmt: skip
+        if AHEAD:
+            b_scale, b_zero = b_next_scale, b_next_zero
     if RANK > 0 and i_split == 0:
         o_k = tl.arange(0, RANK)
         p_branch = p_up + o_n.to(tl.int64)[:, None] * stride_up + o_k[None, :]

@@ -125,7 +125,7 @@ def packed_gemv_fwd_kernel(
     p_x, p_words, p_scale, p_zero, p_bias, p_h, p_up, p_out,
     outputs, inputs, blocks, row_words, groups, rank, stride_x, stride_h, stride_up, stride_out,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
-    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     """``p_words``: two units, of an even lane and the odd one behind it, in 32 bits; GROUP is 0 for one a row."""
     i_m = tl.program_id(1).to(tl.int64)
@@ -148,14 +148,14 @@ def packed_gemv_fwd_kernel(
         words = blocks * 8
         o_first = tl.arange(0, G)[None, :] * (U // 16)
         o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
-        b_next = tl.load(p_row + word_place(o_w), mask=m_n & (o_w < words), other=0)
+        b_next = tl.load(p_row + word_place(o_w), mask=m_n & (o_w < words), other=0, eviction_policy=HINT)
         b_next_scale, b_next_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         for i_block in range(0, blocks, G * U // 16):
             b_q, b_scale, b_zero = b_next, b_next_scale, b_next_zero
             o_next = (i_block * 8 + G * U // 2) + o_w
-            b_next = tl.load(p_row + word_place(o_next), mask=m_n & (o_next < words), other=0)
+            b_next = tl.load(p_row + word_place(o_next), mask=m_n & (o_next < words), other=0, eviction_policy=HINT)
             o_x = (i_block + o_t // 16) * (16 * PT) + o_t % 16
             o_first = i_block + tl.arange(0, G)[None, :] * (U // 16)
             o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
@@ -204,7 +204,7 @@ def packed_gemv(
     weight: LaneWeight,
     bias: Tensor | None = None,
     branch: tuple[Tensor, Tensor] | None = None,
-    tile: tuple[int, int] | None = None,
+    tile: tuple[int, int, str] | None = None,
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
 
@@ -216,7 +216,7 @@ def packed_gemv(
     whole = weight.group_size >= inputs
     chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
-    n, warps = tile or (4, 4)
+    n, warps, hint = tile or (4, 4, "")
     # So many units are 16 bytes a thread, which gives inputs and weights one layout over the threads. Short rows: less.
     span = min(warps * 256, power_of_two(blocks * LANES))
     h, up = branch or (x, x)
@@ -228,7 +228,7 @@ def packed_gemv(
         x.stride(0), h.stride(0), up.stride(0), out.stride(0),
         BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size,
         N=n, G=max(1, span // chunk), U=chunk,
-        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlaps(x),
+        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlaps(x), HINT=hint,
         num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out
