@@ -40,39 +40,32 @@ class Candidate:
     run: Callable[[Tensor, Any], Any]
 
 
-def candidates() -> Iterator[Candidate]:
+def candidates(packed_only: bool) -> Iterator[Candidate]:
     """Everything that is tried; ``packed`` gets a LaneWeight, ``down`` and ``up`` a factor, ``dense`` a weight."""
-    for tile in (
-        (4, 2, ""),
-        (4, 2, "evict_first"),
-        (4, 4, ""),
-        (4, 4, "evict_first"),
-        (8, 2, ""),
-        (8, 2, "evict_first"),
-        (8, 4, ""),
-        (8, 4, "evict_first"),
-    ):
-        for rows in (1,):
-            yield Candidate("packed", rows, f"gemv {tile}", lambda x, w, t=tile: packed_gemv(x, w, tile=t))
-    for n, warps in ((32, 2), (64, 4), (128, 4), (128, 8), (64, 2)):
-        for splits in (1, 2, 4, 8):
-            for stages in (3, 5) if splits > 1 else (4,):
-                tile5 = (n, 16, splits, warps, stages)
-                for rows in (1, 4, 16) if (n, warps) == (64, 4) else (16,):
-                    yield Candidate("packed", rows, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
-    for n, m, splits, warps, stages in ((64, 64, 1, 4, 3), (64, 64, 2, 4, 4), (128, 64, 1, 4, 3), (128, 64, 2, 8, 3)):
-        tile5 = (n, m, splits, warps, stages)
-        yield Candidate("packed", 64, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
-    for n, m, warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8)):
-        tile5 = (n, m, 1, warps, 3)
-        yield Candidate("packed", 256, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
-        yield Candidate("packed", 2048, f"dot {tile5}", lambda x, w, t=tile5: packed_dot(x, w, tile=t))
+    for n, warps in ((8, 1), (8, 2), (8, 4)):
+        tile = (n, warps, "evict_first")
+        yield Candidate("packed", 1, f"gemv {tile}", lambda x, w, t=tile: packed_gemv(x, w, tile=t))
+    for n, warps in ((64, 2), (128, 4), (256, 4), (256, 8)):
+        for splits in (4, 8, 12):
+            for stages, unroll in ((3, 1), (4, 1), (3, 2), (2, 4)):
+                for m, rows in ((16, 16), (8, 1)):
+                    tile6 = (n, m, splits, warps, stages, unroll)
+                    yield Candidate("packed", rows, f"dot {tile6}", lambda x, w, t=tile6: packed_dot(x, w, tile=t))
+    for n, m, splits, warps, unroll in ((128, 32, 4, 4, 1), (128, 32, 4, 4, 2), (128, 64, 4, 8, 1), (256, 64, 4, 8, 1)):
+        tile6 = (n, m, splits, warps, 3, unroll)
+        yield Candidate("packed", 64, f"dot {tile6}", lambda x, w, t=tile6: packed_dot(x, w, tile=t))
     for rows in (64, 256, 2048):
         yield Candidate("packed", rows, "unpack", lambda x, w: packed_unpack(x, w))
-    for tile3 in ((2, 1024, 4), (1, 1024, 4), (1, 2048, 8), (2, 512, 2), (1, 512, 2), (1, 512, 1)):
+    for tile3 in ((2, 1024, 4), (4, 1024, 4), (2, 2048, 4)):
         yield Candidate("packed", 8, f"unpack alone {tile3}", lambda x, w, t=tile3: unpack_weight(w, DTYPE, t))
     for rows in (1, 4, 16, 64, 256, 2048):
         yield Candidate("dense", rows, "torch.matmul", lambda x, w: torch.matmul(x, w.T))
+    if not packed_only:
+        yield from thin_candidates()
+
+
+def thin_candidates() -> Iterator[Candidate]:
+    """Tiles of the two thin products."""
     for what in ("down", "up"):
         for tile in ((1, 4), (2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (8, 4), (8, 2)):
             yield Candidate(what, 1, f"gemv {tile}", lambda x, w, t=tile: thin_gemv(x, w, None, torch.float32, t))
@@ -93,13 +86,13 @@ def tensors(what: str, shape: tuple[int, int], copies: int) -> list[Any]:
     return list(ups if what == "up" else downs)
 
 
-def measure(shape: tuple[int, int], bandwidth: float, only: str | None) -> list[dict[str, Any]]:
+def measure(shape: tuple[int, int], bandwidth: float, only: str | None, packed_only: bool) -> list[dict[str, Any]]:
     """Every candidate at one shape, with and without overlap of launches where that is possible."""
     rows_found = []
     groups: dict[tuple[str, int], list[Candidate]] = {}
-    for candidate in candidates():
+    for candidate in candidates(packed_only):
         groups.setdefault((candidate.what, candidate.rows), []).append(candidate)
-    for what in ("packed", "dense", "down", "up"):
+    for what in ("packed", "dense") if packed_only else ("packed", "dense", "down", "up"):
         thin = 2 * RANK * (shape[1] if what == "down" else shape[0])
         weight_bytes = {"packed": shape[0] * shape[1] // 2, "dense": 2 * shape[0] * shape[1]}.get(what, thin)
         copies = min(64, copies_for(weight_bytes))
@@ -141,13 +134,14 @@ def main() -> None:
     parser.add_argument("--warm", type=int, nargs=2, metavar=("I", "N"))
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--only", help="WHAT:ROWS, as in packed:1")
+    parser.add_argument("--packed", action="store_true", help="leave the thin products out")
     arguments = parser.parse_args()
     if arguments.no_overlap:
         found = torch.cuda.get_device_properties(0)
         launch._properties = lambda device: ((8, 0), found.multi_processor_count)  # type: ignore[assignment]
     if arguments.warm:
         index, count = arguments.warm
-        for candidate in list(candidates())[index::count]:
+        for candidate in list(candidates(arguments.packed))[index::count]:
             shape = (1024, 4096)
             inner = RANK if candidate.what == "up" else shape[1]
             x = torch.randn(candidate.rows, inner, device="cuda", dtype=DTYPE)
@@ -155,7 +149,7 @@ def main() -> None:
         return
     bandwidth = copy_bandwidth()
     print(torch.cuda.get_device_name(), f"copy {bandwidth:.0f} GB/s", flush=True)
-    result = [row for shape in SHAPES for row in measure(shape, bandwidth, arguments.only)]
+    result = [row for shape in SHAPES for row in measure(shape, bandwidth, arguments.only, arguments.packed)]
     if arguments.out:
         arguments.out.write_text(
             json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_per_s": bandwidth, "rows": result})

@@ -125,7 +125,7 @@ def packed_dot_fwd_kernel(
     rows, outputs, inputs, blocks, row_units, groups, rank, steps, stride_x, stride_h, stride_up, stride_split,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, U: tl.constexpr,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
-    FULL: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    FULL: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Programs: outputs, rows, splits of ``steps`` times U / 16 blocks each; ``p_out`` [splits, rows, outputs].
 
@@ -150,7 +150,8 @@ def packed_dot_fwd_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for i_step in tl.range(first, tl.minimum(first + steps, tl.cdiv(blocks, STEP)), num_stages=STAGES):
+    last = tl.minimum(first + steps, tl.cdiv(blocks, STEP))
+    for i_step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         i_block = i_step * STEP
         if AHEAD:
             i_after = (i_step + 1) * SPAN // GROUP if GROUP > 0 else 0
@@ -202,11 +203,11 @@ def packed_dot(
     weight: LaneWeight,
     bias: Tensor | None = None,
     branch: tuple[Tensor, Tensor] | None = None,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: tuple[int, int, int, int, int, int] | None = None,
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
 
-    ``tile``: outputs and rows a program, splits of the inputs, warps, stages; None takes what was fastest where it was
+    ``tile``: outputs and rows a program, splits of the inputs, warps, stages, steps unrolled; None takes what was fastest where it was
     measured.
     """
     rows, inputs = x.shape
@@ -216,7 +217,7 @@ def packed_dot(
     chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
     total = triton.cdiv(blocks * LANES, chunk)
-    n, m, splits, warps, stages = tile or default_tile(rows, outputs, total, multiprocessors(x))
+    n, m, splits, warps, stages, unroll = tile or default_tile(rows, outputs, total, multiprocessors(x))
     steps = triton.cdiv(total, splits)
     splits = triton.cdiv(total, steps)
     h, up = branch or (x, x)
@@ -230,19 +231,19 @@ def packed_dot(
         BITS=bits, PT=positions, GROUP=0 if whole else weight.group_size, M=m, N=n, U=chunk,
         RANK=max(16, power_of_two(rank)) if rank else 0, HAS_BIAS=bias is not None, PAIRS=pairs,
         PRECISION=product_precision(x),
-        FULL=inputs % (chunk * positions) == 0, OVERLAP=overlaps(x), STAGES=stages,
+        FULL=inputs % (chunk * positions) == 0, OVERLAP=overlaps(x), STAGES=stages, UNROLL=unroll,
         num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out[0] if splits == 1 else sum_partials(out, x.dtype)
 
 
-def default_tile(rows: int, outputs: int, steps: int, processors: int) -> tuple[int, int, int, int, int]:
+def default_tile(rows: int, outputs: int, steps: int, processors: int) -> tuple[int, int, int, int, int, int]:
     """Enough programs for two on each multiprocessor, by splitting the inputs, and no more rows than there are."""
     m = min(64, max(16, power_of_two(rows)))
     n = 64
     programs = triton.cdiv(outputs, n) * triton.cdiv(rows, m)
     splits = max(1, min(8, steps // 4, round(2 * processors / programs)))
-    return n, m, splits, 4, 4
+    return n, m, splits, 4, 3, 1
 
 
 KERNEL = Kernel(

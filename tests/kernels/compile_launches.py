@@ -86,7 +86,7 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         weight = weight_of(bits)
         branch = (torch.zeros(16, 32, dtype=dtype), torch.zeros(OUTPUTS, 32, dtype=dtype))
         packed_gemv(torch.zeros(1, INPUTS, dtype=dtype), weight, None, branch)
-        packed_dot(torch.zeros(16, INPUTS, dtype=dtype), weight, None, branch, tile=(64, 16, 2, 4, 4))
+        packed_dot(torch.zeros(16, INPUTS, dtype=dtype), weight, None, branch, tile=(64, 16, 2, 4, 4, 1))
         unpack_weight(weight, dtype)
         rows += recorder.rows
     for dtype in (torch.bfloat16, torch.float32):

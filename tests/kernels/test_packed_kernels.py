@@ -29,7 +29,7 @@ def gemv_in_small(*arguments: Any) -> Any:
 
 def dot_in_splits(*arguments: Any) -> Any:
     """Inputs split three ways."""
-    return packed_dot(*arguments, tile=(16, 16, 3, 4, 2))
+    return packed_dot(*arguments, tile=(16, 16, 3, 4, 2, 1))
 
 
 KERNELS = {"gemv": (gemv_in_small, 2), "dot": (dot_in_splits, 5), "unpack": (packed_unpack, 3)}
