@@ -43,8 +43,7 @@ class Candidate:
 def candidates(packed_only: bool) -> Iterator[Candidate]:
     """Everything that is tried; ``packed`` gets a LaneWeight, ``down`` and ``up`` a factor, ``dense`` a weight."""
     for n, warps in ((8, 1), (8, 2), (8, 4)):
-        tile = (n, warps, "evict_first")
-        yield Candidate("packed", 1, f"gemv {tile}", lambda x, w, t=tile: packed_gemv(x, w, tile=t))
+        yield Candidate("packed", 1, f"gemv {n, warps}", lambda x, w, t=(n, warps): packed_gemv(x, w, tile=t))
     for n, warps in ((64, 2), (128, 4), (256, 4), (256, 8)):
         for splits in (4, 8, 12):
             for stages, unroll in ((3, 1), (4, 1), (3, 2), (2, 4)):

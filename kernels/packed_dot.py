@@ -207,8 +207,8 @@ def packed_dot(
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
 
-    ``tile``: outputs and rows a program, splits of the inputs, warps, stages, steps unrolled; None takes what was fastest where it was
-    measured.
+    ``tile``: outputs and rows a program, splits of the inputs, warps, stages, steps unrolled; None takes what was
+    fastest where it was measured.
     """
     rows, inputs = x.shape
     outputs, bits = weight.outputs, weight.bits
@@ -238,19 +238,21 @@ def packed_dot(
 
 
 def default_tile(rows: int, outputs: int, steps: int, processors: int) -> tuple[int, int, int, int, int, int]:
-    """Enough programs for two on each multiprocessor, by splitting the inputs, and no more rows than there are."""
-    m = min(64, max(16, power_of_two(rows)))
-    n = 64
+    """Wide tiles where there are outputs enough, and splits of at least 8 steps until the multiprocessors are busy."""
+    wide = outputs >= 62 * processors
+    m = 16 if rows <= 16 else 64 if wide or rows > 64 else 32
+    n, warps = (256, 8) if wide else (128, 4)
+    wanted = processors * (4 if not wide else 2 if m == 16 else 1)
     programs = triton.cdiv(outputs, n) * triton.cdiv(rows, m)
-    splits = max(1, min(8, steps // 4, round(2 * processors / programs)))
-    return n, m, splits, 4, 3, 1
+    splits = max(1, min(8, steps // 8, round(wanted / programs)))
+    return n, m, splits, warps, 3, 1
 
 
 KERNEL = Kernel(
     run=packed_dot,
     requires=Requires(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        rows=(1, 256),
+        rows=(1, 128),
         bits=(2, 3, 4, 5, 6, 7, 8),
         group_sizes=(32, 64, 128),
         rank=128,

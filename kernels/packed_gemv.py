@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import LANES, LaneWeight, block_columns
-from compress.kernels.launch import launch_options, overlaps, power_of_two
+from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
 
 __all__ = ["KERNEL", "packed_gemv"]
 
@@ -123,11 +123,15 @@ def _plane_sums(
 @triton.jit
 def packed_gemv_fwd_kernel(
     p_x, p_words, p_scale, p_zero, p_bias, p_h, p_up, p_out,
-    outputs, inputs, blocks, row_words, groups, rank, stride_x, stride_h, stride_up, stride_out,
+    outputs, inputs, blocks, row_words, groups, rank, stride_x, stride_h, stride_part, stride_up, stride_out,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, HINT: tl.constexpr,
+    PARTS: tl.constexpr, READY: tl.constexpr,
 ):  # fmt: skip
-    """``p_words``: two units, of an even lane and the odd one behind it, in 32 bits; GROUP is 0 for one a row."""
+    """``p_words``: two units, of an even lane and the odd one behind it, in 32 bits; GROUP is 0 for one a row.
+
+    ``p_h`` comes in PARTS to be added. READY: the launch before, which makes it, began when ``p_x`` was complete.
+    """
     i_m = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0) * N + tl.arange(0, N)
     m_o = o_n < outputs
@@ -150,7 +154,7 @@ def packed_gemv_fwd_kernel(
         o_g = o_first * (16 * PT) // GROUP if GROUP > 0 else o_first * 0
         b_next = tl.load(p_row + word_place(o_w), mask=m_n & (o_w < words), other=0, eviction_policy=HINT)
         b_next_scale, b_next_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
-        if OVERLAP:
+        if OVERLAP and not READY:
             tl.extra.cuda.gdc_wait()
         for i_block in range(0, blocks, G * U // 16):
             b_q, b_scale, b_zero = b_next, b_next_scale, b_next_zero
@@ -166,7 +170,7 @@ def packed_gemv_fwd_kernel(
                 BITS, 0, True, GROUP, N, G, U,
             )  # fmt: skip
     else:
-        if OVERLAP:
+        if OVERLAP and not READY:
             tl.extra.cuda.gdc_wait()
         for i_block in range(0, blocks, G * U // 16):
             i_plane = 0
@@ -188,9 +192,14 @@ def packed_gemv_fwd_kernel(
                     PT, 1, BITS & 6, False, GROUP, N, G, U,
                 )  # fmt: skip
     b_y = tl.sum(b_acc, 1)
+    if OVERLAP and READY:
+        tl.extra.cuda.gdc_wait()
     if RANK > 0:
         o_r = tl.arange(0, RANK)
-        b_h = tl.load(p_h + i_m * stride_h + o_r, mask=o_r < rank, other=0.0).to(tl.float32)
+        b_h = tl.zeros([RANK], dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            p_part = p_h + part * stride_part + i_m * stride_h + o_r
+            b_h += tl.load(p_part, mask=o_r < rank, other=0.0).to(tl.float32)
         p_branch = p_up + o_n.to(tl.int64)[:, None] * stride_up + o_r[None, :]
         b_up = tl.load(p_branch, mask=m_o[:, None] & (o_r < rank)[None, :], other=0.0).to(tl.float32)
         b_y += tl.sum(b_up * b_h[None, :], 1)
@@ -204,11 +213,13 @@ def packed_gemv(
     weight: LaneWeight,
     bias: Tensor | None = None,
     branch: tuple[Tensor, Tensor] | None = None,
-    tile: tuple[int, int, str] | None = None,
+    tile: tuple[int, int] | None = None,
+    inputs_ready: bool = False,
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
 
-    ``tile``: outputs a program, warps; None takes what was fastest where it was measured.
+    ``h`` may be partial sums [S, M, R]. ``inputs_ready``: the launch before this one is ``inner_gemv`` of the same ``x``,
+    which lets this one start when ``x`` is complete. ``tile``: outputs a program, warps; None takes what was fastest where it was measured.
     """
     rows, inputs = x.shape
     outputs = weight.outputs
@@ -216,7 +227,7 @@ def packed_gemv(
     whole = weight.group_size >= inputs
     chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
-    n, warps, hint = tile or (4, 4, "")
+    n, warps = tile or default_tile(outputs, inputs, multiprocessors(x))
     # So many units are 16 bytes a thread, which gives inputs and weights one layout over the threads. Short rows: less.
     span = min(warps * 256, power_of_two(blocks * LANES))
     h, up = branch or (x, x)
@@ -225,20 +236,26 @@ def packed_gemv(
     packed_gemv_fwd_kernel[(triton.cdiv(outputs, n), rows)](
         x, weight.units.view(torch.int32), weight.scale, weight.zero_point, bias if bias is not None else x, h, up, out,
         outputs, inputs, blocks, weight.units.shape[1] * 16, weight.scale.shape[1], rank,
-        x.stride(0), h.stride(0), up.stride(0), out.stride(0),
+        x.stride(0), h.stride(-2), h.stride(0), up.stride(0), out.stride(0),
         BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size,
         N=n, G=max(1, span // chunk), U=chunk,
-        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlaps(x), HINT=hint,
+        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlaps(x), HINT="evict_first", PARTS=h.shape[0] if h.dim() == 3 else 1, READY=inputs_ready,
         num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out
+
+
+def default_tile(outputs: int, inputs: int, processors: int) -> tuple[int, int]:
+    """Eight outputs share an unpacked input, unless that leaves too few programs; long rows take narrow steps."""
+    n = 8 if outputs >= 16 * processors else 4
+    return n, 4 if inputs <= 8192 else 2
 
 
 KERNEL = Kernel(
     run=packed_gemv,
     requires=Requires(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        rows=(1, 4),
+        rows=(1, 1),
         bits=(2, 3, 4, 5, 6, 7, 8),
         group_sizes=(32, 64, 128),
         rank=512,

@@ -115,8 +115,17 @@ def packed_lowrank_linear(
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.outputs)
     choice = choose_packed(flat, weight, rank)
-    inner = _inner(flat, down, choice.name)
-    return choice.run(flat, weight, bias, (inner, up)).reshape(*x.shape[:-1], -1)
+    if choice.name == "packed_gemv":
+        from compress.kernels.thin_gemv import inner_gemv
+
+        y = choice.run(flat, weight, bias, (inner_gemv(flat, down), up), inputs_ready=True)
+    elif choice.name == "packed_dot":
+        from compress.kernels.thin_dot import thin_dot
+
+        y = choice.run(flat, weight, bias, (thin_dot(flat, down, None), up))
+    else:
+        y = choice.run(flat, weight, bias, (flat @ down.T, up))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @packed_lowrank_linear.register_fake
@@ -132,16 +141,3 @@ def _branch_shape(
     group_size: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[0])
-
-
-def _inner(x: Tensor, down: Tensor, kernel: str) -> Tensor:
-    """``x`` [M, I] times ``down`` [R, I], by what suits the packed ``kernel`` that will read it: [M, R]."""
-    if kernel == "packed_gemv":
-        from compress.kernels.thin_gemv import thin_gemv
-
-        return thin_gemv(x, down, None, torch.float32)
-    if kernel == "packed_dot":
-        from compress.kernels.thin_dot import thin_dot
-
-        return thin_dot(x, down, None)
-    return x @ down.T

@@ -74,7 +74,7 @@ def packed_unpack_fwd_kernel(
 def unpack_weight(weight: LaneWeight, dtype: torch.dtype, tile: tuple[int, int, int] | None = None) -> Tensor:
     """``weight`` as floats [O, I] in ``dtype``; ``tile``: outputs and columns a program, warps."""
     positions = block_columns(weight.bits) // LANES
-    n, columns, warps = tile or (4, 1024, 4)
+    n, columns, warps = tile or (2, 1024, 4)
     whole = weight.group_size >= weight.inputs
     out = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device=weight.units.device)
     packed_unpack_fwd_kernel[(triton.cdiv(weight.outputs, n), triton.cdiv(weight.inputs, columns))](

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
-from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.launch import launch_options, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
 
@@ -58,7 +58,7 @@ def thin_dot(
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    n, k, splits, warps, stages = tile or default_tile(rows, outputs, inputs, multiprocessors(x))
+    n, k, splits, warps, stages = tile or default_tile(rows, outputs, inputs, x.element_size())
     m = min(64, max(16, power_of_two(rows)))
     steps = triton.cdiv(triton.cdiv(inputs, k), splits)
     splits = max(1, triton.cdiv(inputs, k * steps)) if steps else 1
@@ -72,13 +72,12 @@ def thin_dot(
     return out[0] if splits == 1 else sum_partials(out, x.dtype)
 
 
-def default_tile(rows: int, outputs: int, inputs: int, processors: int) -> tuple[int, int, int, int, int]:
-    """Narrow tiles and splits until every multiprocessor has a program or two."""
-    n = 64 if outputs >= 64 * processors else 32
-    k = 128
-    programs = triton.cdiv(outputs, n) * triton.cdiv(rows, 64)
-    splits = max(1, min(8, inputs // (2 * k), round(2 * processors / programs)))
-    return n, k, splits, 4 if n == 64 else 2, 4
+def default_tile(rows: int, outputs: int, inputs: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Few outputs: narrow tiles with long steps, split eight ways; many: each program goes through all inputs."""
+    room = max(1, power_of_two(rows) // 16) * itemsize // 2
+    if outputs <= 1024:
+        return 32, max(32, 256 // room), max(1, min(8, inputs // 512)), 4, 4
+    return 64, max(32, 128 // room), 1, 4, 4
 
 
 def lowrank_dot(

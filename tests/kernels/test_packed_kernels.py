@@ -24,7 +24,7 @@ SHAPES = ((21, 300), (8, 512))
 
 def gemv_in_small(*arguments: Any) -> Any:
     """Tiles so small that one weight takes several steps and programs."""
-    return packed_gemv(*arguments, tile=(4, 1, ""))
+    return packed_gemv(*arguments, tile=(4, 1))
 
 
 def dot_in_splits(*arguments: Any) -> Any:

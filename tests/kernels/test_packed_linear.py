@@ -64,7 +64,7 @@ def test_choice(change: dict[str, Any], kernel: str | None) -> None:
 def test_refusals_are_sentences() -> None:
     refused = choose(replace(GPU_CALL, rows=2000, capability=(7, 5), group_size=96)).refused
     assert refused[0] == (
-        "packed_gemv: compute capability (7, 5) is below (8, 0); 2000 rows are not 1 to 4; "
+        "packed_gemv: compute capability (7, 5) is below (8, 0); 2000 rows are not 1 to 1; "
         "group_size 96 is not in {32, 64, 128}, nor a whole row"
     )
     assert [reason.partition(":")[0] for reason in refused] == ["packed_gemv", "packed_dot", "packed_unpack"]
