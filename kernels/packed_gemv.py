@@ -126,7 +126,7 @@ def packed_gemv_fwd_kernel(
     outputs, inputs, blocks, row_words, groups, rank, stride_x, stride_h, stride_part, stride_up, stride_out,
     BITS: tl.constexpr, PT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, G: tl.constexpr, U: tl.constexpr,
     RANK: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, HINT: tl.constexpr,
-    PARTS: tl.constexpr, READY: tl.constexpr,
+    PARTS: tl.constexpr, READY: tl.constexpr, ONE_STEP: tl.constexpr,
 ):  # fmt: skip
     """``p_words``: two units, of an even lane and the odd one behind it, in 32 bits; GROUP is 0 for one a row.
 
@@ -147,6 +147,10 @@ def packed_gemv_fwd_kernel(
     if OVERLAP:
         # The next kernel may take its place on the chip now; it waits for our results where it needs them.
         tl.extra.cuda.gdc_launch_dependents()
+    if RANK > 0:
+        o_r = tl.arange(0, RANK)
+        p_branch = p_up + o_n.to(tl.int64)[:, None] * stride_up + o_r[None, :]
+        b_up = tl.load(p_branch, mask=m_o[:, None] & (o_r < rank)[None, :], other=0.0)
     if SINGLE:
         # Weights depend on no other kernel: the first ones, and always those of the next step, are already on the way.
         words = blocks * 8
@@ -156,7 +160,13 @@ def packed_gemv_fwd_kernel(
         b_next_scale, b_next_zero = _grids(p_scale, p_zero, o_g, m_o, groups)
         if OVERLAP and not READY:
             tl.extra.cuda.gdc_wait()
-        for i_block in range(0, blocks, G * U // 16):
+        if ONE_STEP:
+            o_x = o_t // 16 * (16 * PT) + o_t % 16
+            b_acc = _word_sums(
+                b_acc, b_next, b_next_scale, b_next_zero, p_x, o_x, p_scale, p_zero, o_g, m_o, inputs, groups,
+                BITS, 0, True, GROUP, N, G, U,
+            )  # fmt: skip
+        for i_block in range(0, 0 if ONE_STEP else blocks, G * U // 16):
             b_q, b_scale, b_zero = b_next, b_next_scale, b_next_zero
             o_next = (i_block * 8 + G * U // 2) + o_w
             b_next = tl.load(p_row + word_place(o_next), mask=m_n & (o_next < words), other=0, eviction_policy=HINT)
@@ -195,14 +205,11 @@ def packed_gemv_fwd_kernel(
     if OVERLAP and READY:
         tl.extra.cuda.gdc_wait()
     if RANK > 0:
-        o_r = tl.arange(0, RANK)
         b_h = tl.zeros([RANK], dtype=tl.float32)
         for part in tl.static_range(PARTS):
             p_part = p_h + part * stride_part + i_m * stride_h + o_r
             b_h += tl.load(p_part, mask=o_r < rank, other=0.0).to(tl.float32)
-        p_branch = p_up + o_n.to(tl.int64)[:, None] * stride_up + o_r[None, :]
-        b_up = tl.load(p_branch, mask=m_o[:, None] & (o_r < rank)[None, :], other=0.0).to(tl.float32)
-        b_y += tl.sum(b_up * b_h[None, :], 1)
+        b_y += tl.sum(b_up.to(tl.float32) * b_h[None, :], 1)
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_n, mask=m_o, other=0.0).to(tl.float32)
     tl.store(p_out + i_m * stride_out + o_n, b_y.to(p_out.dtype.element_ty), mask=m_o)
@@ -218,8 +225,9 @@ def packed_gemv(
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O] of ``x``'s dtype.
 
-    ``h`` may be partial sums [S, M, R]. ``inputs_ready``: the launch before this one is ``inner_gemv`` of the same ``x``,
-    which lets this one start when ``x`` is complete. ``tile``: outputs a program, warps; None takes what was fastest where it was measured.
+    ``h`` may be partial sums [S, M, R]. ``inputs_ready``: the launch before this one is ``inner_gemv`` of the same
+    ``x``, which lets this one start when ``x`` is complete. ``tile``: outputs a program, warps; None takes what was
+    fastest where it was measured.
     """
     rows, inputs = x.shape
     outputs = weight.outputs
@@ -239,7 +247,8 @@ def packed_gemv(
         x.stride(0), h.stride(-2), h.stride(0), up.stride(0), out.stride(0),
         BITS=weight.bits, PT=positions, GROUP=0 if whole else weight.group_size,
         N=n, G=max(1, span // chunk), U=chunk,
-        RANK=power_of_two(rank) if rank else 0, HAS_BIAS=bias is not None, OVERLAP=overlaps(x), HINT="evict_first", PARTS=h.shape[0] if h.dim() == 3 else 1, READY=inputs_ready,
+        RANK=power_of_two(rank) if rank else 0, PARTS=h.shape[0] if h.dim() == 3 else 1, HAS_BIAS=bias is not None,
+        OVERLAP=overlaps(x), READY=inputs_ready, ONE_STEP=blocks * LANES <= max(span, chunk), HINT="evict_first",
         num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out

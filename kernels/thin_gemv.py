@@ -25,7 +25,7 @@ def thin_gemv_fwd_kernel(
     p_x, p_w, p_bias, p_out, outputs, inputs, span, stride_x, stride_w, stride_split, stride_out,
     N: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """``p_w`` [outputs, inputs], rows ``stride_w`` apart; programs: outputs, rows of ``p_x``, splits of ``span`` inputs.
+    """``p_w`` [outputs, inputs], rows ``stride_w`` apart; programs: outputs, rows, splits of ``span`` inputs.
 
     LATE: let the next kernel start only when this one's inputs are complete, so that it may read them, too.
     """
