@@ -226,9 +226,15 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--warm", type=int, nargs=2, metavar=("I", "N"), help="only compile every Nth case, from I on")
     arguments = parser.parse_args()
     register_operators()
     torch.manual_seed(0)
+    if arguments.warm:
+        index, count = arguments.warm
+        for case in cases()[index::count]:
+            case.make(torch.randn(case.rows, case.shape[1], device="cuda", dtype=DTYPE), case.shape[0]).run()
+        return
     device = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {
@@ -240,11 +246,21 @@ def main() -> None:
         "rows": [],
     }
     stem = f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower())}"
+    failures = []
     for case in cases():
-        result["rows"].append(measure(case, bandwidth))
-        print(result["rows"][-1], flush=True)
+        try:
+            result["rows"].append(measure(case, bandwidth))
+        except Exception as error:  # noqa: BLE001 -- reported below, and the others are still worth their time
+            failures.append(f"{case.name}, {case.rows} rows, {case.shape}: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+            continue
+        row = result["rows"][-1]
+        shown = ("case", "outputs", "inputs", "rows", "kernel", "us", "dense_us", "speedup", "share_of_copy")
+        print(*(row[name] for name in shown), row.get("times_beside", ""), row["relative_error"], flush=True)
         (arguments.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
         (arguments.out / f"{stem}.md").write_text(table(result))
+    if failures:
+        raise SystemExit(f"{len(failures)} cases failed")
 
 
 if __name__ == "__main__":
