@@ -1,4 +1,4 @@
-"""Launches that overlap, each reading what the one before writes: in a graph, as often as it takes for a race to show."""
+"""Launches that overlap, each reading what the one before writes: in a graph, often enough for a race to show."""
 
 from __future__ import annotations
 
