@@ -21,8 +21,9 @@ def partial_sums_fwd_kernel(p_part, p_out, count, splits, BLOCK: tl.constexpr, O
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for i_split in range(splits):
-        b_y += tl.load(p_part + i_split * count.to(tl.int64) + o_y, mask=m_y, other=0.0)
+    for _ in range(splits):
+        b_y += tl.load(p_part + o_y, mask=m_y, other=0.0)
+        p_part += count
     tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_y)
 
 
