@@ -39,6 +39,8 @@ from compress.search.front import check_points, sweep_front
 from compress.search.prepare import prepare
 from compress.streaming.run import stream
 from compress.targets import find_target
+from compress.training.elastic import load_elastic
+from compress.training.family import FAMILY_FILE
 from compress.work import Work, open_work, read_samples
 
 __all__ = [
@@ -254,9 +256,13 @@ def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
 def load(folder: str | Path) -> torch.nn.Module:
     """The compressed model in ``folder`` as a PyTorch module that computes the same.
 
+    A family of ``compress lowrank`` gives an :class:`~compress.training.elastic.ElasticModel`: its size is set by call.
+
     Raises:
-        InputError: the folder is not a finished artifact.
+        InputError: the folder is not a finished artifact, and no family.
     """
+    if (Path(folder) / FAMILY_FILE).is_file():
+        return load_elastic(Path(folder))
     return load_artifact(Path(folder)).module
 
 

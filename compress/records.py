@@ -155,9 +155,9 @@ class Candidate(Record):
 
 
 class Budget(Record):
-    """The largest allowed value of one quantity: bytes, microseconds, points of accuracy, or bit operations."""
+    """The largest allowed value of one quantity: bytes, microseconds, points of accuracy, bit operations, or MACs."""
 
-    quantity: Literal["size", "latency", "drop", "bops"]
+    quantity: Literal["size", "latency", "drop", "bops", "macs"]
     limit: float
     relative: bool = Field(False, description="a multiple of the float model's value, not a value")
 

@@ -1,16 +1,35 @@
-"""Every operator of namespace ``compress::``, by the module that holds its reference, shape function and kernels."""
+"""Every operator of namespace ``compress::``, by the module that holds its reference and shape function, and the
+kernels of each, in the order in which they are asked (kernels/dispatch.py)."""
 
 from __future__ import annotations
 
 from compress.registry import resolve
 
-__all__ = ["OPERATORS", "register_operators"]
+__all__ = ["KERNELS", "OPERATORS", "register_operators"]
 
 OPERATORS = {
     "fake_quantize": "compress.kernels.fake_quantize:fake_quantize",
     "fake_quantize_dynamic": "compress.kernels.dynamic:fake_quantize_dynamic",
     "dequantize_weight": "compress.kernels.dequantize:dequantize_weight",
     "dequantize_bias": "compress.kernels.dequantize:dequantize_bias",
+    "packed_linear": "compress.kernels.packed_linear:packed_linear",
+    "packed_lowrank_linear": "compress.kernels.packed_linear:packed_lowrank_linear",
+    "lowrank_linear": "compress.kernels.lowrank_linear:lowrank_linear",
+}
+
+# The last row of each operator is its reference in plain PyTorch, which takes everything.
+KERNELS = {
+    "packed_linear": {
+        "packed_gemv": "compress.kernels.packed_gemv:KERNEL",
+        "packed_dot": "compress.kernels.packed_dot:KERNEL",
+        "packed_unpack": "compress.kernels.packed_unpack:KERNEL",
+        "reference": "compress.kernels.packed_reference:KERNEL",
+    },
+    "lowrank_linear": {
+        "thin_gemv": "compress.kernels.thin_gemv:KERNEL",
+        "thin_dot": "compress.kernels.thin_dot:KERNEL",
+        "reference": "compress.kernels.lowrank_reference:KERNEL",
+    },
 }
 
 

@@ -17,7 +17,7 @@ from compress.errors import InputError
 from compress.machine import Environment, describe_environment
 from compress.records import Record
 
-__all__ = ["LatencyTable", "Operator", "open_table"]
+__all__ = ["LatencyTable", "Operator", "conditions", "open_table"]
 
 
 class Operator(Record):
@@ -71,7 +71,7 @@ def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyT
         InputError: the file is damaged, or was measured under other conditions; the message names them.
     """
     environment = describe_environment()
-    here = _conditions(environment, provider, threads)
+    here = conditions(environment, provider, threads)
     if path is None:
         path = cache_folder() / f"latency-{digest(here)}.json"
     if not path.exists():
@@ -82,7 +82,7 @@ def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyT
         raise InputError(
             f"{path} is not a latency table of this version; delete it, and it will be measured again"
         ) from error
-    there = _conditions(table.environment, table.provider, table.threads)
+    there = conditions(table.environment, table.provider, table.threads)
     for name, value in here.items():
         if there[name] != value:
             raise InputError(
@@ -92,7 +92,8 @@ def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyT
     return table, path
 
 
-def _conditions(environment: Environment, provider: str, threads: int) -> dict[str, str]:
+def conditions(environment: Environment, provider: str, threads: int) -> dict[str, str]:
+    """What a time depends on besides what is timed."""
     return {
         "processor": f"{environment.cpu} ({', '.join(environment.cpu_flags)})",
         "onnxruntime": str(environment.onnxruntime),

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from compress.lowrank.attention import attention_refusal, open_attention
-from compress.lowrank.layers import LowRankConv2d, LowRankLayer, LowRankLinear, refusal
+from compress.lowrank.factors import break_even
+from compress.lowrank.layers import LowRankConv2d, LowRankLayer, LowRankLinear, SpatialConv2d, refusal
 
-__all__ = ["Decomposition", "decompose", "decomposed_layers", "extract"]
+__all__ = ["CONVOLUTIONS", "Decomposition", "decompose", "decomposed_layers", "extract", "replace_layer"]
+
+CONVOLUTIONS = {each.unrolling: each for each in (LowRankConv2d, SpatialConv2d)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ def decompose(
     ignore: Sequence[str] = (),
     keep_first: int = 0,
     keep_last: bool = False,
+    unrolling: str = "channel",
 ) -> Decomposition:
     """Replace every linear, conv2d and attention projection of ``module`` in place by its full-rank decomposition.
 
@@ -38,10 +42,13 @@ def decompose(
         ignore: names to leave dense, as shell patterns.
         keep_first: leave so many leading layers dense.
         keep_last: leave the last layer dense.
+        unrolling: of convolutions, "channel" or "spatial" (:mod:`compress.lowrank.unroll`).
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing is left to decompose.
+        ValueError: a pattern matches nothing, nothing is left to decompose, or ``unrolling`` is unknown.
     """
+    if unrolling not in CONVOLUTIONS:
+        raise ValueError(f"unknown unrolling {unrolling!r}; known: {', '.join(CONVOLUTIONS)}")
     dense: dict[str, str] = {}
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.MultiheadAttention):
@@ -49,7 +56,7 @@ def decompose(
             if reason is not None:
                 dense[name] = reason
             else:
-                module = _put(module, name, open_attention(child))
+                replace_layer(module, name, open_attention(child))
     inside = [name for name in dense if name]
     candidates = {
         name: child
@@ -71,12 +78,14 @@ def decompose(
             reason = "first or last, to be left dense"
         elif id(child.weight) in shared:
             reason = "its weight is another module's, too"
+        elif reason is None and break_even(child.weight.shape[0], child.weight[0].numel()) <= 1:
+            reason = "two layers of rank 1 would cost no less"
         if reason is not None:
             dense[name] = reason
             continue
-        layers[name] = LowRankLinear.of(child) if isinstance(child, nn.Linear) else LowRankConv2d.of(child)
+        layers[name] = LowRankLinear.of(child) if isinstance(child, nn.Linear) else CONVOLUTIONS[unrolling].of(child)
         layers[name].train(child.training)
-        _put(module, name, layers[name])
+        replace_layer(module, name, layers[name])
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
         raise ValueError(f"nothing to decompose: {reasons or 'the model has no linear and no conv2d'}")
@@ -102,16 +111,20 @@ def extract(module: nn.Module, ranks: Callable[[str, LowRankLayer], int] | None 
         rank = layer.rank if ranks is None else ranks(name, layer)
         plain = layer.thin(rank) if layer.pays(rank) else layer.dense(rank)
         done[name] = f"rank {rank} of {layer.full_rank}" if layer.pays(rank) else f"dense: rank {rank} would cost more"
-        _put(module, name, plain.train(layer.training))
+        replace_layer(module, name, plain.train(layer.training))
     return done
 
 
-def _put(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+def replace_layer(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Put ``child`` in the place of ``module``'s layer ``name``.
+
+    Raises:
+        ValueError: the layer is the module itself.
+    """
     if not name:
         raise ValueError("the module is itself one layer; put it into an nn.Sequential")
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, child)
-    return module
 
 
 def _shared_weights(module: nn.Module) -> set[int]:

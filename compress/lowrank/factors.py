@@ -88,7 +88,7 @@ def weighted_factors(weight: Tensor, gram: Tensor) -> Factors:
 
 
 def rank_by_energy(energy: Tensor, share: float) -> int:
-    """The smallest rank whose components hold ``share`` of the energy."""
+    """The smallest rank whose components hold ``share`` (0 to 1) of the energy."""
     if not 0 <= share <= 1:
         raise ValueError(f"share {share}: allowed are 0 to 1")
     held = energy.double().cumsum(0)

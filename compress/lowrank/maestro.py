@@ -39,7 +39,7 @@ class Maestro:
         threshold: components below this importance go at the end of an epoch.
         relative: whether ``threshold`` is a multiple of the layer's first importance when training began, or absolute.
         sampler: see :class:`~compress.lowrank.sampler.RankSampler`.
-        ignore, keep_first, keep_last: see :func:`~compress.lowrank.decompose.decompose`.
+        ignore, keep_first, keep_last, unrolling: see :func:`~compress.lowrank.decompose.decompose`.
         seed: of the sampler.
 
     Attributes:
@@ -58,6 +58,7 @@ class Maestro:
         ignore: Sequence[str] = (),
         keep_first: int = 0,
         keep_last: bool = False,
+        unrolling: str = "channel",
         seed: int = 0,
     ) -> None:
         if penalty < 0 or threshold < 0:
@@ -65,7 +66,8 @@ class Maestro:
         self.module = module
         self.dense: dict[str, str] = {}
         if not decomposed_layers(module):
-            self.dense = decompose(module, ignore=ignore, keep_first=keep_first, keep_last=keep_last).dense
+            done = decompose(module, ignore=ignore, keep_first=keep_first, keep_last=keep_last, unrolling=unrolling)
+            self.dense = done.dense
         self.layers = decomposed_layers(module)
         self.weight, self.threshold = penalty, threshold
         self.scales = {
@@ -103,7 +105,12 @@ class Maestro:
 
     def state_dict(self) -> dict[str, Any]:
         """Ranks, the sampler's place, the scales; beside the module's own state it makes a run go on."""
-        return {"ranks": self.ranks, "sampler": self.sampler.state_dict(), "scales": dict(self.scales)}
+        return {
+            "ranks": self.ranks,
+            "shapes": {name: [layer.outputs, layer.inputs] for name, layer in self.layers.items()},
+            "sampler": self.sampler.state_dict(),
+            "scales": dict(self.scales),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> None:
         """Cut the layers to the ranks of ``state``, ready for the module's own ``load_state_dict``.
@@ -118,11 +125,18 @@ class Maestro:
             strange = sorted(ranks.keys() ^ self.layers.keys())
             raise ValueError(f"the checkpoint is of another architecture: {', '.join(strange[:5])} only in one of them")
         for name, rank in ranks.items():
-            if rank > self.layers[name].rank:
+            layer = self.layers[name]
+            there, here = tuple(state["shapes"][name]), (layer.outputs, layer.inputs)
+            if there != here:
+                raise ValueError(
+                    f"the checkpoint is of another architecture: layer {name} is {there[0]} x {there[1]} there, "
+                    f"{here[0]} x {here[1]} here"
+                )
+            if rank > layer.rank:
                 raise ValueError(
                     f"the checkpoint is of another architecture: layer {name} has rank {rank} there, at most "
-                    f"{self.layers[name].rank} here"
+                    f"{layer.rank} here"
                 )
-            shrink(self.layers[name], rank, optimizer)
+            shrink(layer, rank, optimizer)
         self.sampler.load_state_dict(state["sampler"])
         self.scales = dict(state["scales"])

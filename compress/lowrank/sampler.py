@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ class RankSampler:
         layers: decomposed ones by name; their ranks may shrink between steps.
         kind: ``pair``: one layer to one rank, every pair of them once in random order before any comes again, all other
             layers whole, so that a layer is drawn in proportion to its rank. ``independent``: every layer to a rank of
-            its own. ``shared``: all layers to one rank, those that have fewer whole. ``full``: none.
+            its own. ``shared``: all layers to one rank, those that have fewer whole; low ranks more often, in
+            proportion to one over the root of the rank, as few components must do alone what many do together.
+            ``full``: none.
         seed: of the order.
 
     Raises:
@@ -35,6 +38,7 @@ class RankSampler:
         self._random = random.Random(seed)
         self._pairs: list[tuple[str, int]] = []
         self._ranks: dict[str, int] = {}
+        self._shared: list[float] = []  # weights of ranks, summed up
 
     def draw(self) -> dict[str, int]:
         """Ranks of the next step by layer; layers that are not named are whole."""
@@ -44,7 +48,10 @@ class RankSampler:
         if self.kind == "independent":
             return {name: self._random.randint(1, rank) for name, rank in ranks.items() if rank}
         if self.kind == "shared":
-            rank = self._random.randint(1, max(ranks.values(), default=1) or 1)
+            highest = max(ranks.values(), default=1) or 1
+            if highest != len(self._shared):
+                self._shared = list(itertools.accumulate(each**-0.5 for each in range(1, highest + 1)))
+            (rank,) = self._random.choices(range(1, highest + 1), cum_weights=self._shared)
             return {name: min(rank, most) for name, most in ranks.items() if most}
         if ranks != self._ranks:  # pairs of ranks that are gone would be drawn in vain
             self._ranks, self._pairs = ranks, []

@@ -28,8 +28,15 @@ def hierarchical_lasso(layers: Mapping[str, LowRankLayer]) -> Tensor:
 
 
 def kept_rank(layer: LowRankLayer, threshold: float, scale: float = 1.0) -> int:
-    """Components whose importance is at least ``threshold * scale``: a prefix, as importance never rises."""
-    return int((layer.importance() >= threshold * scale).sum())
+    """Components whose importance is at least ``threshold * scale``: a prefix, as importance never rises.
+
+    Raises:
+        ValueError: the weights are not finite: no component would be kept of them.
+    """
+    importance = layer.importance()
+    if not bool(importance.isfinite().all()):
+        raise ValueError("the weights are not finite: the last step was too large; go back to the last checkpoint")
+    return int((importance >= threshold * scale).sum())
 
 
 def shrink(layer: LowRankLayer, rank: int, optimizer: Optimizer | None = None) -> None:

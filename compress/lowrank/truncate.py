@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.lowrank.decompose import decomposed_layers
-from compress.lowrank.layers import LowRankLayer
+from compress.lowrank.factors import rank_by_energy, rank_by_threshold
+from compress.lowrank.layers import LowRankConv2d, LowRankLayer, Positions
 
-__all__ = ["Member", "count_positions", "cut_to", "model_macs", "truncation_path"]
+__all__ = ["Member", "count_positions", "cut_to", "model_macs", "ranks_by_rule", "truncation_path"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,16 @@ class Member:
 
 @contextmanager
 def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> Iterator[None]:
-    """Cut ``layers`` to ``ranks`` while the block runs."""
+    """Cut ``layers`` to ``ranks`` while the block runs.
+
+    Raises:
+        ValueError: there is no such layer, or it has no such rank; nothing is cut then.
+    """
+    for name, rank in ranks.items():
+        if name not in layers:
+            raise ValueError(f"no decomposed layer {name!r}; there are {', '.join(list(layers)[:8])}")
+        if not 0 <= rank <= layers[name].rank:
+            raise ValueError(f"layer {name}: rank {rank}, allowed are 0 to {layers[name].rank}")
     for name, rank in ranks.items():
         layers[name].active = rank
     try:
@@ -43,15 +53,21 @@ def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> Iter
 
 
 @torch.no_grad()
-def count_positions(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """By layer, decomposed or not: output positions a sample, all its calls together."""
-    found: dict[str, int] = {}
+def count_positions(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Positions]:
+    """By layer, decomposed or not: positions a sample, all its calls together."""
+    found: dict[str, Positions] = {}
     hooks = []
 
-    def hook_of(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def count(layer: nn.Module, _: object, output: Tensor) -> None:
-            channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
-            found[name] = found.get(name, 0) + output.numel() // channels // len(inputs[0])
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def count(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(layer, LowRankConv2d | nn.Conv2d):
+                repeats = len(output) // len(inputs[0]) if output.dim() == 4 else 1
+                high, wide = output.shape[-2:]
+                here = Positions(repeats * high * wide, repeats * high * arguments[0].shape[-1])
+            else:
+                rows = output.numel() // output.shape[-1] // len(inputs[0])
+                here = Positions(rows, rows)
+            found[name] = found.get(name, Positions(0, 0)) + here
 
         return count
 
@@ -69,21 +85,23 @@ def count_positions(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
     return found
 
 
-def model_macs(module: nn.Module, positions: Mapping[str, int], ranks: Mapping[str, int] | None = None) -> int:
-    """MACs a sample of all layers, each in the cheaper of its forms; ``ranks`` instead of the layers' own."""
+def model_macs(module: nn.Module, positions: Mapping[str, Positions], ranks: Mapping[str, int] | None = None) -> int:
+    """MACs a sample of all layers, each in the form it is extracted to; ``ranks`` instead of the layers' own."""
     total = 0
     for name, child in module.named_modules():
+        if name not in positions:
+            continue
         if isinstance(child, LowRankLayer):
-            total += child.cost((ranks or {}).get(name, child.rank)) * positions.get(name, 0)
+            total += child.macs((ranks or {}).get(name, child.rank), positions[name])
         elif isinstance(child, nn.Linear | nn.Conv2d):
-            total += child.weight.numel() * positions.get(name, 0)
+            total += child.weight.numel() * positions[name].output
     return total
 
 
 def truncation_path(
     module: nn.Module,
     loss: Callable[[], float],
-    positions: Mapping[str, int],
+    positions: Mapping[str, Positions],
     *,
     smallest: int,
     factor: float = 0.85,
@@ -100,13 +118,12 @@ def truncation_path(
     """
     if not 0 < factor < 1:
         raise ValueError(f"factor {factor:g}: between 0 and 1")
-    layers = {name: layer for name, layer in decomposed_layers(module).items() if positions.get(name)}
+    layers = {name: layer for name, layer in decomposed_layers(module).items() if name in positions}
     ranks = {name: layer.rank for name, layer in layers.items()}
 
     def next_rank(name: str) -> int:
-        layer = layers[name]
-        saving = layer.inputs * layer.outputs / (layer.inputs + layer.outputs)
-        return max(math.ceil(min(ranks[name], saving) * factor) - 1, 0)
+        saving = layers[name].saving_rank(positions[name])
+        return max(math.ceil(min(ranks[name], saving) * factor) - 1, 1)
 
     def loss_with(name: str, rank: int) -> float:
         layers[name].active = rank
@@ -117,7 +134,7 @@ def truncation_path(
 
     def offer(name: str, now: float, turn: int) -> tuple[float, int, str, int, float]:
         rank = next_rank(name)
-        saved = (layers[name].cost(ranks[name]) - layers[name].cost(rank)) * positions[name]
+        saved = layers[name].macs(ranks[name], positions[name]) - layers[name].macs(rank, positions[name])
         after = loss_with(name, rank)
         rise = after - now if math.isfinite(after) else math.inf
         return (rise / max(saved, 1), turn, name, rank, after)
@@ -125,7 +142,7 @@ def truncation_path(
     try:
         now, macs, turn = loss(), model_macs(module, positions), 0
         path = [Member(dict(ranks), macs, now)]
-        offers = [offer(name, now, turn) for name in layers if ranks[name] > 0]
+        offers = [offer(name, now, turn) for name in layers if ranks[name] > 1]
         heapq.heapify(offers)
         while macs > smallest and offers:
             _, asked, name, rank, after = heapq.heappop(offers)
@@ -137,9 +154,31 @@ def truncation_path(
             now, macs = after, model_macs(module, positions, ranks)
             path.append(Member(dict(ranks), macs, now))
             progress(macs, smallest)
-            if rank > 0:
+            if rank > 1:
                 heapq.heappush(offers, offer(name, now, turn))
         return path
     finally:
         for layer in layers.values():
             layer.active = None
+
+
+def ranks_by_rule(
+    energies: Mapping[str, Tensor], *, energy: float | None = None, threshold: float | None = None
+) -> dict[str, int]:
+    """Each layer's rank from the energies of its own components, without looking at the others.
+
+    Args:
+        energies: by layer, [R], non-increasing.
+        energy: the smallest ranks that hold this share, 0 to 1, of the energy.
+        threshold: components at least this share, 0 to 1, of their layer's first in length (root of energy).
+
+    Raises:
+        ValueError: it is not exactly one rule, or its number is out of range.
+    """
+    if (energy is None) == (threshold is None):
+        raise ValueError("one rule is needed: energy or threshold, not both")
+    name, value = ("energy", energy) if threshold is None else ("threshold", threshold)
+    if value is None or not 0 < value <= 1:
+        raise ValueError(f"{name} {value}: above 0, up to 1")
+    rank_of = rank_by_energy if threshold is None else rank_by_threshold
+    return {layer: rank_of(each, value) for layer, each in energies.items()}

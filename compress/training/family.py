@@ -9,28 +9,65 @@ curve). Any member is cut from ``family.pt`` without training.
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.checkpoint import load_model
-from compress.errors import InfeasibleBudget, InputError
+from compress.errors import InputError
 from compress.lowrank.decompose import decomposed_layers, extract
 from compress.lowrank.norms import set_norm_statistics
 from compress.lowrank.truncate import Member
 from compress.machine import Environment
 from compress.records import Record
 
-__all__ = ["Family", "FamilyMember", "choose_member", "cut", "read_family", "save_module", "write_family"]
+__all__ = [
+    "FAMILY_FILE",
+    "Family",
+    "FamilyInput",
+    "FamilyMember",
+    "cut",
+    "plot",
+    "read_family",
+    "read_statistics",
+    "refuse_existing",
+    "save_module",
+    "weights_of",
+    "write_family",
+]
 
+FAMILY_FILE = "family.json"
+_MODULE, _NORMS = "family.pt", "norms.safetensors"
+_MACS_AXIS = "MACs, of the dense model's"
 _CLASSES = tuple(
-    f"compress.lowrank.{name}" for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "attention.OpenAttention")
+    f"compress.lowrank.{name}"
+    for name in ("layers.LowRankLinear", "layers.LowRankConv2d", "layers.SpatialConv2d", "attention.OpenAttention")
 )
+
+
+class FamilyInput(Record):
+    """One input of the model, without its batch."""
+
+    shape: tuple[int, ...]
+    dtype: str = Field(description="torch's name, as in float32")
+
+    @classmethod
+    def of(cls, x: Tensor) -> FamilyInput:
+        """The form of ``x`` [N, ...]."""
+        return cls(shape=tuple(x.shape[1:]), dtype=str(x.dtype).removeprefix("torch."))
+
+    def example(self, count: int) -> Tensor:
+        """[count, ...]: zeros, or ones of whole numbers, which are valid as token ids and as masks."""
+        dtype = getattr(torch, self.dtype)
+        make = torch.zeros if dtype.is_floating_point else torch.ones
+        return make((count, *self.shape), dtype=dtype)
 
 
 class FamilyMember(Record):
@@ -52,11 +89,12 @@ class Family(Record):
     dense_macs: int
     dense_weights: int
     dense_metric: float | None = None
-    input_shape: tuple[int, ...]
+    inputs: tuple[FamilyInput, ...]
     members: tuple[FamilyMember, ...]
     layers: dict[str, str]
     dense: dict[str, str]
     notes: tuple[str, ...] = ()
+    files: dict[str, str] = Field({}, description="SHA-256 of what lies beside family.json")
     environment: Environment
 
 
@@ -70,78 +108,96 @@ def weights_of(module: nn.Module, member: Member) -> int:
 
 def write_family(
     folder: Path, module: nn.Module, family: Family, statistics: Sequence[dict[str, Tensor]], *, overwrite: bool = False
-) -> None:
+) -> Family:
     """Write ``folder``, whole or not at all; ``module`` is decomposed, and stays so.
 
-    ``statistics`` are every member's own of BatchNorm.
+    ``statistics`` are every member's own of BatchNorm. Returns the family with its files' digests.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    torch.save(module, partial / "family.pt")
-    (partial / "family.json").write_text(family.model_dump_json(indent=1) + "\n")
+    torch.save(module, partial / _MODULE)
     named = {f"{number}/{name}": value for number, each in enumerate(statistics) for name, value in each.items()}
-    save_file(named, partial / "norms.safetensors")
+    save_file(named, partial / _NORMS)
+    family = family.model_copy(update={"files": {name: _sha256(partial / name) for name in (_MODULE, _NORMS)}})
+    (partial / FAMILY_FILE).write_text(family.model_dump_json(indent=1) + "\n")
     plain = copy.deepcopy(module)
     extract(plain)
     torch.save(plain, partial / "model.pt")
-    draw(family, partial / "family.png")
+    plot(family, partial / "family.png", [each.macs / family.dense_macs for each in family.members], _MACS_AXIS)
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+    return family
 
 
 def read_family(folder: Path) -> tuple[nn.Module, Family]:
     """The decomposed module and its members.
 
     Raises:
-        InputError: the folder is none, or is damaged.
+        InputError: the folder is none, or a file in it is missing, damaged or another run's.
     """
     from pydantic import ValidationError
 
-    for name in ("family.pt", "family.json", "norms.safetensors"):
+    for name in (_MODULE, FAMILY_FILE, _NORMS):
         if not (folder / name).is_file():
             raise InputError(
                 f"{folder} has no {name}: `compress lowrank train` and `compress lowrank truncate` make one"
             )
     try:
-        family = Family.model_validate_json((folder / "family.json").read_text())
+        family = Family.model_validate_json((folder / FAMILY_FILE).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder}/family.json is damaged, or of another version of compress") from error
-    module = load_model(folder / "family.pt", allow=_CLASSES).module
+        raise InputError(f"{folder / FAMILY_FILE} is damaged, or of another version of compress") from error
+    for name in (_MODULE, _NORMS):
+        if _sha256(folder / name) != family.files.get(name):
+            raise InputError(
+                f"{folder / name} is not the file that {FAMILY_FILE} was written with (its SHA-256 differs): it was "
+                "damaged, or is another run's; copy the folder again as a whole, or make it anew"
+            )
+    module = load_model(folder / _MODULE, allow=_CLASSES).module
     have = {name: layer.rank for name, layer in decomposed_layers(module).items()}
-    if have != family.members[0].ranks:
-        raise InputError(f"{folder}: family.json and family.pt are not of one run: their ranks differ")
+    whole = family.members[0].ranks if family.members else {}
+    # A layer that no sample ran through is in no member.
+    if not whole or {name: have.get(name) for name in whole} != whole:
+        raise InputError(f"{folder}: {FAMILY_FILE} and {_MODULE} are not of one run: their ranks differ")
+    for number, member in enumerate(family.members):
+        for name, rank in member.ranks.items():
+            if not 0 <= rank <= have.get(name, -1):
+                raise InputError(
+                    f"{folder / FAMILY_FILE} was changed: member {number} has rank {rank} in layer {name}, which has 0 "
+                    f"to {have.get(name, 'none')}"
+                )
     return module, family
 
 
-def choose_member(family: Family, *, macs: float | None = None, size: float | None = None) -> FamilyMember:
-    """The most accurate member within limits, in MACs and in weights.
-
-    Raises:
-        InfeasibleBudget: none is; with the smallest.
-    """
-    fitting = [
-        each
-        for each in family.members
-        if (macs is None or each.macs <= macs) and (size is None or each.weights <= size)
-    ]
-    if not fitting:
-        least = min(family.members, key=lambda each: each.macs)
-        raise InfeasibleBudget(
-            f"no size is that small; the smallest has {least.macs:,} MACs ({least.macs / family.dense_macs:.2f}x), "
-            f"{least.weights:,} weights ({least.weights / family.dense_weights:.2f}x)"
-        )
-    return min(fitting, key=lambda each: each.loss)
+def read_statistics(folder: Path, family: Family) -> list[dict[str, Tensor]]:
+    """Every member's statistics of BatchNorm, in the order of ``family``; empty where the model has none."""
+    found: list[dict[str, Tensor]] = [{} for _ in family.members]
+    for key, value in load_file(folder / _NORMS).items():
+        number, _, name = key.partition("/")
+        found[int(number)][name] = value
+    return found
 
 
 def cut(folder: Path, module: nn.Module, family: Family, member: FamilyMember) -> dict[str, str]:
     """Make ``module`` that member, in ordinary layers and with its own statistics; what became of each layer."""
-    prefix = f"{family.members.index(member)}/"
-    stored = load_file(folder / "norms.safetensors")
-    own = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
-    set_norm_statistics(module, own)
+    set_norm_statistics(module, read_statistics(folder, family)[family.members.index(member)])
     return extract(module, lambda name, layer: member.ranks.get(name, layer.rank))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Say before any work that ``path`` is taken.
+
+    Raises:
+        InputError: it is there already, and is not to be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
 
 
 def save_module(module: nn.Module, path: Path, *, overwrite: bool) -> None:
@@ -150,16 +206,21 @@ def save_module(module: nn.Module, path: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: the file is there already.
     """
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+    refuse_existing(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     torch.save(module, temporary)
     os.replace(temporary, path)
 
 
-def draw(family: Family, path: Path) -> None:
-    """Metric (or loss) against the share of the dense model's MACs."""
+def plot(family: Family, path: Path, costs: Sequence[float], axis: str, *, dense: float | None = None) -> None:
+    """Draw every member's metric, or its loss where there is none, against ``costs``.
+
+    Args:
+        costs: one a member.
+        axis: what they are.
+        dense: the dense model's own cost, where that is not 1.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -167,10 +228,20 @@ def draw(family: Family, path: Path) -> None:
     members = family.members
     measured = all(each.metric is not None for each in members)
     values: Sequence[float] = [float(each.metric or 0.0) if measured else each.loss for each in members]
-    axes.plot([each.macs / family.dense_macs for each in members], values, marker="o", markersize=3)
+    # Times differ by chance, so that a line through all members would go to and fro: it joins the best for their cost.
+    sign = -1.0 if measured and family.metric_name == "accuracy" else 1.0
+    front: list[tuple[float, float]] = []
+    for cost, value in sorted(zip(costs, values, strict=True), key=lambda pair: (pair[0], sign * pair[1])):
+        if not front or sign * value < sign * front[-1][1]:
+            front.append((cost, value))
+    axes.plot(costs, values, "o", markersize=3)
+    axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1)
     if measured and family.dense_metric is not None:
         axes.axhline(family.dense_metric, linestyle=":", color="grey", label="dense")
+    if dense is not None:
+        axes.axvline(dense, color="tab:red", linewidth=1, label="dense model's time")
+    if axes.get_legend_handles_labels()[1]:
         axes.legend()
-    axes.set(xlabel="MACs, of the dense model's", ylabel=family.metric_name if measured else family.loss_name)
+    axes.set(xlabel=axis, ylabel=family.metric_name if measured else family.loss_name)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -229,11 +229,14 @@ def fit(
                 (loss + companion.penalty()).backward()
                 optimizer.step()
             value = float(loss.detach())
-            if not math.isfinite(value):
+            last = step + 1 == steps
+            # The last step's weights meet no other loss of this epoch, and would be what the next one goes back to.
+            if not math.isfinite(value) or (last and not _finite(module)):
+                what = f"the loss was {value} at" if not math.isfinite(value) else "the weights were not finite after"
                 _restore(module, optimizer, companion, good)
                 return good.history, (
-                    f"the loss was {value} at step {step + 1} of epoch {epoch + 1}: the model is as it was after epoch "
-                    f"{good.epoch}; try a smaller --lr"
+                    f"{what} step {step + 1} of epoch {epoch + 1}: the model is as it was after epoch {good.epoch}; "
+                    "try a smaller --lr"
                 )
             total += value * len(index)
             progress(epoch * steps + step + 1, recipe.epochs * steps, value)
@@ -243,6 +246,10 @@ def fit(
         if checkpoint is not None:
             _write(checkpoint, good, recipe, fingerprint)
     return history, None
+
+
+def _finite(module: nn.Module) -> bool:
+    return all(bool(each.isfinite().all()) for each in module.state_dict().values())
 
 
 def _snapshot(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compress.calib.gram import Gram, rows_of
 from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
-from compress.lowrank.decompose import Decomposition, decompose, decomposed_layers
-from compress.lowrank.factors import weighted_factors
-from compress.lowrank.layers import LowRankConv2d, LowRankLayer
+from compress.lowrank.decompose import Decomposition, decompose
 from compress.lowrank.maestro import Maestro
-from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
-from compress.lowrank.truncate import count_positions, cut_to, model_macs, truncation_path
-from compress.machine import describe_environment
-from compress.training.family import Family, FamilyMember, weights_of, write_family
-from compress.training.loop import Epoch, Recipe, TrainingData, criterion_of, evaluate, first, fit
+from compress.lowrank.truncate import ranks_by_rule
+from compress.training.family import Family, refuse_existing, write_family
+from compress.training.loop import Epoch, Recipe, TrainingData, fit
+from compress.training.members import DenseModel, LowRankOptions, make_family
+from compress.training.ordering import order_layers
 
 __all__ = ["LowRankOptions", "LowRankResult", "MaestroCompanion", "train_lowrank", "truncate"]
 
 Progress = Callable[[str, int, int], None]
-_JUDGED = 512
-_GRAM_ROWS = 64 * 1024
-_BATCH = 128
-_NORMALISED = 4096
-
-
-@dataclass(frozen=True)
-class LowRankOptions:
-    """What both ways share.
-
-    Attributes:
-        smallest: the family goes down to this share of the dense model's MACs.
-        factor: a cut goes to this share of a layer's rank.
-    """
-
-    ignore: tuple[str, ...] = ()
-    keep_first: int = 0
-    keep_last: bool = False
-    smallest: float = 0.1
-    factor: float = 0.85
-
-    def check(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            InputError: with the option's name.
-        """
-        if not 0 < self.smallest < 1:
-            raise InputError(f"--smallest {self.smallest:g}: a share of the dense model's MACs, between 0 and 1")
-        if not 0 < self.factor < 1:
-            raise InputError(f"--factor {self.factor:g}: between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -72,20 +38,32 @@ class LowRankResult:
     stopped: str | None
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What both ways begin with: the model and its data, read and measured."""
+
+    module: nn.Module
+    samples: Samples
+    data: TrainingData
+    dense: DenseModel
+    fingerprint: str
+
+    def decomposed(self) -> _Start:
+        """The same behind the decomposition, before anything is cut: opened attention has layers of its own."""
+        return replace(self, dense=self.dense.counted(self.module))
+
+
 def train_lowrank(
     model: ModelLike,
     data: object,
     out: Path,
     *,
     test: object | None = None,
+    options: LowRankOptions = LowRankOptions(),  # noqa: B008 - frozen
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
-    options: LowRankOptions = LowRankOptions(),
     penalty: float = 1e-3,
     threshold: float = 1e-3,
     sampler: str = "pair",
-    factory: str | None = None,
-    allow: Sequence[str] = (),
-    overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> LowRankResult:
     """Train ``model`` with ordered factors from where it stands, and write the family to ``out``.
@@ -99,39 +77,32 @@ def train_lowrank(
         InputError: the model, the data or an option cannot be used.
     """
     recipe.check()
-    options.check()
-    _check_out(out, overwrite)
-    loaded = read_model(model, factory=factory, allow=allow)
-    samples = load_samples(data, labelled=True)
-    held = load_samples(test, labelled=True) if test is not None else None
-    training = _training_data(samples)
-    module = loaded.module
-    dense = _Dense.of(module, training, _training_data(held) if held is not None else None)
+    start = _start(model, data, out, test, options, labelled=True)
     try:
         maestro = Maestro(
-            module, penalty=penalty, threshold=threshold, sampler=sampler, ignore=options.ignore,
+            start.module, penalty=penalty, threshold=threshold, sampler=sampler, ignore=options.ignore,
             keep_first=options.keep_first, keep_last=options.keep_last, seed=recipe.seed,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error
+    start = start.decomposed()
     work = out.with_name(f".{out.name}.work")
-    if overwrite:
+    if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
-    settings = (loaded.fingerprint, samples.fingerprint, penalty, threshold, sampler, options)
+    layers = (options.ignore, options.keep_first, options.keep_last)
+    settings = (start.fingerprint, start.samples.fingerprint, penalty, threshold, sampler, layers)
     history, stopped = fit(
-        module,
-        training,
+        start.module,
+        start.data,
         recipe,
         companion=MaestroCompanion(maestro),
         checkpoint=work / "checkpoint.pt",
         fingerprint=repr(settings),
         progress=lambda done, total, loss: progress(f"training, loss {loss:.4f}", done, total),
     )
-    module.eval()
     done = Decomposition(maestro.layers, maestro.dense)
     notes = (f"stopped early: {stopped}",) if stopped else ()
-    family, statistics = _family(module, done, dense, options, notes, progress)
-    write_family(out, module, family, statistics, overwrite=overwrite)
+    family = _finish(start, done, out, options, notes, progress)
     shutil.rmtree(work, ignore_errors=True)
     return LowRankResult(family, tuple(history), stopped)
 
@@ -142,11 +113,11 @@ def truncate(
     out: Path,
     *,
     test: object | None = None,
-    options: LowRankOptions = LowRankOptions(),
+    options: LowRankOptions = LowRankOptions(),  # noqa: B008 - frozen
     weighted: bool = True,
-    factory: str | None = None,
-    allow: Sequence[str] = (),
-    overwrite: bool = False,
+    unrolling: str = "best",
+    energy: float | None = None,
+    threshold: float | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> LowRankResult:
     """Decompose a trained ``model``, ordered by what each component does on ``data``, and write the family to ``out``.
@@ -154,72 +125,64 @@ def truncate(
     Args:
         data: samples; with labels members are chosen by their loss, else by the relative squared error of the outputs.
         weighted: order by gram matrices of the inputs; False: by the weights' own singular values.
+        unrolling: of convolutions; see :func:`~compress.training.ordering.order_layers`.
+        energy, threshold: one of them: no search, but one member beside the whole model, with ranks by that rule; see
+            :func:`~compress.lowrank.truncate.ranks_by_rule`.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
     """
-    options.check()
-    _check_out(out, overwrite)
-    loaded = read_model(model, factory=factory, allow=allow)
-    samples = load_samples(data)
-    held = load_samples(test, labelled=True) if test is not None else None
-    module = loaded.module
-    labelled = _training_data(samples) if samples.labels is not None else TrainingData(samples.inputs, torch.empty(0))
-    dense = _Dense.of(module, labelled, _training_data(held) if held is not None else None)
+    ruled = energy is not None or threshold is not None
+    if ruled:
+        _ranks_by_rule({}, energy, threshold)
+    start = _start(model, data, out, test, options)
     try:
-        done = decompose(module, ignore=options.ignore, keep_first=options.keep_first, keep_last=options.keep_last)
+        done = decompose(
+            start.module, ignore=options.ignore, keep_first=options.keep_first, keep_last=options.keep_last
+        )
     except ValueError as error:
         raise InputError(str(error)) from error
-    if weighted:
-        order_by_data(done.layers, module, samples.inputs, progress)
-    family, statistics = _family(module, done, dense, options, (), progress)
-    write_family(out, module, family, statistics, overwrite=overwrite)
-    return LowRankResult(family, (), None)
+    start = start.decomposed()
+    energies = order_layers(
+        done.layers, start.module, start.samples.inputs, start.dense.positions, progress, weighted=weighted,
+        unrolling=unrolling,
+    )  # fmt: skip
+    ranks = _ranks_by_rule(energies, energy, threshold) if ruled else None
+    return LowRankResult(_finish(start, done, out, options, (), progress, ranks), (), None)
 
 
-@torch.no_grad()
-def order_by_data(
-    layers: dict[str, LowRankLayer], module: nn.Module, inputs: tuple[Tensor, ...], progress: Progress
-) -> None:
-    """Give every layer the factors that are best for its inputs, as the module feeds them."""
-    grams = {name: Gram() for name in layers}
-    seen = dict.fromkeys(layers, 0)
-    hooks = [layer.register_forward_pre_hook(_watch(grams, seen, name)) for name, layer in layers.items()]
+def _start(
+    model: ModelLike, data: object, out: Path, test: object | None, options: LowRankOptions, *, labelled: bool = False
+) -> _Start:
+    options.check()
+    refuse_existing(out, overwrite=options.overwrite)
+    loaded = read_model(model, factory=options.factory, allow=options.allow)
+    samples = load_samples(data, labelled=labelled)
+    held = _training_data(load_samples(test, labelled=True)) if test is not None else None
+    plain = samples.labels is None and not labelled
+    given = TrainingData(samples.inputs, torch.empty(0)) if plain else _training_data(samples)
+    return _Start(loaded.module, samples, given, DenseModel.of(loaded.module, given, held), loaded.fingerprint)
+
+
+def _finish(
+    start: _Start,
+    done: Decomposition,
+    out: Path,
+    options: LowRankOptions,
+    notes: tuple[str, ...],
+    progress: Progress,
+    ranks: dict[str, int] | None = None,
+) -> Family:
+    start.module.eval()
+    family, statistics = make_family(start.module, done, start.dense, options, notes, progress, ranks)
+    return write_family(out, start.module, family, statistics, overwrite=options.overwrite)
+
+
+def _ranks_by_rule(energies: dict[str, Tensor], energy: float | None, threshold: float | None) -> dict[str, int]:
     try:
-        batches = torch.arange(len(inputs[0])).split(_BATCH)
-        for number, index in enumerate(batches):
-            module(*(x[index] for x in inputs))
-            progress("gram matrices", number + 1, len(batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for number, (name, layer) in enumerate(layers.items()):
-        if seen[name]:
-            found = weighted_factors(layer.weight().flatten(1), grams[name].matrix()[0])
-            layer.up.data, layer.down.data = found.up.clone(), found.down.reshape(layer.down.shape).clone()
-        progress("decomposing", number + 1, len(layers))
-
-
-def _watch(grams: dict[str, Gram], seen: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
-    def watch(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if seen[name] >= _GRAM_ROWS:
-            return
-        x = arguments[0]
-        if isinstance(layer, LowRankConv2d):
-            settings = [_pair(layer.settings[key]) for key in ("stride", "padding", "dilation")]
-            rows = rows_of(x, layer.down.shape[2:], 1, *settings)
-        else:
-            rows = x.reshape(1, -1, x.shape[-1])
-        grams[name].update(rows)
-        seen[name] += rows.shape[1]
-
-    return watch
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, str):
-        raise InputError(f"padding={value!r}: give it in numbers")
-    return (value, value) if isinstance(value, int) else tuple(value)
+        return ranks_by_rule(energies, energy=energy, threshold=threshold)
+    except ValueError as error:
+        raise InputError(f"--energy or --threshold: {error}") from error
 
 
 class MaestroCompanion:
@@ -244,109 +207,7 @@ class MaestroCompanion:
         self.maestro.load_state_dict(state, optimizer)
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """The model before it was decomposed: what the family is compared with."""
-
-    data: TrainingData
-    test: TrainingData | None
-    outputs: Tensor
-    macs: int
-    weights: int
-    positions: dict[str, int]
-    metric: float | None
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, module: nn.Module, data: TrainingData, test: TrainingData | None) -> _Dense:
-        module.eval()
-        few = tuple(x[:2] for x in data.inputs)
-        try:
-            positions = count_positions(module, few)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"the samples do not run through the model: {str(error).splitlines()[0]}") from error
-        outputs = _outputs(module, tuple(x[-_JUDGED:] for x in data.inputs))
-        return cls(
-            data, test, outputs, model_macs(module, positions), sum(each.numel() for each in module.parameters()),
-            positions, evaluate(module, test) if test is not None else None,
-        )  # fmt: skip
-
-
-def _family(
-    module: nn.Module,
-    done: Decomposition,
-    dense: _Dense,
-    options: LowRankOptions,
-    notes: tuple[str, ...],
-    progress: Progress,
-) -> tuple[Family, list[dict[str, Tensor]]]:
-    """The members of ``module``, and every BatchNorm's statistics of each; ``module`` is left whole."""
-    labelled = len(dense.data.labels) > 0
-    judged = tuple(x[-_JUDGED:] for x in dense.data.inputs)
-    labels = dense.data.labels[-_JUDGED:]
-    criterion = criterion_of(dense.data) if labelled else None
-
-    @torch.no_grad()
-    def loss() -> float:
-        outputs = _outputs(module, judged)
-        if criterion is not None:
-            return float(criterion(outputs, labels))
-        return float((outputs - dense.outputs).square().sum() / dense.outputs.square().sum().clamp(min=1e-30))
-
-    few = tuple(x[:_NORMALISED] for x in dense.data.inputs)
-    batches = [tuple(x[index] for x in few) for index in torch.arange(len(few[0])).split(_BATCH)]
-    recalibrate(module, batches)
-    path = truncation_path(
-        module, loss, dense.positions, smallest=round(options.smallest * dense.macs), factor=options.factor,
-        progress=lambda macs, least: progress("cutting ranks", dense.macs - macs, dense.macs - least),
-    )  # fmt: skip
-    members, statistics = [], []
-    for number, member in enumerate(path):
-        with cut_to(decomposed_layers(module), member.ranks):
-            recalibrate(module, batches)
-            statistics.append(norm_statistics(module))
-            members.append(
-                FamilyMember(
-                    ranks=member.ranks,
-                    macs=member.macs,
-                    weights=weights_of(module, member),
-                    loss=loss(),
-                    metric=evaluate(module, dense.test) if dense.test is not None else None,
-                )
-            )
-        progress("measuring members", number + 1, len(path))
-    set_norm_statistics(module, statistics[0])
-    name = None
-    if dense.test is not None:
-        name = "accuracy" if dense.test.classes else "mean squared error"
-    what = {layer_name: f"rank {layer.rank} of {layer.full_rank}" for layer_name, layer in done.layers.items()}
-    family = Family(
-        loss_name=("loss" if labelled else "relative squared error of the outputs"),
-        metric_name=name,
-        dense_macs=dense.macs,
-        dense_weights=dense.weights,
-        dense_metric=dense.metric,
-        input_shape=tuple(dense.data.inputs[0].shape[1:]),
-        members=tuple(members),
-        layers=what,
-        dense=dict(done.dense),
-        notes=notes,
-        environment=describe_environment(),
-    )
-    return family, statistics
-
-
-def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    index = torch.arange(len(inputs[0])).split(_BATCH)
-    return torch.cat([first(module(*(x[each] for x in inputs))) for each in index])
-
-
 def _training_data(samples: Samples) -> TrainingData:
     if samples.labels is None:
         raise InputError(f"{samples.source} has no labels; an .npz with x and y is needed")
     return TrainingData(samples.inputs, samples.labels)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists already; choose another --out, or replace it with --overwrite")

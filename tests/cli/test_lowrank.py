@@ -44,7 +44,7 @@ def test_from_training_to_a_quantized_member(forks: Forks, folder: Path) -> None
     ]  # fmt: skip
     family = json.loads((folder / "small" / "family.json").read_text())
     assert family["members"][0]["metric"] > 0.9
-    run = forks.run(folder, "lowrank", "extract", "small", "--macs", "0.5x", "-o", "half.pt")
+    run = forks.run(folder, "lowrank", "extract", "small", "--budget", "macs=0.5x", "-o", "half.pt")
     assert run.returncode == 0, run.stderr
     assert "Written to half.pt" in run.stdout
     run = forks.run(
@@ -64,6 +64,15 @@ def test_truncation_without_training(forks: Forks, folder: Path) -> None:
     assert (folder / "cut" / "family.pt").exists()
 
 
+def test_ranks_by_a_rule_instead_of_a_search(forks: Forks, folder: Path) -> None:
+    cut = ("lowrank", "truncate", "model.pt", "--calib", "calib.npz", "-q")
+    run = forks.run(folder, *cut, "--energy", 0.9, "--unrolling", "channel", "-o", "ruled")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    whole, member = json.loads((folder / "ruled" / "family.json").read_text())["members"]
+    assert member["macs"] < whole["macs"]
+    assert all(member["ranks"][name] <= rank for name, rank in whole["ranks"].items())
+
+
 REFUSED = {
     "no labels": (("train", "model.pt", "--data", "calib.npz", "-o", "never"), "labels"),
     "sampler": (
@@ -71,9 +80,20 @@ REFUSED = {
         "known: pair, in",
     ),
     "penalty": (("train", "model.pt", "--data", "train.npz", "--penalty", "-1", "-o", "never"), "neither is below 0"),
-    "no family": (("extract", ".", "--macs", "0.5x", "-o", "x.pt"), "has no family.pt"),
-    "no limit": (("extract", "small", "-o", "x.pt"), "give --macs or --weights"),
-    "limit": (("extract", "small", "--macs", "half", "-o", "x.pt"), "--macs 'half': write 0.5x"),
+    "rules": (
+        ("truncate", "model.pt", "--calib", "calib.npz", "--energy", "0.9", "--threshold", "0.1", "-o", "never"),
+        "one rule is needed",
+    ),
+    "unrolling": (
+        ("truncate", "model.pt", "--calib", "calib.npz", "--unrolling", "both", "-o", "never"),
+        "known are best, channel, spatial",
+    ),
+    "no family": (("extract", ".", "--budget", "macs=0.5x", "-o", "x.pt"), "has no family.pt"),
+    "no limit": (("extract", "small", "-o", "x.pt"), "give a --budget: macs=0.5x"),
+    "limit": (("extract", "small", "--budget", "macs=half", "-o", "x.pt"), "write a quantity, a number and a unit"),
+    "unit": (("extract", "small", "--budget", "bops=1G", "-o", "x.pt"), "known: size, latency, drop, macs"),
+    "threads": (("extract", "small", "--budget", "latency=1ms", "--threads", "0", "-o", "x.pt"), "--threads 0: at"),
+    "written": (("extract", "small", "--budget", "macs=0.5x", "-o", "model.pt"), "model.pt exists already"),
     "existing": (("truncate", "model.pt", "--calib", "calib.npz", "-o", "small"), "small exists already"),
 }
 
@@ -89,6 +109,23 @@ def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     assert sentence in run.stderr
     assert run.stderr.startswith("error:")
     assert sorted(each.name for each in folder.iterdir()) == before
+
+
+def test_a_latency_budget_is_measured_once_and_drawn(forks: Forks, folder: Path) -> None:
+    arguments = ("--calib", "train.npz", "--test", "train.npz", "--smallest", 0.3, "--search", "program")
+    assert forks.run(folder, "lowrank", "truncate", "model.pt", *arguments, "-o", "timed", "-q").returncode == 0
+    cut = ("lowrank", "extract", "timed", "--overwrite", "-o", "fast.pt", "--budget")
+    run = forks.run(folder, *cut, "latency=9x,macs=0.6x")
+    assert run.returncode == 0, run.stderr
+    assert "ms (" in run.stdout
+    assert "kB of weights" in run.stdout
+    run = forks.run(folder, *cut, "latency=0.001us")
+    assert run.returncode == 3, run.stderr
+    assert "the smallest that a member reaches is" in run.stderr
+    run = forks.run(folder, "lowrank", "plot", "timed")  # the infeasible budget has made it time all
+    assert run.returncode == 0, run.stderr
+    assert " 0 of them timed now" in run.stdout
+    assert (folder / "timed" / "latency.png").stat().st_size > 5000
 
 
 @pytest.mark.slow

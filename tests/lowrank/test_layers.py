@@ -10,7 +10,7 @@ from torch import nn
 
 from compress.lowrank.decompose import decompose, decomposed_layers, extract
 from compress.lowrank.factors import Factors, break_even, plain_factors, rank_by_energy, rank_by_threshold
-from compress.lowrank.layers import LowRankConv2d, LowRankLinear
+from compress.lowrank.layers import LowRankConv2d, LowRankLinear, SpatialConv2d
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(3, 8, 3, padding=1),
@@ -22,12 +22,55 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_are_decomposed_exactly(name: str) -> None:
+@pytest.mark.parametrize("kind", [LowRankConv2d, SpatialConv2d])
+def test_convolutions_are_decomposed_exactly(kind: type[LowRankConv2d], name: str) -> None:
     dense = CONVOLUTIONS[name]
     x = torch.randn(2, dense.in_channels, 13, 11)
-    layer = LowRankConv2d.of(dense)
+    layer = kind.of(dense)
+    assert layer.kernel == dense.kernel_size
+    assert layer.channels == dense.out_channels
+    assert layer.rank == layer.full_rank == min(kind.matrix(dense.weight).shape)
+    torch.testing.assert_close(layer.weight(), dense.weight, rtol=1e-5, atol=1e-6)
     for same in (layer, layer.thin(), layer.dense()):
         torch.testing.assert_close(same(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("kind", [LowRankConv2d, SpatialConv2d])
+def test_a_cut_convolution_computes_its_first_components(kind: type[LowRankConv2d], name: str) -> None:
+    dense = CONVOLUTIONS[name]
+    x = torch.randn(2, dense.in_channels, 13, 11)
+    layer = kind.of(dense)
+    for rank in range(layer.rank + 1):
+        layer.active = rank
+        for same in (layer.thin(rank), layer.dense(rank)):
+            torch.testing.assert_close(layer(x), same(x), rtol=1e-5, atol=1e-5)
+        both = zip(layer.up.T[:rank], layer.down.flatten(1)[:rank], strict=True)
+        pieces = sum((up[:, None] * down for up, down in both), torch.zeros_like(kind.matrix(dense.weight)))
+        torch.testing.assert_close(kind.matrix(layer.weight(rank)), pieces, rtol=1e-4, atol=1e-5)
+
+
+def test_a_spatial_pair_is_one_wide_then_one_high_and_splits_the_settings() -> None:
+    dense = nn.Conv2d(4, 6, (3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1))
+    first, second = SpatialConv2d.of(dense).thin(7)
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(second, nn.Conv2d)
+    assert (first.weight.shape, second.weight.shape) == ((7, 4, 3, 1), (6, 7, 1, 5))
+    assert (first.stride, first.padding, first.dilation) == ((2, 1), (1, 0), (2, 1))
+    assert (second.stride, second.padding, second.dilation) == ((1, 3), (0, 2), (1, 1))
+    assert first.bias is None
+    assert second.bias is not None
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 512])
+def test_the_product_is_taken_where_it_is_cheaper_and_changes_nothing(rows: int) -> None:
+    layer = LowRankLinear.of(nn.Linear(24, 24))
+    x = torch.randn(rows, 24)
+    for rank in (8, 13, 24):
+        layer.active = rank
+        cheaper = rank * 24 * 24 + rows * 24 * 24 < rows * rank * 48
+        assert layer._merges(rank, rows) == cheaper
+        torch.testing.assert_close(layer(x), layer.thin(rank)(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7), (5, 5), (1, 9)], ids=str)
@@ -86,9 +129,10 @@ def test_attentions_masks_and_weights(mask: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_rank_0_keeps_the_true_shape() -> None:
+@pytest.mark.parametrize("kind", [LowRankConv2d, SpatialConv2d])
+def test_rank_0_keeps_the_true_shape(kind: type[LowRankConv2d]) -> None:
     dense = nn.Conv2d(3, 8, 3, stride=2)
-    layer = LowRankConv2d.of(dense)
+    layer = kind.of(dense)
     layer.active = 0
     x = torch.randn(2, 3, 9, 9)
     wanted = dense.bias[:, None, None].expand(2, 8, 4, 4)  # type: ignore[index]

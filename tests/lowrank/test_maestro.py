@@ -63,6 +63,16 @@ def test_one_rank_for_all_layers() -> None:
     assert {each["a"] for each in drawn} == set(range(1, 10))
 
 
+def test_low_ranks_are_shared_more_often() -> None:
+    sampler = RankSampler({"a": LowRankLinear.of(nn.Linear(16, 16))}, "shared")
+    counts = Counter(sampler.draw()["a"] for _ in range(8000))
+    total = sum(rank**-0.5 for rank in range(1, 17))
+    for rank in (1, 4, 16):
+        assert counts[rank] / 8000 == pytest.approx(rank**-0.5 / total, rel=0.2)
+    shrink(sampler.layers["a"], 3)
+    assert {sampler.draw()["a"] for _ in range(100)} == {1, 2, 3}
+
+
 def test_a_sampler_goes_on_where_it_was() -> None:
     layers = {"a": LowRankLinear.of(nn.Linear(9, 9))}
     first = RankSampler(layers, seed=3)
@@ -200,8 +210,12 @@ def test_ranks_fall_under_the_penalty_and_never_grow() -> None:
 
 def test_a_checkpoint_of_another_architecture_is_refused() -> None:
     first, second = Maestro(net()), Maestro(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5)))
-    with pytest.raises(ValueError, match="of another architecture: layer 0 has rank 6 there, at most 4 here"):
+    with pytest.raises(ValueError, match="of another architecture: layer 0 is 8 x 6 there, 4 x 6 here"):
         second.load_state_dict(first.state_dict())
+    cut = Maestro(net())
+    shrink(cut.layers["0"], 3)
+    with pytest.raises(ValueError, match="of another architecture: layer 0 has rank 6 there, at most 3 here"):
+        cut.load_state_dict(first.state_dict())
     third = Maestro(nn.Sequential(nn.Linear(6, 4)))
     with pytest.raises(ValueError, match="another architecture: 2 only in one of them"):
         third.load_state_dict(first.state_dict())

@@ -99,6 +99,43 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_epoch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(companion.good, tensors(module), strict=True))
 
 
+def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_kept() -> None:
+    """Its loss was finite, and no other one of that epoch sees what came of it."""
+    module, samples = net(), data()
+    good: list[list[Tensor]] = [[each.clone() for each in tensors(module)]]
+
+    class Breaking(Nothing):
+        steps = 0
+
+        @contextlib.contextmanager
+        def step(self) -> Any:
+            yield
+            self.steps += 1
+            if self.steps == 24:
+                with torch.no_grad():
+                    next(iter(module.parameters()))[0, 0] = float("nan")
+
+        def end_epoch(self, optimizer: Any) -> tuple[str, ...]:
+            good.append([each.clone() for each in tensors(module)])
+            return ()
+
+    history, stopped = fit(module, samples, Recipe(epochs=5, batch=32), companion=Breaking())
+    assert "the weights were not finite after step 8 of epoch 3: the model is as it was after epoch 2" in str(stopped)
+    assert len(history) == 2
+    assert all(torch.equal(a, b) for a, b in zip(good[2], tensors(module), strict=True))
+
+
+def test_a_family_of_a_training_that_went_astray_says_so(tmp_path: Path) -> None:
+    samples = data()
+    given = (samples.inputs[0], samples.labels)
+    recipe = Recipe(epochs=3, batch=32, rate=1e30)
+    result = train_lowrank(net(), given, tmp_path / "out", recipe=recipe, options=LowRankOptions(smallest=0.5))
+    assert result.stopped is not None
+    assert result.family.notes == (f"stopped early: {result.stopped}",)
+    module, _ = read_family(tmp_path / "out")
+    assert all(bool(each.isfinite().all()) for each in tensors(module))
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

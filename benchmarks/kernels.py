@@ -1,0 +1,267 @@
+"""Every kernel beside torch.matmul in bfloat16, on one GPU, in one run.
+
+``python -m benchmarks.kernels`` writes ``benchmarks/results/kernels-DEVICE.json`` and a table beside it. A case is a
+shape function (CASES): what it computes, the tensors one call reads, and how dense the same layer would be. Weights are
+random codes, never zeros. GB/s counts what a call must read of its weight: codes, scales, zero points, factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.device_timing import copies_for, copy_bandwidth, record_graph, time_in_turn
+from compress.kernels.lanes import LaneWeight, pack_lanes
+from compress.kernels.lowrank_linear import choose_lowrank
+from compress.kernels.packed_linear import choose_packed
+from compress.kernels.packed_reference import packed_reference
+from compress.kernels.table import register_operators
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ((4096, 4096), (8192, 28672))
+DTYPE = torch.bfloat16
+MAX_ERROR = 1e-2
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call with its own tensors: ``run``, its truth in float32, the weight's bytes, the kernel dispatch chooses."""
+
+    x: Tensor
+    run: Callable[[], Tensor]
+    truth: Callable[[], Tensor]
+    weight_bytes: int
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """``make(x, outputs)`` builds a call; ``beside`` names the case whose time this one is compared with as well."""
+
+    name: str
+    rows: int
+    shape: tuple[int, int]
+    make: Callable[[Tensor, int], Call]
+    target: str = ""
+    beside: str = ""
+
+
+def random_weight(outputs: int, inputs: int, bits: int, group: int) -> LaneWeight:
+    """Random codes, scales in 16 bits, zero points around the middle."""
+    codes = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, device="cuda")
+    grid = (outputs, -(-inputs // group))
+    scale = (torch.rand(grid, device="cuda") * 1e-3 + 1e-3).half()
+    zero_point = torch.randint(0, 1 << bits, grid, dtype=torch.uint8, device="cuda")
+    units = torch.cat([pack_lanes(part, bits) for part in codes.split(1024)])  # whole stripes at a time
+    return LaneWeight(units, scale, zero_point, bits, inputs, group)
+
+
+def packed(bits: int, group: int) -> Callable[[Tensor, int], Call]:
+    """A weight of ``bits`` in groups."""
+
+    def make(x: Tensor, outputs: int) -> Call:
+        w = random_weight(outputs, x.shape[1], bits, group)
+        run = torch.ops.compress.packed_linear
+        return Call(
+            x,
+            lambda: run(x, w.units, w.scale, w.zero_point, None, bits, group),
+            lambda: packed_reference(x.float(), w),
+            w.weight_bytes,
+            choose_packed(x, w).name,
+        )
+
+    return make
+
+
+def packed_lowrank(bits: int, group: int, rank: int) -> Callable[[Tensor, int], Call]:
+    """The same with a low-rank branch in ``x``'s dtype."""
+
+    def make(x: Tensor, outputs: int) -> Call:
+        w = random_weight(outputs, x.shape[1], bits, group)
+        up, down = random_factors(outputs, x.shape[1], rank)
+        run = torch.ops.compress.packed_lowrank_linear
+        return Call(
+            x,
+            lambda: run(x, w.units, w.scale, w.zero_point, up, down, None, bits, group),
+            lambda: packed_reference(x.float(), w, None, (x.float() @ down.float().T, up)),
+            w.weight_bytes + 2 * (up.numel() + down.numel()),
+            choose_packed(x, w, rank).name,
+        )
+
+    return make
+
+
+def lowrank(divisor: int, kept: int) -> Callable[[Tensor, int], Call]:
+    """Factors of a rank of inputs / ``divisor``, of which the first 1 / ``kept`` are used."""
+
+    def make(x: Tensor, outputs: int) -> Call:
+        total = x.shape[1] // divisor
+        rank = total // kept
+        up, down = random_factors(outputs, x.shape[1], total)
+        run = torch.ops.compress.lowrank_linear
+        return Call(
+            x,
+            lambda: run(x, up, down, None, rank),
+            lambda: x.float() @ down[:rank].float().T @ up[:, :rank].float().T,
+            2 * rank * (outputs + x.shape[1]),
+            choose_lowrank(x, up, down, rank).name,
+        )
+
+    return make
+
+
+def random_factors(outputs: int, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
+    """``up`` [O, R] and ``down`` [R, I]."""
+    up = torch.randn(outputs, rank, device="cuda", dtype=DTYPE) * rank**-0.5
+    return up, torch.randn(rank, inputs, device="cuda", dtype=DTYPE) * inputs**-0.5
+
+
+def cases() -> list[Case]:
+    """Everything that is measured."""
+    found = []
+    for shape in SHAPES:
+        for rows, target in ((1, ">= 3x, >= 80 % of copy"), (4, ""), (16, ">= 2.5x"), (64, ""), (2048, ">= 0.9x")):
+            found.append(Case("4 bits, group 128", rows, shape, packed(4, 128), target))
+        for bits in (2, 3, 8):
+            found += [Case(f"{bits} bits, group 128", rows, shape, packed(bits, 128)) for rows in (1, 16)]
+        found += [Case("4 bits, group 32", rows, shape, packed(4, 32)) for rows in (1, 16)]
+        for rows in (1, 16):
+            target = "<= 1.15x the time without" if rows == 1 else ""
+            made = packed_lowrank(4, 128, 32)
+            found.append(Case("4 bits + rank 32", rows, shape, made, target, beside="4 bits, group 128"))
+    for shape in ((4096, 4096), (8192, 8192), (28672, 8192)):
+        for rows in (1, 4, 16):
+            found.append(Case("rank inputs / 8", rows, shape, lowrank(8, 1), ">= 4x"))
+        found.append(Case("rank inputs / 8, half of it used", 1, shape, lowrank(8, 2)))
+    return found
+
+
+def measure(case: Case, bandwidth: float) -> dict[str, Any]:
+    """Time one case, its dense twin, and the case it stands beside, in turn."""
+    outputs, inputs = case.shape
+    makers = {"ours": case.make}
+    if case.beside:
+        makers["beside"] = packed(4, 128)
+    graphs, kept, error = {}, [], 0.0
+    for name, make in makers.items():
+        calls = [make(torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE), outputs)]
+        copies = copies_for(calls[0].weight_bytes)
+        calls += [make(torch.randn_like(calls[0].x), outputs) for _ in range(copies - 1)]
+        graph, results = record_graph([call.run for call in calls])
+        graph.replay()
+        graph.replay()
+        for call, result in ((calls[0], results[0]), (calls[-1], results[-1])):
+            truth = call.truth()
+            error = max(error, float((result - truth).norm() / truth.norm()))
+        kept.append((calls, results))
+        graphs[name] = (graph, copies)
+    first = kept[0][0][0]
+    if not error <= MAX_ERROR:
+        raise AssertionError(f"{case}: relative error {error:.2e}")
+    copies = copies_for(2 * outputs * inputs)
+    weights = [torch.randn(outputs, inputs, device="cuda", dtype=DTYPE) * inputs**-0.5 for _ in range(copies)]
+    xs = [torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
+    dense = [lambda x=x, w=w: torch.matmul(x, w.T) for x, w in zip(xs, weights, strict=True)]
+    graphs["dense"] = (record_graph(dense)[0], copies)
+    times = time_in_turn(graphs)
+    ours = statistics.median(times["ours"])
+    row: dict[str, Any] = {
+        "case": case.name,
+        "outputs": outputs,
+        "inputs": inputs,
+        "rows": case.rows,
+        "kernel": first.kernel,
+        "us": round(ours, 2),
+        "us_low_high": [round(min(times["ours"]), 2), round(max(times["ours"]), 2)],
+        "dense_us": round(statistics.median(times["dense"]), 2),
+        "speedup": round(statistics.median(d / o for d, o in zip(times["dense"], times["ours"], strict=True)), 2),
+        "weight_bytes": first.weight_bytes,
+        "gb_per_s": round(first.weight_bytes / ours / 1000, 1),
+        "share_of_copy": round(first.weight_bytes / ours / 1000 / bandwidth, 3),
+        "tflop_per_s": round(2 * case.rows * outputs * inputs / ours / 1e6, 1),
+        "relative_error": float(f"{error:.2e}"),
+        "target": case.target,
+    }
+    if case.beside:
+        ratios = [o / b for o, b in zip(times["ours"], times["beside"], strict=True)]
+        row["times_beside"] = round(statistics.median(ratios), 3)
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"# Kernels on one {result['device']}",
+        "",
+        f"`{result['command']}`, torch {result['torch']}, triton {result['triton']}. Copy: "
+        f"{result['copy_gb_per_s']:.0f} GB/s, read and written. All in CUDA graphs over cold buffers; dense is "
+        "torch.matmul in bfloat16 in the same rounds; GB/s counts the bytes of the compressed weight.",
+        "",
+        "| weight | outputs x inputs | rows | kernel | us | dense us | speedup | GB/s | of copy | target |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        target = row["target"]
+        if "times_beside" in row:
+            target = f"{row['times_beside']:.2f}x the time without; {target}".removesuffix("; ")
+        lines.append(
+            f"| {row['case']} | {row['outputs']} x {row['inputs']} | {row['rows']} | {row['kernel']} | {row['us']:.1f} "
+            f"| {row['dense_us']:.1f} | {row['speedup']:.2f}x | {row['gb_per_s']:.0f} "
+            f"| {100 * row['share_of_copy']:.0f} % | {target} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--warm", type=int, nargs=2, metavar=("I", "N"), help="only compile every Nth case, from I on")
+    arguments = parser.parse_args()
+    register_operators()
+    torch.manual_seed(0)
+    if arguments.warm:
+        index, count = arguments.warm
+        for case in cases()[index::count]:
+            case.make(torch.randn(case.rows, case.shape[1], device="cuda", dtype=DTYPE), case.shape[0]).run()
+        return
+    device = torch.cuda.get_device_name()
+    bandwidth = copy_bandwidth()
+    result: dict[str, Any] = {
+        "device": device,
+        "command": "python -m benchmarks.kernels",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "copy_gb_per_s": round(bandwidth, 1),
+        "rows": [],
+    }
+    stem = f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower())}"
+    failures = []
+    for case in cases():
+        try:
+            result["rows"].append(measure(case, bandwidth))
+        except Exception as error:  # noqa: BLE001 -- reported below, and the others are still worth their time
+            failures.append(f"{case.name}, {case.rows} rows, {case.shape}: {type(error).__name__}: {error}")
+            print(failures[-1], flush=True)
+            continue
+        row = result["rows"][-1]
+        shown = ("case", "outputs", "inputs", "rows", "kernel", "us", "dense_us", "speedup", "share_of_copy")
+        print(*(row[name] for name in shown), row.get("times_beside", ""), row["relative_error"], flush=True)
+        (arguments.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / f"{stem}.md").write_text(table(result))
+    if failures:
+        raise SystemExit(f"{len(failures)} cases failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Which kernel runs a call: the first of the table's that does not refuse it; each refusal is a sentence.
+
+A kernel declares what it takes as data (:class:`Requires`), beside its code. Nothing here imports triton, and nothing
+is decided before a call is there to look at.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from compress.kernels.table import KERNELS
+from compress.registry import resolve
+
+__all__ = ["Call", "Choice", "Kernel", "Requires", "choose"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator, as far as the choice of a kernel depends on it.
+
+    Attributes:
+        operator: its name in the kernel table.
+        device: ``cuda`` or ``cpu``.
+        capability: the GPU's compute capability, None elsewhere.
+        dtype: of the inputs.
+        rows: M, rows of the flattened inputs; ``outputs`` O, ``inputs`` I.
+        bits: of a packed weight's codes; 0 where the weight is not packed.
+        group_size: inputs that share a grid; I where a row has one.
+        rank: of a low-rank weight or branch; 0 without.
+    """
+
+    operator: str
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    rows: int
+    outputs: int
+    inputs: int
+    bits: int = 0
+    group_size: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a kernel takes. ``capability`` is the least; None: any device, also without triton."""
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    rows: tuple[int, int | None] = (1, None)
+    bits: tuple[int, ...] | None = None
+    group_sizes: tuple[int, ...] | None = None
+    rank: int | None = None
+    capability: tuple[int, int] | None = (8, 0)
+
+    def refusals(self, call: Call) -> Iterator[str]:
+        """Everything about ``call`` that the kernel does not take, a sentence each."""
+        if self.capability is not None:
+            if call.device != "cuda":
+                yield f"inputs are on {call.device}; it runs on GPUs"
+            elif call.capability is None or call.capability < self.capability:
+                yield f"compute capability {call.capability} is below {self.capability}"
+            if not _has_triton():
+                yield "triton is not installed"
+        if call.dtype not in self.dtypes:
+            yield f"inputs of {call.dtype} are not among {', '.join(map(str, self.dtypes))}"
+        low, high = self.rows
+        if call.rows < low or (high is not None and call.rows > high):
+            yield f"{call.rows} rows are not {low} to {'any number' if high is None else high}"
+        if self.bits is not None and call.bits not in self.bits:
+            yield f"{call.bits} bits are not in {set(self.bits)}"
+        if self.group_sizes is not None and call.group_size < call.inputs and call.group_size not in self.group_sizes:
+            yield f"group_size {call.group_size} is not in {set(self.group_sizes)}, nor a whole row"
+        if self.rank is not None and call.rank > self.rank:
+            yield f"rank {call.rank} is above {self.rank}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the kernel table: ``run`` takes the operator's own arguments."""
+
+    run: Callable[..., torch.Tensor]
+    requires: Requires
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that runs a call, and why those before it in the table do not: ``name: reason; reason``."""
+
+    name: str
+    run: Callable[..., Any]
+    refused: tuple[str, ...] = field(default=())
+
+
+def choose(call: Call) -> Choice:
+    """The first kernel of ``call.operator`` that takes ``call``; each operator's last one runs anywhere.
+
+    Raises:
+        TypeError: not even that one takes the inputs' type.
+    """
+    refused = []
+    for name, home in KERNELS[call.operator].items():
+        # A kernel's module imports triton: without one, only the rows that need none can be looked at.
+        if "reference" not in home and not _has_triton():
+            refused.append(f"{name}: triton is not installed")
+            continue
+        kernel: Kernel = resolve({name: home}, name, "kernel")
+        if reasons := "; ".join(kernel.requires.refusals(call)):
+            refused.append(f"{name}: {reasons}")
+            continue
+        return Choice(name, kernel.run, tuple(refused))
+    raise TypeError(f"no kernel of {call.operator} takes the call. {'. '.join(refused)}")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

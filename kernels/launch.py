@@ -1,0 +1,47 @@
+"""What a launch needs to know about the device a tensor is on; asked at the call, never at import."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["capability", "launch_options", "multiprocessors", "overlaps", "power_of_two"]
+
+
+@cache
+def _properties(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    if device.type != "cuda":
+        return None, 1
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """Compute capability of the GPU that ``x`` is on; None elsewhere."""
+    return _properties(x.device)[0]
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many multiprocessors the GPU has that ``x`` is on; 1 elsewhere."""
+    return _properties(x.device)[1]
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch, from Hopper on)."""
+    found = capability(x)
+    return found is not None and found >= (9, 0)
+
+
+def launch_options(x: Tensor) -> dict[str, Any]:
+    """What every launch says: products and sums may fuse, and on Hopper the launch may overlap the one before."""
+    if capability(x) is None:
+        return {}
+    return {"enable_fp_fusion": True, **({"launch_pdl": True} if overlaps(x) else {})}
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least ``number`` (1 or more)."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,103 @@
+"""Compile every kernel for GPUs that are not there. A program of its own: triton is imported without its interpreter.
+
+Launchers are called as always, with tensors on the CPU and the device's properties made up; what they would launch is
+compiled instead. ``python compile_launches.py ARCHITECTURE...`` prints a JSON list, a row for each launch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from compress.kernels import launch
+from compress.kernels.lanes import LaneWeight, unit_shape
+from compress.kernels.packed_dot import packed_dot
+from compress.kernels.packed_gemv import packed_gemv
+from compress.kernels.packed_unpack import unpack_weight
+from compress.kernels.thin_dot import lowrank_dot
+from compress.kernels.thin_gemv import lowrank_gemv
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS |= {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+INPUTS = OUTPUTS = 256
+
+
+class Recorder:
+    """Stands in for launching: compiles for ``architecture`` and remembers what came of it, under ``label``."""
+
+    def __init__(self, architecture: int, label: str) -> None:
+        self.architecture = architecture
+        self.label = label
+        self.rows: list[dict[str, Any]] = []
+
+    def method(self) -> Any:
+        """To put in place of ``JITFunction.run``: a function, so that it is bound to the kernel."""
+        return lambda kernel, *given, **named: self.compile(kernel, *given, **named)
+
+    def compile(self, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> None:
+        """Compile what would be launched."""
+        options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+        values = dict(zip(kernel.arg_names, arguments, strict=False))
+        signature = {name: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in values.items()}
+        signature |= dict.fromkeys(settings, "constexpr")
+        # A launch tells the compiler the same about its arguments.
+        aligned = [i for i, v in enumerate(values.values()) if isinstance(v, torch.Tensor) or v % 16 == 0]
+        source = ASTSource(kernel, signature, settings, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        built = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
+        ptx = built.asm["ptx"]
+        self.rows.append(
+            {
+                "kernel": kernel.fn.__name__,
+                "case": self.label,
+                "architecture": self.architecture,
+                "target": next(line.split()[1] for line in ptx.splitlines() if line.startswith(".target")),
+                "shared_bytes": built.metadata.shared,
+                "tensor_cores": any(word in ptx for word in ("wgmma.mma_async", "mma.sync")),
+                "flushes_subnormals": ".ftz" in ptx,
+                "cubin_bytes": len(built.asm["cubin"]),
+            }
+        )
+
+
+def weight_of(bits: int) -> LaneWeight:
+    """A weight of zeros, groups of 128, scales in 16 bits."""
+    units = torch.zeros(unit_shape(OUTPUTS, INPUTS, bits), dtype=torch.int16)
+    grid = (OUTPUTS, INPUTS // 128)
+    return LaneWeight(
+        units, torch.ones(grid, dtype=torch.float16), torch.ones(grid, dtype=torch.uint8), bits, INPUTS, 128
+    )
+
+
+def compile_all(architecture: int) -> list[dict[str, Any]]:
+    """Every kernel, at the widths and types that take different code."""
+    launch._properties = lambda device: (divmod(architecture, 10), 132)  # type: ignore[assignment,return-value]
+    rows = []
+    for bits, dtype in ((4, torch.float16), (3, torch.bfloat16), (8, torch.float32)):
+        recorder = Recorder(architecture, f"{bits} bits {dtype}")
+        JITFunction.run = recorder.method()
+        weight = weight_of(bits)
+        branch = (torch.zeros(16, 32, dtype=dtype), torch.zeros(OUTPUTS, 32, dtype=dtype))
+        packed_gemv(torch.zeros(1, INPUTS, dtype=dtype), weight, None, branch)
+        packed_dot(torch.zeros(16, INPUTS, dtype=dtype), weight, None, branch, tile=(64, 16, 2, 4, 4, 1))
+        unpack_weight(weight, dtype)
+        rows += recorder.rows
+    for dtype in (torch.bfloat16, torch.float32):
+        recorder = Recorder(architecture, f"rank 32 {dtype}")
+        JITFunction.run = recorder.method()
+        up, down = torch.zeros(OUTPUTS, 32, dtype=dtype), torch.zeros(32, INPUTS, dtype=dtype)
+        lowrank_gemv(torch.zeros(1, INPUTS, dtype=dtype), up, down)
+        lowrank_dot(torch.zeros(16, INPUTS, dtype=dtype), up, down)
+        rows += recorder.rows
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps([row for architecture in sys.argv[1:] for row in compile_all(int(architecture))]))

@@ -1,0 +1,47 @@
+"""Every kernel compiles for GPUs that are not there: Ampere, Ada and Hopper."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+def test_every_kernel_compiles(architecture: int, tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_launches.py")), str(architecture)],
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(run.stdout)
+    assert {row["kernel"] for row in rows} == {
+        "packed_gemv_fwd_kernel",
+        "packed_dot_fwd_kernel",
+        "packed_unpack_fwd_kernel",
+        "partial_sums_fwd_kernel",
+        "thin_gemv_fwd_kernel",
+        "thin_dot_fwd_kernel",
+    }
+    for row in rows:
+        assert row["target"].startswith(f"sm_{architecture}"), row
+        assert row["cubin_bytes"] > 0, row
+        # Ada's programs get 99 kB of shared memory, Ampere's and Hopper's more.
+        assert row["shared_bytes"] <= 99 * 1024, row
+        assert row["tensor_cores"] == ("dot" in row["kernel"]), row
+        # The GEMV's codes are subnormal numbers: a compiler that flushed them would make every product zero.
+        assert not row["flushes_subnormals"], row

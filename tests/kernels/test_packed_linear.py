@@ -1,0 +1,93 @@
+"""The operators over packed weights: what they compute, which kernel they choose, what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from compress.kernels.dispatch import Call, choose
+from compress.kernels.packed_linear import packed_linear, packed_lowrank_linear
+from compress.kernels.table import KERNELS
+from compress.registry import resolve
+
+GPU_CALL = Call("packed_linear", "cuda", (9, 0), torch.bfloat16, 1, 4096, 4096, bits=4, group_size=128)
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (300,)])
+def test_operators(rows: tuple[int, ...], device: str, lane_weight: Callable[..., Any], assert_near: Any) -> None:
+    weight, exact = lane_weight(24, 96, 4, 32, device)
+    x, bias = torch.randn(*rows, 96, device=device), torch.randn(24, device=device)
+    up, down = torch.randn(24, 6, device=device), torch.randn(6, 96, device=device)
+    packed = (weight.units, weight.scale, weight.zero_point)
+    wanted = x.double() @ exact.T + bias.double()
+    assert_near(packed_linear(x, *packed, bias, 4, 32), wanted)
+    wanted += x.double() @ down.double().T @ up.double().T
+    assert_near(packed_lowrank_linear(x, *packed, up, down, bias, 4, 32), wanted)
+
+
+def test_opcheck(lane_weight: Callable[..., Any]) -> None:
+    weight, _ = lane_weight(6, 40, 3, 32, "cpu")
+    packed = (weight.units, weight.scale, weight.zero_point)
+    x, up, down = torch.randn(2, 3, 40), torch.randn(6, 2), torch.randn(2, 40)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(packed_linear, (x, *packed, None, 3, 32), test_utils=checks)
+    torch.library.opcheck(packed_lowrank_linear, (x, *packed, up, down, None, 3, 32), test_utils=checks)
+    assert packed_linear(x[:0], *packed, None, 3, 32).shape == (0, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel"),
+    [
+        ({}, "packed_gemv"),
+        ({"rows": 16}, "packed_dot"),
+        ({"rows": 2048}, "packed_unpack"),
+        ({"capability": (7, 5)}, "reference"),
+        ({"device": "cpu", "capability": None}, "reference"),
+        ({"group_size": 96}, "reference"),
+        ({"group_size": 4096}, "packed_gemv"),
+        ({"dtype": torch.float64}, None),
+    ],
+)
+def test_choice(change: dict[str, Any], kernel: str | None) -> None:
+    call = replace(GPU_CALL, **change)
+    if kernel is None:
+        with pytest.raises(TypeError, match=r"inputs of torch\.float64 are not among"):
+            choose(call)
+    else:
+        assert choose(call).name == kernel
+
+
+def test_refusals_are_sentences() -> None:
+    refused = choose(replace(GPU_CALL, rows=2000, capability=(7, 5), group_size=96)).refused
+    assert refused[0] == (
+        "packed_gemv: compute capability (7, 5) is below (8, 0); 2000 rows are not 1 to 1; "
+        "group_size 96 is not in {32, 64, 128}, nor a whole row"
+    )
+    assert [reason.partition(":")[0] for reason in refused] == ["packed_gemv", "packed_dot", "packed_unpack"]
+    assert choose(replace(GPU_CALL, device="cpu", capability=None)).refused[0].endswith("it runs on GPUs")
+
+
+def test_each_operator_ends_in_its_reference() -> None:
+    for kernels in KERNELS.values():
+        last = list(kernels)[-1]
+        assert last == "reference"
+        assert resolve(kernels, last, "kernel").requires.capability is None
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("units", r"4 bits x 24 x 96 need contiguous int16 \(3, 1, 8, 32\)"),
+        ("scale", r"groups of 32 need contiguous \(24, 3\)"),
+        ("zero_point", r"groups of 32 need contiguous \(24, 3\)"),
+    ],
+)
+def test_wrong_sizes_are_refused(field: str, message: str, lane_weight: Callable[..., Any]) -> None:
+    weight, _ = lane_weight(24, 96, 4, 32, "cpu")
+    wrong = replace(weight, **{field: getattr(weight, field)[:, :-1]})
+    with pytest.raises(ValueError, match=message):
+        packed_linear(torch.zeros(1, 96), wrong.units, wrong.scale, wrong.zero_point, None, 4, 32)
