@@ -5,13 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import Tensor, fx
+
 from compress.calib.blocks import Block, find_blocks
 from compress.calib.reconstruction import BlockMethod, BlockProblem, BlockSolution, reconstruct
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.graph.layers import is_stored, layer_calls, tied_tables
 from compress.graph.quantizers import fake_quantize_op
-from compress.graph.rewrite import set_grid, set_weight
+from compress.graph.rewrite import layer_bias, set_bias, set_grid, set_weight
 from compress.methods import METHODS
 from compress.problem import ActivationGrid, Effort, Solution
 from compress.records import Plan
@@ -77,7 +80,13 @@ class BlockWalk:
         if found is None:
             reference.advance(block.output, keep=(*inputs, block.output))
             problem = BlockProblem(
-                block, ahead, reference, len(self.walk.inputs[0]), self._weights(layers), self._grids(block)
+                block,
+                ahead,
+                reference,
+                len(self.walk.inputs[0]),
+                self._weights(layers),
+                self._grids(block),
+                self._biases(layers) if method.learn_biases else {},
             )
             effort = Effort(self.plan.iterations, layer_seed(self.plan.seed, block.output))
             found = reconstruct(problem, method, effort, self._say(block))
@@ -87,10 +96,14 @@ class BlockWalk:
             set_weight(self.model, layer, found.weights[stored], self.computes[layer])
         for name, scale in found.scales.items():
             set_grid(self.model, name, scale, self.model.tensor(f"{name}.zero_point"))
+        calls = {layer: layer_calls(self.model)[layer][0].name for layer in layers.values()}
+        for layer, call in calls.items():
+            if call in found.biases:
+                set_bias(self.model, layer, found.biases[call])
         gained = f"block {block.name}: output error {found.before:.3%} rounded, {found.after:.3%} reconstructed"
         for stored, layer in layers.items():
             note = "; ".join(each for each in (gained, found.note) if each)
-            yield layer, Solution(found.weights[stored]), note
+            yield layer, Solution(found.weights[stored], found.biases.get(calls[layer])), note
 
     def _first(self, block: Block, whole: bool) -> str:
         """The node of the changed graph that a block begins at."""
@@ -108,7 +121,7 @@ class BlockWalk:
                 found[stored.name] = layer
         return found
 
-    def _weights(self, layers: dict[str, str]) -> dict[str, tuple[object, QuantizedWeight]]:
+    def _weights(self, layers: dict[str, str]) -> dict[str, tuple[Tensor, QuantizedWeight]]:
         found = {}
         for node, layer in layers.items():
             weight = self.walk.float_model.tensor(f"{layer}.weight")
@@ -118,16 +131,25 @@ class BlockWalk:
             found[node] = (weight, QuantizedWeight.from_tensors(parts, choice.option.bits, tuple(weight.shape)))
         return found
 
+    def _biases(self, layers: dict[str, str]) -> dict[str, tuple[Callable[..., Tensor], Tensor]]:
+        found = {}
+        for layer in layers.values():
+            call = layer_calls(self.model)[layer][0]
+            bias = layer_bias(self.model, call)
+            outputs = len(self.walk.float_model.tensor(f"{layer}.weight"))
+            found[call.name] = (call.target, torch.zeros(outputs) if bias is None else bias)
+        return found
+
     def _grids(self, block: Block) -> dict[str, tuple[str, ActivationGrid]]:
         """Grids that are read nowhere but in the block, by each node that rounds to them."""
         order = [node for node in self.model.graph.nodes if node.op not in ("get_attr", "output")]
         names = [node.name for node in order]
         start = names.index(block.input) + 1 if block.input is not None else 0
         inside = set(order[start : names.index(block.output) + 1])
-        nodes: dict[str, list] = {}
+        nodes: dict[str, list[fx.Node]] = {}
         for node in self.model.graph.find_nodes(op="call_function", target=fake_quantize_op()):
             nodes.setdefault(node.args[1].target.removesuffix(".scale"), []).append(node)
-        found = {}
+        found: dict[str, tuple[str, ActivationGrid]] = {}
         for name, same in nodes.items():
             if all(node in inside for node in same):
                 scale, zero_point = (self.model.tensor(f"{name}.{part}") for part in ("scale", "zero_point"))
@@ -149,11 +171,14 @@ class BlockWalk:
             parts = {part: tensors[f"{node}.{part}"] for part in ("packed", "scale", "zero_point")}
             weights[node] = QuantizedWeight.from_tensors(parts, start.bits, tuple(weight.shape))
         scales = {key.removeprefix("grid "): value for key, value in tensors.items() if key.startswith("grid ")}
-        return BlockSolution(weights, scales, float(strings["before"]), float(strings["after"]), strings.get("note"))
+        biases = {key.removeprefix("bias "): value for key, value in tensors.items() if key.startswith("bias ")}
+        before, after = (float(strings[key]) for key in ("before", "after"))
+        return BlockSolution(weights, scales, biases, before, after, strings.get("note"))
 
     def _save(self, block: Block, layers: dict[str, str], found: BlockSolution) -> None:
         tensors = {f"{node}.{part}": each for node in layers for part, each in found.weights[node].tensors().items()}
         tensors |= {f"grid {name}": scale for name, scale in found.scales.items()}
+        tensors |= {f"bias {call}": bias for call, bias in found.biases.items()}
         strings = {"before": repr(found.before), "after": repr(found.after)}
         if found.note:
             strings["note"] = found.note

@@ -7,8 +7,10 @@ One implementation, whose settings are the published methods:
     qdrop      and activation quantization dropped at random                  Wei et al. 2022 (arXiv 2203.05740)
     genie      and weight steps learned, the codes below them frozen          Jeon et al. 2022 (arXiv 2212.04780)
 
-A block starts from the grids of the smallest squared error. The iterate whose outputs, all codes decided, are best on a
-fixed part of the samples is kept, the start among them: no block is worse there than rounding to nearest.
+Biases are learned beside the weights, which none of the four does: they cost nothing at run time, and at few bits they
+are worth as much as the rest. A block starts from the grids of the smallest squared error. The iterate whose outputs,
+all codes decided, are best on a fixed part of the samples is kept, the start among them: no block is worse there than
+rounding to nearest.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from compress.calib.blocks import Block
 from compress.calib.frontier import Frontier
-from compress.calib.soft import SoftGrid, SoftWeight
+from compress.calib.soft import Masks, SoftGrid, SoftWeight
 from compress.problem import ActivationGrid, Effort, LayerProblem, Solution
 from compress.quant.grid import mse_grid, quantize
 from compress.records import QuantOption
@@ -39,6 +41,7 @@ _BETA = (20.0, 2.0)
 _RATE_CODES, _LARGEST_RATE = 20.0, 1e-2
 _RATE_SCALE = 1e-3  # relative
 _RATE_GRID = 1e-3  # relative
+_RATE_BIAS = 2e-3  # deviations of the layer's output
 _SMALLEST = 1e-30
 
 
@@ -50,12 +53,14 @@ class BlockMethod:
         whole_blocks: blocks of several layers; False: every layer alone.
         learn_grids: activation steps.
         learn_scales: weight steps.
+        learn_biases: the layers' biases.
         drop: chance of an activation to stay unquantized, and of a block's input to be the float model's.
     """
 
     whole_blocks: bool
     learn_grids: bool
     learn_scales: bool
+    learn_biases: bool
     drop: float
     needs_data: bool = True
     sequential: bool = True
@@ -67,10 +72,10 @@ class BlockMethod:
         return Solution(quantize(problem.weight, scale, zero_point, option.bits))
 
 
-ADAROUND = BlockMethod(whole_blocks=False, learn_grids=False, learn_scales=False, drop=0.0)
-BRECQ = BlockMethod(whole_blocks=True, learn_grids=True, learn_scales=False, drop=0.0)
-QDROP = BlockMethod(whole_blocks=True, learn_grids=True, learn_scales=False, drop=0.5)
-GENIE = BlockMethod(whole_blocks=True, learn_grids=True, learn_scales=True, drop=0.5)
+ADAROUND = BlockMethod(whole_blocks=False, learn_grids=False, learn_scales=False, learn_biases=False, drop=0.0)
+BRECQ = BlockMethod(whole_blocks=True, learn_grids=True, learn_scales=False, learn_biases=True, drop=0.0)
+QDROP = BlockMethod(whole_blocks=True, learn_grids=True, learn_scales=False, learn_biases=True, drop=0.5)
+GENIE = BlockMethod(whole_blocks=True, learn_grids=True, learn_scales=True, learn_biases=True, drop=0.5)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class BlockProblem:
         reference: the float graph's, past it, with the block's input and output at hand.
         weights: by the node that unpacks it: float weight and where it starts.
         grids: by quantizer node's name: the grid's own name and start.
+        biases: by call's node name: the node's operator, and the bias [O] that it adds (zeros where it adds none).
     """
 
     block: Block
@@ -91,14 +97,16 @@ class BlockProblem:
     samples: int
     weights: Mapping[str, tuple[Tensor, QuantizedWeight]]
     grids: Mapping[str, tuple[str, ActivationGrid]]
+    biases: Mapping[str, tuple[Callable[..., Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
 class BlockSolution:
-    """Weights by node, steps [] by grid, relative squared output errors at the start and now, and a remark."""
+    """Weights by node, steps [] by grid, biases [O] by call; relative squared errors before and after, and a remark."""
 
     weights: dict[str, QuantizedWeight]
     scales: dict[str, Tensor]
+    biases: dict[str, Tensor]
     before: float
     after: float
     note: str | None
@@ -152,15 +160,19 @@ class _Learned:
     """The trainables of a block, and the block run with them."""
 
     def __init__(self, problem: BlockProblem, method: BlockMethod, generator: torch.Generator) -> None:
-        self.problem, self.method, self.generator = problem, method, generator
+        self.problem, self.method = problem, method
+        self.masks = Masks(method.drop, generator) if method.drop else None
         self.weights = {
             name: SoftWeight(weight, start, method.learn_scales) for name, (weight, start) in problem.weights.items()
         }
-        made = {
-            name: SoftGrid(grid, method.drop, method.learn_grids, generator) for name, grid in problem.grids.values()
-        }
+        made = {name: SoftGrid(grid, self.masks, method.learn_grids) for name, grid in problem.grids.values()}
         self.grids = {node: made[name] for node, (name, _) in problem.grids.items()}
         self.by_name = made
+        self.shifts = {
+            name: torch.zeros_like(bias).requires_grad_(method.learn_biases)
+            for name, (_, bias) in problem.biases.items()
+        }
+        self.units = self._deviations()
         self.starts = {name: start for name, (_, start) in problem.weights.items()}
         self.moved = False
 
@@ -171,7 +183,8 @@ class _Learned:
         steps = [each.factor_log for each in self.by_name.values() if each.factor_log.requires_grad]
         rate = min(_RATE_CODES / max(iterations, 1), _LARGEST_RATE)
         found: list[dict[str, object]] = [{"params": codes, "lr": rate, "anneal": False}]
-        for parameters, each in ((scales, _RATE_SCALE), (steps, _RATE_GRID)):
+        shifts = [each for each in self.shifts.values() if each.requires_grad]
+        for parameters, each in ((scales, _RATE_SCALE), (steps, _RATE_GRID), (shifts, _RATE_BIAS)):
             if parameters:
                 found.append({"params": parameters, "lr": each, "anneal": True})
         return found
@@ -203,13 +216,35 @@ class _Learned:
         return error / max(norm, _SMALLEST) if math.isfinite(error) else math.inf
 
     @torch.no_grad()
-    def solution(self) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
-        """Weights by node and steps by grid."""
-        return self._decided(), {name: grid.scale().clone() for name, grid in self.by_name.items()}
+    def solution(self) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], dict[str, Tensor]]:
+        """Weights by node, steps by grid, biases by call."""
+        scales = {name: grid.scale().clone() for name, grid in self.by_name.items()}
+        return self._decided(), scales, {name: self._bias(name).clone() for name in self.shifts}
 
     def _decided(self) -> dict[str, QuantizedWeight]:
         # What nobody has moved is where it started: to nearest, which a logit of zero decides upwards.
         return {name: each.hard() for name, each in self.weights.items()} if self.moved else dict(self.starts)
+
+    def _bias(self, call: str) -> Tensor:
+        return self.problem.biases[call][1] + self.shifts[call] * self.units[call]
+
+    @torch.no_grad()
+    def _deviations(self) -> dict[str, Tensor]:
+        """Of each call's output, on one batch."""
+        seen: dict[str, Tensor] = {}
+
+        def watched(call: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(*args: object) -> Tensor:
+                found = operator(*args)
+                seen[call] = found.std(correction=0).clamp(min=_SMALLEST)
+                return found
+
+            return run
+
+        problem = self.problem
+        instead = {call: watched(call, operator) for call, (operator, _) in problem.biases.items()}
+        problem.ahead.through(problem.block.output, torch.arange(min(_BATCH, problem.samples)), instead, {})
+        return seen
 
     def _wanted(self, index: Tensor) -> Tensor:
         reference = self.problem.reference
@@ -219,14 +254,18 @@ class _Learned:
         problem = self.problem
         instead: dict[str, Callable[..., Tensor]] = dict(self.grids)
         instead |= {name: _constant(weight) for name, weight in weights.items()}
+        instead |= {call: _with_bias(operator, self._bias(call)) for call, (operator, _) in problem.biases.items()}
         given = {}
         source = problem.block.input
-        if mixed and self.method.drop and source is not None:
+        if mixed and self.masks is not None and source is not None:
             quantized, plain = (frontier.value(source, index) for frontier in (problem.ahead, problem.reference))
-            kept = torch.rand(plain.shape, generator=self.generator) < self.method.drop
-            given = {source: torch.where(kept, plain, quantized)}
+            given = {source: torch.lerp(plain, quantized, self.masks.draw(plain.shape))}
         found = problem.ahead.through(problem.block.output, index, instead, given)
         return problem.ahead.real(found, index) - self._wanted(index)
+
+
+def _with_bias(operator: Callable[..., Tensor], bias: Tensor) -> Callable[..., Tensor]:
+    return lambda x, weight, _=None, *rest: operator(x, weight, bias, *rest)
 
 
 def _constant(weight: Tensor) -> Callable[..., Tensor]:
