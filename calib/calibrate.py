@@ -8,7 +8,6 @@ into the graph before the walk goes on. Every finished layer is stored, and take
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from torch import Tensor, fx
 from compress.calib.adaquant import evaluation_rows
 from compress.calib.bias import corrected_bias
 from compress.calib.block_rounding import round_blocks
+from compress.calib.block_walk import BlockWalk, layer_seed
 from compress.calib.observers import Histogram, activation_grid, observe_range
 from compress.calib.refit import refit_up
 from compress.calib.resume import ResumeStore
@@ -86,9 +86,12 @@ def calibrate(
     first_quantizer = {quantizer.node: quantizer for quantizer in quantizers}
     calls = layer_calls(model)
     first_call = {nodes[0].name: name for name, nodes in calls.items()}
-    results = []
+    results: list[LayerResult] = []
+    names = [node.name for node in model.graph.nodes]
+    blocks = BlockWalk(walk, plan, computes, store, progress)
     try:
-        for name in [node.name for node in model.graph.nodes]:
+        for name in names:
+            blocks.enter(name)
             if name in first_quantizer:
                 calibration.choose_grid(first_quantizer[name])
             elif name in first_call and (choice := plan.choice(first_call[name])):
@@ -96,6 +99,9 @@ def calibrate(
                 progress(choice.layer)
             elif name in first_call and first_call[name] in calibration.refitted:
                 calibration.refit_layer(first_call[name])
+            for layer, solution, note in blocks.leave(name):
+                results = [result for result in results if result.layer != layer]
+                results.append(calibration.measure_again(layer, solution, note))
     finally:
         walk.close()
     return results
@@ -178,6 +184,13 @@ class _Calibration:
             set_grid(self.model, found.quantizer.name, solution.grid.scale, solution.grid.zero_point)
         return result
 
+    def measure_again(self, layer: str, solution: Solution, note: str | None) -> LayerResult:
+        """A layer that its block's reconstruction has changed, behind the others of the block as they are by now."""
+        choice = self.plan.choice(layer)
+        assert choice is not None
+        found = self.walk.layer(layer, [], sequential=True)
+        return self._measure(choice, found.problem, solution, note)
+
     def refit_layer(self, layer: str) -> None:
         """Fit the second factor of a layer that stays float, in the graph."""
         problem = self.walk.layer(layer, [], sequential=True).problem
@@ -222,11 +235,6 @@ class _Calibration:
         if solution.grid is not None:
             tensors |= {"grid_scale": solution.grid.scale, "grid_zero_point": solution.grid.zero_point}
         self.store.save(choice.layer, tensors, {"note": solution.note} if solution.note else {})
-
-
-def layer_seed(seed: int, layer: str) -> int:
-    """The seed of ``layer``: its own, whatever layers come before it."""
-    return seed ^ zlib.crc32(layer.encode())
 
 
 def _suffers(choice: Choice, result: LayerResult) -> bool:

@@ -44,6 +44,7 @@ class Frontier:
         self._done: set[str] = set()
         self._values: dict[str, SpilledSamples] = {}
         self._batch_dims: dict[str, int] = {}
+        self._held: tuple[set[str], dict[str, SpilledSamples]] | None = None
         scratch.mkdir(parents=True, exist_ok=True)
 
     def advance(
@@ -114,6 +115,52 @@ class Frontier:
                     known[node.name] = self._compute(node, known, index)
         raise AssertionError("a graph ends with its output")
 
+    def mark(self, keep: tuple[str, ...] = ()) -> None:
+        """Remember the position, for :meth:`turn_back`; values that it needs stay until the next mark.
+
+        ``keep`` are values of before that stay as well.
+        """
+        self._held = None
+        self.release(keep)
+        self._held = (set(self._done), dict(self._values))
+
+    def turn_back(self) -> None:
+        """Return to the position that was marked: what has run since runs again, as the graph is by then."""
+        assert self._held is not None
+        done, values = self._held
+        for name in [name for name in self._values if name not in values]:
+            self._values.pop(name).close()
+        self._done, self._values = set(done), dict(values)
+
+    def through(
+        self, until: str, index: Tensor, instead: Mapping[str, Callable[..., Tensor]], given: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The value of the node called ``until`` for the samples at ``index``, computed from the position on.
+
+        Gradients pass where they are enabled, and the frontier stays where it is.
+
+        Args:
+            instead: functions of a node's arguments that take its operator's place, by node.
+            given: values of before that are to be these.
+        """
+        known: dict[str, Any] = dict(given)
+        for node in self._segment(until):
+            if node.op == "placeholder":
+                self._value(node, known, index)
+                continue
+            function = instead.get(node.name, node.target)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, known, index))
+            known[node.name] = function(*args, **kwargs)
+        return self._value(next(n for n in self._traced.graph.nodes if n.name == until), known, index)
+
+    def value(self, name: str, index: Tensor) -> Tensor:
+        """The kept value called ``name`` of the samples at ``index``, in the shape that the graph gives it."""
+        return self._stored(name, index)
+
+    def real(self, value: Tensor, index: Tensor) -> Tensor:
+        """Of a value of the samples at ``index`` what belongs to real tokens; all of it without padding."""
+        return self._real(value, index)
+
     def samples(self, name: str) -> SpilledSamples | RealTokens:
         """All samples of the value called ``name``, kept or still needed, along the first dimension.
 
@@ -133,14 +180,19 @@ class Frontier:
     def release(self, keep: tuple[str, ...] = ()) -> None:
         """Delete the values that no node after the position reads, but for those in ``keep``."""
         needed = self._needed_after([]) | set(keep)
+        held = self._held[1] if self._held is not None else {}
         for name in [name for name in self._values if name not in needed]:
-            self._values.pop(name).close()
+            values = self._values.pop(name)
+            if name not in held:
+                values.close()
 
     def close(self) -> None:
         """Delete everything on disk."""
-        for samples in self._values.values():
+        held = self._held[1] if self._held is not None else {}
+        for samples in (*self._values.values(), *held.values()):
             samples.close()
         self._values.clear()
+        self._held = None
 
     def _real(self, value: Tensor, index: Tensor) -> Tensor:
         return value if self._mask is None else select_real(value, self._mask[index])
@@ -183,7 +235,7 @@ class Frontier:
 
     def _stored(self, name: str, index: Tensor) -> Tensor:
         rows = len(self._values[name]) // len(self._inputs[0])  # a sample
-        found = self._values[name].take(torch.arange(int(index[0]) * rows, (int(index[-1]) + 1) * rows))
+        found = self._values[name].take((index[:, None] * rows + torch.arange(rows)).flatten())
         return found.movedim(0, self._batch_dims[name]).contiguous()
 
     def _run(self, nodes: list[fx.Node], index: Tensor) -> dict[str, Any]:
@@ -203,7 +255,7 @@ class Frontier:
                 known[node.name] = self._traced.tensor(str(node.target))
             elif node.op == "placeholder":
                 position = self._traced.inputs().index(node)
-                known[node.name] = self._inputs[position][index[0] : index[-1] + 1]
+                known[node.name] = self._inputs[position][_slice(index)]
             elif node.name in self._values:
                 known[node.name] = self._stored(node.name, index)
             else:  # a size, or the same for every sample: cheap, and not worth a file
@@ -213,6 +265,13 @@ class Frontier:
     def _compute(self, node: fx.Node, known: dict[str, Any], index: Tensor) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, known, index))
         return node.target(*args, **kwargs)
+
+
+def _slice(index: Tensor) -> Tensor | slice:
+    """Consecutive samples without a copy."""
+    first = int(index[0])
+    consecutive = torch.equal(index, torch.arange(first, first + len(index)))
+    return slice(first, first + len(index)) if consecutive else index
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.calib.calibrate import layer_seed
+from compress.calib.block_walk import layer_seed
 from compress.calib.frontier import Frontier
 from compress.calib.gram import Gram, rows_read_by
 from compress.calib.output_loss import judged_batches, loss_between

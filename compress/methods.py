@@ -11,4 +11,8 @@ METHODS = {
     "gptq": "compress.calib.gptq:GPTQ",
     "adaquant": "compress.calib.adaquant:SEQUENTIAL",
     "adaquant-parallel": "compress.calib.adaquant:PARALLEL",
+    "adaround": "compress.calib.reconstruction:ADAROUND",
+    "brecq": "compress.calib.reconstruction:BRECQ",
+    "qdrop": "compress.calib.reconstruction:QDROP",
+    "genie": "compress.calib.reconstruction:GENIE",
 }

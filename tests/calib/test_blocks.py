@@ -1,0 +1,94 @@
+"""Where a graph is cut into blocks: between places where one value is alive."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.calib.blocks import Block, find_blocks
+from compress.graph.fold import fold_batch_norm
+from compress.graph.simplify import simplify
+from compress.graph.traced import TracedModel, trace
+
+
+def traced_of(module: nn.Module, *shape: int) -> TracedModel:
+    traced = trace(module.eval(), (torch.randn(2, *shape),))
+    simplify(traced)
+    fold_batch_norm(traced)
+    return traced
+
+
+def named(blocks: list[Block]) -> list[tuple[str, ...]]:
+    return [block.layers for block in blocks]
+
+
+class Residual(nn.Module):
+    """A stem, a block with a projection, a head behind a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.ModuleDict({"a": nn.Conv2d(8, 8, 3, padding=1), "b": nn.Conv2d(8, 8, 3, padding=1)})
+        self.short = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y = self.body["b"](torch.relu(self.body["a"](x)))
+        x = torch.relu(y + self.short(x))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_a_residual_block_is_one_and_activations_and_pools_stay_with_what_they_follow() -> None:
+    traced = traced_of(Residual(), 3, 8, 8)
+    blocks = find_blocks(traced)
+    assert named(blocks) == [("stem",), ("body.a", "body.b", "short"), ("head",)]
+    assert blocks[0].input is None
+    nodes = {node.name: node for node in traced.graph.nodes}
+    for before, after in itertools.pairwise(blocks):
+        assert after.input == before.output
+    assert nodes[blocks[0].output].target is torch.ops.aten.relu.default
+    # The pool and the flatten come before the head, not with it.
+    assert nodes[blocks[1].output].target not in (torch.ops.aten.relu.default, torch.ops.aten.linear.default)
+    assert nodes[blocks[2].output].target is torch.ops.aten.linear.default
+
+
+def test_single_layers() -> None:
+    blocks = find_blocks(traced_of(Residual(), 3, 8, 8), whole=False)
+    assert named(blocks) == [("stem",), ("body.a",), ("body.b",), ("short",), ("head",)]
+    assert [block.name for block in blocks] == ["stem", "body.a", "body.b", "short", "head"]
+
+
+class Transformer(nn.Module):
+    """One pre-norm block whose positions no layer has touched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.place = nn.Parameter(torch.randn(5, 8))
+        self.one, self.two = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.place
+        y = self.one(x)
+        weights = (self.q(y) @ self.k(y).transpose(1, 2)).softmax(-1)
+        x = x + self.out(weights @ self.v(y))
+        return x + self.down(F.gelu(self.up(self.two(x))))
+
+
+def test_a_transformers_halves_are_blocks() -> None:
+    blocks = find_blocks(traced_of(Transformer(), 5, 6))
+    assert named(blocks) == [("embed",), ("q", "k", "v", "out"), ("up", "down")]
+
+
+def test_a_chain_is_cut_behind_every_layer() -> None:
+    chain = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    assert named(find_blocks(traced_of(chain, 1, 10, 10))) == [("0",), ("3",), ("6",)]
