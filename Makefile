@@ -44,10 +44,10 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 tests: $(READY)  ## every test, slow ones included
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types  ## before each commit: lint, types and the fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

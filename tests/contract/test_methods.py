@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.calib.adaquant import evaluation_rows
+from compress.calib.reconstruction import BlockMethod
 from compress.calib.walk import TensorRows
 from compress.kernels.fake_quantize import code_range, fake_quantize
 from compress.kernels.table import register_operators
@@ -206,7 +207,15 @@ def test_dead_channels_and_a_missing_bias(method: Method) -> None:
     assert solution.bias is None or torch.isfinite(solution.bias).all()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if resolve(METHODS, name, "method").needs_data])
+# A block method rounds its layers alone, and learns the block behind them: tests/calib/test_reconstruction.py.
+LEARNING = [
+    name
+    for name in METHODS
+    if (method := resolve(METHODS, name, "method")).needs_data and not isinstance(method, BlockMethod)
+]
+
+
+@pytest.mark.parametrize("name", LEARNING)
 def test_data_make_it_better(name: str) -> None:
     """Were the optimisation switched off, the best iterate would hide it from every test above."""
     option = QuantOption(bits=3, act_bits=8)
