@@ -208,11 +208,8 @@ def test_dead_channels_and_a_missing_bias(method: Method) -> None:
 
 
 # A block method rounds its layers alone, and learns the block behind them: tests/calib/test_reconstruction.py.
-LEARNING = [
-    name
-    for name in METHODS
-    if (method := resolve(METHODS, name, "method")).needs_data and not isinstance(method, BlockMethod)
-]
+RESOLVED = {name: resolve(METHODS, name, "method") for name in METHODS}
+LEARNING = [name for name, each in RESOLVED.items() if each.needs_data and not isinstance(each, BlockMethod)]
 
 
 @pytest.mark.parametrize("name", LEARNING)
