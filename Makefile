@@ -43,6 +43,7 @@ lint: $(READY)  ## ruff: rules and formatting
 types: $(READY)  ## mypy
 	$(BIN)/mypy
 
+# One thread a worker, commands that tests start included: two workers of two threads wait for each other.
 tests: $(READY)  ## every test, slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

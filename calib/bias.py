@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.graph.quantizers import fake_quantize_op
+from compress.graph.quantizers import on_grid
 from compress.problem import LayerProblem, Solution
 
 __all__ = ["corrected_bias"]
@@ -31,9 +31,7 @@ def corrected_bias(problem: LayerProblem, solution: Solution) -> Tensor:
     with torch.no_grad():
         for index in torch.arange(len(problem.inputs)).split(_BATCH):
             x, y = problem.inputs.take(index), problem.targets.take(index)
-            if grid is not None:
-                x = fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)  # type: ignore[operator]
-            error = (y - problem.forward(x, weight, bias)).movedim(channel, 0).flatten(1)
+            error = (y - problem.forward(on_grid(x, grid), weight, bias)).movedim(channel, 0).flatten(1)
             difference += error.sum(1, dtype=torch.float64)
             positions += error.shape[1]
     return bias + (difference / positions).float()

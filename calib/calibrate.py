@@ -24,7 +24,7 @@ from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.errors import InputError
 from compress.graph.layers import layer_calls, tied_tables
-from compress.graph.quantizers import Quantizer, fake_quantize_op
+from compress.graph.quantizers import Quantizer, on_grid
 from compress.graph.rewrite import set_bias, set_grid, set_weight
 from compress.graph.traced import TracedModel
 from compress.methods import METHODS
@@ -265,8 +265,6 @@ def _relative(got: Tensor, wanted: Tensor) -> float:
 def _output_error(problem: LayerProblem, solution: Solution, x: Tensor, y: Tensor) -> float:
     grid = solution.grid if solution.grid is not None else problem.grid
     with torch.no_grad():
-        if grid is not None:
-            x = fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)
         bias = solution.bias if solution.bias is not None else problem.bias
-        output = problem.activate(problem.forward(x, solution.weight.dequantize(), bias))
+        output = problem.activate(problem.forward(on_grid(x, grid), solution.weight.dequantize(), bias))
         return _relative(output, problem.activate(y))

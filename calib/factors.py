@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.calib.observers import activation_grid
-from compress.graph.quantizers import fake_quantize_op
+from compress.graph.quantizers import on_grid
 from compress.lowrank.factors import Factors, plain_factors, weighted_factors
 from compress.methods import METHODS
-from compress.problem import Effort, LayerProblem
+from compress.problem import ActivationGrid, Effort, LayerProblem
 from compress.records import QuantOption
 from compress.registry import resolve
 
@@ -135,6 +135,6 @@ def _quantized(down: Tensor, up: Tensor, rows: Tensor, option: QuantOption) -> T
     between = rows @ down.T
     if option.act_bits is not None:
         low, high = min(float(between.min()), 0.0), max(float(between.max()), 0.0)
-        scale, zero_point = activation_grid(low, high, option.act_bits, torch.uint8)
-        between = fake_quantize_op()(between, scale, zero_point, option.act_bits)  # type: ignore[operator]
+        grid = activation_grid(low, high, option.act_bits, torch.uint8)
+        between = on_grid(between, ActivationGrid(*grid, option.act_bits, learnable=False))
     return between @ up.T

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.calib.adaquant import evaluation_rows
 from compress.calib.gram import Gram
-from compress.graph.quantizers import fake_quantize_op
+from compress.graph.quantizers import on_grid
 from compress.problem import Effort, LayerProblem, Solution
 from compress.quant.rtn import MSE
 from compress.records import QuantOption
@@ -67,7 +67,7 @@ def input_gram(problem: LayerProblem) -> Tensor:
         return problem.gram
     gram = Gram()
     for index in torch.arange(len(problem.inputs)).split(_BATCH):
-        x = _on_grid(problem, problem.inputs.take(index))
+        x = on_grid(problem.inputs.take(index), problem.grid)
         if problem.weight.dim() > 2:
             x = x.movedim(1, -1)
         gram.update(x.reshape(1, -1, x.shape[-1]))
@@ -136,7 +136,7 @@ def _better_channels(problem: LayerProblem, codes: Tensor, nearest: QuantizedWei
     assert problem.inputs is not None
     assert problem.targets is not None
     x, y = evaluation_rows(problem.inputs, problem.targets, _JUDGED)
-    x = _on_grid(problem, x)
+    x = on_grid(x, problem.grid)
     channel = 1 if problem.weight.dim() > 2 else x.dim() - 1
 
     def error(weight: QuantizedWeight) -> Tensor:
@@ -145,8 +145,3 @@ def _better_channels(problem: LayerProblem, codes: Tensor, nearest: QuantizedWei
 
     better = error(replace(nearest, codes=codes)) < error(nearest)
     return torch.where(better.reshape(-1, *[1] * (codes.dim() - 1)), codes, nearest.codes)
-
-
-def _on_grid(problem: LayerProblem, x: Tensor) -> Tensor:
-    grid = problem.grid
-    return x if grid is None else fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)  # type: ignore[operator]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.graph.quantizers import fake_quantize_op
+from compress.graph.quantizers import on_grid
 from compress.problem import LayerProblem
 
 __all__ = ["refit_up"]
@@ -32,9 +32,7 @@ def refit_up(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     square = torch.zeros(rank + 1, rank + 1, dtype=torch.float64)
     cross = torch.zeros(rank + 1, outputs, dtype=torch.float64)
     for index in torch.arange(len(problem.inputs)).split(_BATCH):
-        x, y = problem.inputs.take(index), problem.targets.take(index)
-        if problem.grid is not None:
-            x = fake_quantize_op()(x, problem.grid.scale, problem.grid.zero_point, problem.grid.bits)  # type: ignore[operator]
+        x, y = on_grid(problem.inputs.take(index), problem.grid), problem.targets.take(index)
         rows, wanted = (value.movedim(channel, -1).flatten(0, -2) for value in (x, y))
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         square += (rows.T @ rows).double()

@@ -35,9 +35,10 @@ from compress.calib.gram import Gram, rows_read_by
 from compress.calib.output_loss import judged_batches, loss_between
 from compress.calib.resume import ResumeStore
 from compress.calib.table_sensitivity import measure_table
-from compress.calib.trials import Trial, TrialLayer, Tried, on_grid, row_batches
+from compress.calib.trials import Trial, TrialLayer, Tried, row_batches
 from compress.calib.walk import Walk
 from compress.graph.layers import layer_calls, table_calls
+from compress.graph.quantizers import on_grid
 from compress.graph.traced import TracedModel, first_output
 from compress.problem import Effort, LayerProblem, RowSource
 

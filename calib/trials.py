@@ -11,14 +11,14 @@ from torch import Tensor, fx
 from compress.calib.factors import BRANCH_BITS, Thin, balanced, best_factors, correction, multiply_up
 from compress.calib.gram import SeenRows, rows_read_by
 from compress.calib.observers import Histogram, activation_grid, observe_range
-from compress.graph.quantizers import fake_quantize_op
+from compress.graph.quantizers import on_grid
 from compress.lowrank.factors import Factors
 from compress.methods import METHODS
 from compress.problem import ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.records import QuantOption
 from compress.registry import resolve
 
-__all__ = ["Trial", "TrialLayer", "Tried", "on_grid", "row_batches"]
+__all__ = ["Trial", "TrialLayer", "Tried", "row_batches"]
 
 _BATCH = 64
 
@@ -213,11 +213,6 @@ class TrialLayer:
             histogram.update(batch)
         low, high = observe_range(histogram, self.observer, bits)
         return ActivationGrid(*activation_grid(low, high, bits, dtype), bits, learnable=False)
-
-
-def on_grid(x: Tensor, grid: ActivationGrid | None) -> Tensor:
-    """``x`` rounded to ``grid``, as it is without one."""
-    return x if grid is None else fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)
 
 
 def row_batches(rows: RowSource) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from compress.kernels.launch import capability
 from compress.kernels.table import KERNELS
 from compress.registry import resolve
 
@@ -45,6 +46,11 @@ class Call:
     bits: int = 0
     group_size: int = 0
     rank: int = 0
+
+    @classmethod
+    def on(cls, x: torch.Tensor, operator: str, **rest: int) -> Call:
+        """A call on ``x`` [M, I]; ``rest`` are the fields that it does not tell."""
+        return cls(operator, x.device.type, capability(x), x.dtype, rows=x.shape[0], inputs=x.shape[1], **rest)
 
 
 @dataclass(frozen=True)

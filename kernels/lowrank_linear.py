@@ -11,25 +11,13 @@ import torch
 from torch import Tensor
 
 from compress.kernels.dispatch import Call, Choice, choose
-from compress.kernels.launch import capability
 
 __all__ = ["choose_lowrank", "lowrank_linear"]
 
 
 def choose_lowrank(x: Tensor, up: Tensor, down: Tensor, rank: int) -> Choice:
     """The kernel that takes ``x`` [M, I] through the two factors, and why others do not."""
-    return choose(
-        Call(
-            operator="lowrank_linear",
-            device=x.device.type,
-            capability=capability(x),
-            dtype=x.dtype,
-            rows=x.shape[0],
-            outputs=up.shape[0],
-            inputs=down.shape[1],
-            rank=rank,
-        )
-    )
+    return choose(Call.on(x, "lowrank_linear", outputs=up.shape[0], rank=rank))
 
 
 @torch.library.custom_op("compress::lowrank_linear", mutates_args=())

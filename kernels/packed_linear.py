@@ -18,27 +18,21 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.lanes import LaneWeight, unit_shape
-from compress.kernels.launch import capability
 
 __all__ = ["choose_packed", "packed_linear", "packed_lowrank_linear"]
 
 
 def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
     """The kernel that multiplies ``x`` [M, I] with ``weight``, and why others do not."""
-    return choose(
-        Call(
-            operator="packed_linear",
-            device=x.device.type,
-            capability=capability(x),
-            dtype=x.dtype,
-            rows=x.shape[0],
-            outputs=weight.outputs,
-            inputs=weight.inputs,
-            bits=weight.bits,
-            group_size=weight.group_size,
-            rank=rank,
-        )
+    call = Call.on(
+        x,
+        "packed_linear",
+        outputs=weight.outputs,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        rank=rank,
     )
+    return choose(call)
 
 
 def _checked(x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> LaneWeight:
@@ -81,13 +75,6 @@ def packed_linear(
     return choose_packed(flat, weight).run(flat, weight, bias).reshape(*x.shape[:-1], -1)
 
 
-@packed_linear.register_fake
-def _shape(
-    x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], scale.shape[0])
-
-
 @torch.library.custom_op("compress::packed_lowrank_linear", mutates_args=())
 def packed_lowrank_linear(
     x: Tensor,
@@ -128,16 +115,7 @@ def packed_lowrank_linear(
     return y.reshape(*x.shape[:-1], -1)
 
 
+@packed_linear.register_fake
 @packed_lowrank_linear.register_fake
-def _branch_shape(
-    x: Tensor,
-    units: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    up: Tensor,
-    down: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-) -> Tensor:
+def _shape(x: Tensor, units: Tensor, scale: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[0])

@@ -20,8 +20,6 @@ from compress.calib.samples import load_samples
 from compress.checkpoint import fingerprint, load_model
 from compress.errors import InputError
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared/data"
-
 FACTORIES = """
 import torch
 from torch import nn
@@ -384,15 +382,13 @@ class ResNet20(nn.Module):
 
 
 @pytest.mark.real
-def test_resnet20_on_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = DATA / "cifar10/resnet20-12fca82f.th"
-    if not weights.exists():
-        pytest.skip("../shared/data is not here")
+def test_resnet20_on_cifar10(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = shared_data / "cifar10/resnet20-12fca82f.th"
     (tmp_path / "resnet20_for_test.py").write_text(RESNET)
     monkeypatch.chdir(tmp_path)
     module = load_model(weights, model="resnet20_for_test:ResNet20").module
     samples = load_samples(
-        DATA / "cifar10/cifar10_test_a.npz", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), labelled=True
+        shared_data / "cifar10/cifar10_test_a.npz", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), labelled=True
     )
     with torch.no_grad():
         answers = torch.cat([module(*batch).argmax(1) for batch in samples.batches(500)])

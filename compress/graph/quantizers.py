@@ -22,6 +22,7 @@ from torch import fx
 
 from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, activation_of, layer_name
 from compress.graph.traced import TracedModel
+from compress.problem import ActivationGrid
 from compress.records import Choice
 from compress.targets import Target
 
@@ -30,6 +31,7 @@ __all__ = [
     "Quantizer",
     "fake_quantize_op",
     "is_zero_pad",
+    "on_grid",
     "place_quantizers",
     "quantize_inputs",
 ]
@@ -78,6 +80,11 @@ class _Edge:
 def fake_quantize_op() -> object:
     """The operator's overload; a function because it exists only once compress.kernels is imported."""
     return torch.ops.compress.fake_quantize.default
+
+
+def on_grid(x: torch.Tensor, grid: ActivationGrid | None) -> torch.Tensor:
+    """``x`` rounded to ``grid``, as it is without one."""
+    return x if grid is None else fake_quantize_op()(x, grid.scale, grid.zero_point, grid.bits)
 
 
 def quantize_inputs(traced: TracedModel, choices: Iterable[Choice], target: Target) -> list[Quantizer]:

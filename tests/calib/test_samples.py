@@ -16,7 +16,6 @@ import torch
 from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared/data"
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 5, 7, 3), dtype=np.uint8)
 FLOATS = RNG.standard_normal((6, 3, 5, 4)).astype(np.float32)
@@ -273,10 +272,8 @@ def test_unusable_labels_only_matter_when_needed() -> None:
 
 
 @pytest.mark.real
-def test_cifar10() -> None:
-    path = DATA / "cifar10/cifar10_test_a.npz"
-    if not path.exists():
-        pytest.skip("../shared/data is not here")
+def test_cifar10(shared_data: Path) -> None:
+    path = shared_data / "cifar10/cifar10_test_a.npz"
     samples = load_samples(path, limit=100, labelled=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     assert samples.inputs[0].shape == (100, 3, 32, 32)
     assert samples.labels is not None
