@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from compress.calib.blocks import Block, find_blocks
-from compress.calib.reconstruction import BlockMethod, BlockProblem, BlockSolution, reconstruct
+from compress.calib.reconstruction import BATCH, BlockMethod, BlockProblem, BlockSolution, reconstruct
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.graph.layers import is_stored, layer_calls, tied_tables
@@ -31,13 +33,13 @@ class BlockWalk:
         walk: the position that layers are quantized at.
         computes: what each chosen layer runs on.
         store: finished blocks.
-        progress: called with a label.
+        say: called with how far a block is.
     """
 
     def __init__(
-        self, walk: Walk, plan: Plan, computes: dict[str, str], store: ResumeStore, progress: Callable[[str], None]
+        self, walk: Walk, plan: Plan, computes: dict[str, str], store: ResumeStore, say: Callable[[str], None]
     ) -> None:
-        self.walk, self.plan, self.computes, self.store, self.progress = walk, plan, computes, store, progress
+        self.walk, self.plan, self.computes, self.store, self.say = walk, plan, computes, store, say
         self.model = walk.model
         self.methods = _block_methods(walk, plan)
         self.starts: dict[str, Block] = {}
@@ -45,10 +47,17 @@ class BlockWalk:
         self.order = [node.name for node in self.model.graph.nodes]
         for whole in (True, False):
             wanted = {layer for layer, method in self.methods.items() if method.whole_blocks is whole}
-            for block in find_blocks(walk.float_model, whole) if wanted else ():
+            for block in self._blocks(whole) if wanted else ():
                 if wanted & set(block.layers):
                     self.starts[self._first(block, whole)] = block
                     self.ends[block.output] = block
+
+    def _blocks(self, whole: bool) -> Iterator[Block]:
+        """Blocks of the float graph, their layers as the changed one calls them: a split one keeps its place there."""
+        names = {node.name: layer for layer, nodes in layer_calls(self.model).items() for node in nodes}
+        calls = layer_calls(self.walk.float_model)
+        for block in find_blocks(self.walk.float_model, whole):
+            yield replace(block, layers=tuple(names[calls[layer][0].name] for layer in block.layers))
 
     def enter(self, node: str) -> None:
         """Mark the frontiers where a block begins at ``node``."""
@@ -84,6 +93,7 @@ class BlockWalk:
                 ahead,
                 reference,
                 len(self.walk.inputs[0]),
+                BATCH if self.model.dynamic_batch else len(self.model.example[0]),
                 self._weights(layers),
                 self._grids(block),
                 self._biases(layers) if method.learn_biases else {},
@@ -159,7 +169,13 @@ class BlockWalk:
         return found
 
     def _say(self, block: Block) -> Callable[[int, int, float], None]:
-        return lambda done, total, loss: None
+        started = time.monotonic()
+
+        def say(done: int, total: int, error: float) -> None:
+            left = (time.monotonic() - started) / done * (total - done)
+            self.say(f"block {block.name}: step {done} of {total}, error {error:.2%}, {left:.0f} s left")
+
+        return say
 
     def _stored(self, block: Block, layers: dict[str, str]) -> BlockSolution | None:
         found = self.store.load(f"block {block.output}")

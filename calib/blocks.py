@@ -2,7 +2,7 @@
 
 Between two such places lies a residual block, an inverted residual, the attention or the feed-forward half of a
 transformer's block, or a single layer with its activation where nothing runs beside it (BRECQ, arXiv 2102.05426,
-section 3.2). Values that no layer has touched (masks, positions) do not count as alive.
+section 3.2). Values that no layer and no embedding of the samples has touched (masks, positions) do not count as alive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from compress.graph.layers import LAYER_KINDS, activation_of, layer_name
+from compress.graph.layers import LAYER_KINDS, TABLE, activation_of, layer_name
 from compress.graph.traced import TracedModel
 
 __all__ = ["Block", "find_blocks"]
@@ -82,7 +82,8 @@ def _places(traced: TracedModel, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]
     touched: set[fx.Node] = set()
     found = {}
     for index, node in enumerate(nodes):
-        if _is_layer(node) or any(source in touched for source in node.all_input_nodes):
+        begins = _is_layer(node) or (node.target is TABLE and traced.batch_dim(node) is not None)
+        if begins or any(source in touched for source in node.all_input_nodes):
             touched.add(node)
         alive = [each for each in touched if last_read[each] > index]
         if len(alive) == 1:

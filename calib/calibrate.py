@@ -19,6 +19,7 @@ from compress.calib.bias import corrected_bias
 from compress.calib.block_rounding import round_blocks
 from compress.calib.block_walk import BlockWalk, layer_seed
 from compress.calib.observers import Histogram, activation_grid, observe_range
+from compress.calib.reconstruction import BlockMethod
 from compress.calib.refit import refit_up
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
@@ -71,6 +72,7 @@ def calibrate(
     inputs: tuple[Tensor, ...] | None,
     store: ResumeStore,
     progress: Callable[[str], None],
+    say: Callable[[str], None] = lambda what: None,
 ) -> list[LayerResult]:
     """Quantize ``model`` in place as ``plan`` says and return one result a layer.
 
@@ -80,6 +82,7 @@ def calibrate(
         computes: "integer" or "float" for every chosen layer.
         inputs: calibration samples, one tensor [N, ...] a graph input; None for methods that need no data.
         progress: called with the name of each layer when it is done.
+        say: called with what goes on in between, where it takes long.
     """
     walk = Walk(float_model, model, inputs, store.fresh_scratch())
     calibration = _Calibration(walk, plan, computes, store)
@@ -88,7 +91,7 @@ def calibrate(
     first_call = {nodes[0].name: name for name, nodes in calls.items()}
     results: list[LayerResult] = []
     names = [node.name for node in model.graph.nodes]
-    blocks = BlockWalk(walk, plan, computes, store, progress)
+    blocks = BlockWalk(walk, plan, computes, store, say)
     try:
         for name in names:
             blocks.enter(name)
@@ -160,11 +163,13 @@ class _Calibration:
         effort = Effort(self.plan.iterations, seed=layer_seed(self.plan.seed, choice.layer))
         solution = self._stored(choice, problem)
         if solution is None:
-            if choice.layer in self.refitted:
+            # A block's reconstruction does the same, and starts from the factor as it is.
+            refitted = choice.layer in self.refitted and not isinstance(method, BlockMethod)
+            if refitted:
                 weight, bias = refit_up(problem)
                 problem = replace(problem, weight=weight, bias=bias)
             solution = method.solve(problem, choice.option, effort)
-            if choice.layer in self.refitted and solution.bias is None:
+            if refitted and solution.bias is None:
                 solution = replace(solution, bias=problem.bias)
             # Whatever the method learned on: corrected and measured on what the layer will be given.
             problem = replace(problem, inputs=found.prefix)

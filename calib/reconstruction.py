@@ -30,9 +30,21 @@ from compress.quant.grid import mse_grid, quantize
 from compress.records import QuantOption
 from compress.weights import QuantizedWeight
 
-__all__ = ["ADAROUND", "BRECQ", "GENIE", "QDROP", "BlockMethod", "BlockProblem", "BlockSolution", "reconstruct"]
+__all__ = [
+    "ADAROUND",
+    "BATCH",
+    "BRECQ",
+    "GENIE",
+    "QDROP",
+    "BlockMethod",
+    "BlockProblem",
+    "BlockSolution",
+    "reconstruct",
+]
 
-_BATCH = 32
+BATCH = 32
+"""Samples a step, where the graph does not fix its batch."""
+
 _EVALUATED = 128
 _CHECKS = 10
 _WARM_UP = 0.2
@@ -86,6 +98,8 @@ class BlockProblem:
         block: its place in the graph.
         ahead: the changed graph's frontier, right before the block.
         reference: the float graph's, past it, with the block's input and output at hand.
+        samples: how many there are.
+        batch: samples a step; what the graph's batch is fixed to, where it is.
         weights: by the node that unpacks it: float weight and where it starts.
         grids: by quantizer node's name: the grid's own name and start.
         biases: by call's node name: the node's operator, and the bias [O] that it adds (zeros where it adds none).
@@ -95,6 +109,7 @@ class BlockProblem:
     ahead: Frontier
     reference: Frontier
     samples: int
+    batch: int
     weights: Mapping[str, tuple[Tensor, QuantizedWeight]]
     grids: Mapping[str, tuple[str, ActivationGrid]]
     biases: Mapping[str, tuple[Callable[..., Tensor], Tensor]]
@@ -122,7 +137,7 @@ def reconstruct(
     """
     generator = torch.Generator().manual_seed(effort.seed)
     learned = _Learned(problem, method, generator)
-    evaluated = torch.linspace(0, problem.samples - 1, min(_EVALUATED, problem.samples)).round().long().unique()
+    evaluated = _spread(problem.samples, problem.batch)
     best = learned.solution()
     before = after = learned.hard_error(evaluated)
     optimizer = torch.optim.Adam(learned.groups(effort.iterations))
@@ -134,7 +149,7 @@ def reconstruct(
         decay = 0.5 * (1 + math.cos(math.pi * step / effort.iterations))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (decay if group["anneal"] else 1.0)
-        index = torch.randperm(problem.samples, generator=generator)[:_BATCH].sort().values
+        index = torch.randperm(problem.samples, generator=generator)[: problem.batch].sort().values
         loss = learned.loss(index)
         total = loss
         if step >= warm_up:
@@ -154,6 +169,13 @@ def reconstruct(
     if note is None and after == before and effort.iterations:
         note = "reconstruction found nothing better than rounding to nearest"
     return BlockSolution(*best, before, after, note)
+
+
+def _spread(samples: int, batch: int) -> Tensor:
+    """Samples to be judged by, evenly over all of them, in whole batches where there are enough."""
+    count = min(_EVALUATED, samples)
+    count = count // batch * batch or count
+    return torch.arange(count) * samples // count
 
 
 class _Learned:
@@ -209,7 +231,7 @@ class _Learned:
             grid.training = False
         weights = {name: each.dequantize() for name, each in self._decided().items()}
         error = norm = 0.0
-        for part in index.split(_BATCH):
+        for part in index.split(self.problem.batch):
             change = self._run(part, weights, mixed=False)
             error += float(change.square().sum())
             norm += float(self._wanted(part).square().sum())
@@ -231,19 +253,20 @@ class _Learned:
     @torch.no_grad()
     def _deviations(self) -> dict[str, Tensor]:
         """Of each call's output, on one batch."""
+        problem = self.problem
+        index = torch.arange(min(problem.batch, problem.samples))
         seen: dict[str, Tensor] = {}
 
         def watched(call: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def run(*args: object) -> Tensor:
                 found = operator(*args)
-                seen[call] = found.std(correction=0).clamp(min=_SMALLEST)
+                seen[call] = problem.ahead.real(found, index).std(correction=0).clamp(min=_SMALLEST)
                 return found
 
             return run
 
-        problem = self.problem
         instead = {call: watched(call, operator) for call, (operator, _) in problem.biases.items()}
-        problem.ahead.through(problem.block.output, torch.arange(min(_BATCH, problem.samples)), instead, {})
+        problem.ahead.through(problem.block.output, index, instead, {})
         return seen
 
     def _wanted(self, index: Tensor) -> Tensor:

@@ -78,12 +78,14 @@ def apply_plan(
     inputs: tuple[Tensor, ...] | None,
     store: ResumeStore,
     progress: Callable[[str], None],
+    say: Callable[[str], None] = lambda what: None,
 ) -> Compressed:
     """Transform, split, place quantizers, quantize every layer, tune; ``float_model`` is edited by the first two only.
 
     Args:
         float_model: simplified and folded.
         inputs: calibration samples, one tensor [N, ...] a graph input; None for weights only.
+        progress: called with the name of each layer when it is done; ``say`` with what goes on in between.
 
     Raises:
         InputError: the plan names a layer the model does not have, or asks of a layer what its format cannot do.
@@ -105,7 +107,7 @@ def apply_plan(
         for choice in plan.choices
         if choice.layer in table_calls(model)
     ]
-    layers = calibrate(reference, model, quantizers, plan, computes, inputs, store, progress)
+    layers = calibrate(reference, model, quantizers, plan, computes, inputs, store, progress, say)
     if plan.steps.statistics_tuning and inputs is not None:
         changed = tune_statistics(reference, model, list(computes), inputs, store.fresh_scratch())
         notes.append(f"statistics tuning: mean and deviation restored in {len(changed)} layers")

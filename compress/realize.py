@@ -82,7 +82,11 @@ def realize(
             done += 1
             progress(label, min(done, total), total)
 
-        compressed = apply_plan(intake.traced.copy(), plan, samples.inputs if samples else None, store, layer_done)
+        def say(what: str) -> None:
+            progress(what, min(done, total), total)
+
+        inputs = samples.inputs if samples else None
+        compressed = apply_plan(intake.traced.copy(), plan, inputs, store, layer_done, say)
         calibrated = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
             progress("exporting", total, total)

@@ -2,10 +2,12 @@
 
 The grid is what ONNX's DynamicQuantizeLinear computes when the model runs: over the whole tensor, from its smallest to
 its largest value, zero among them. No calibration is needed; a sample's result depends a little on what else is in its
-batch.
+batch. Backward: straight through.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,3 +32,10 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
 @fake_quantize_dynamic.register_fake
 def _shape(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> Tensor:
+    return gradient  # the grid reaches every value
+
+
+fake_quantize_dynamic.register_autograd(_straight_through)

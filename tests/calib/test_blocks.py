@@ -92,3 +92,19 @@ def test_a_chain_is_cut_behind_every_layer() -> None:
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
     )
     assert named(find_blocks(traced_of(chain, 1, 10, 10))) == [("0",), ("3",), ("6",)]
+
+
+def test_an_embedding_of_the_samples_is_where_a_residual_begins() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 8), nn.Embedding(5, 8)
+            self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            return self.head(x + self.down(torch.relu(self.up(x + self.places(torch.arange(5))))))
+
+    traced = trace(Words().eval(), (torch.randint(9, (2, 5)),))
+    simplify(traced)
+    assert named(find_blocks(traced)) == [("up", "down"), ("head",)]

@@ -106,7 +106,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("method", ["mse", "adaquant", "adaquant-parallel"])
+@pytest.mark.parametrize("method", ["mse", "adaquant", "adaquant-parallel", "adaround", "genie"])
 @pytest.mark.parametrize("net", NETS)
 def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_path: Path) -> None:
     make, shapes = NETS[net]

@@ -16,7 +16,10 @@ from compress.compression import Compressed, apply_plan
 from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
+from compress.records import QuantOption, Split
 from tests.calib.test_blocks import Residual  # type: ignore[import-not-found]
+from tests.calib.test_tokens import Encoder  # type: ignore[import-not-found]
+from tests.calib.test_tokens import samples as padded
 
 METHODS = ("adaround", "brecq", "qdrop", "genie")
 
@@ -118,3 +121,54 @@ def test_fewer_samples_than_a_batch_and_constant_ones(intake: Intake, tmp_path: 
     constant = load_samples(torch.full((40, 3, 8, 8), 0.3))
     done = carried(intake, constant, "genie", ResumeStore(tmp_path / "b", "b"), iterations=10)
     assert all(torch.isfinite(value).all() for value in done.model.module.state_dict().values())
+
+
+def test_a_layer_done_by_two_thin_ones_is_learned_in_its_block(
+    intake: Intake, samples: Samples, tmp_path: Path
+) -> None:
+    plan = make_plan(intake, Options(bits=4, act_bits=8, method="genie", iterations=120), samples)
+    split = Split(layer="body.b", rank=4)
+    (whole,) = (choice for choice in plan.choices if choice.layer == split.layer)
+    thin = [whole.model_copy(update={"layer": part}) for part in split.parts]
+    choices = (*(choice for choice in plan.choices if choice is not whole), *thin)
+    plan = plan.model_copy(update={"choices": choices, "splits": (split,)})
+    store = ResumeStore(tmp_path / "a", "a")
+    done = apply_plan(intake.traced.copy(), plan, samples.inputs, store, lambda label: None)
+    notes = {result.layer: result.note or "" for result in done.layers}
+    assert notes["body.b.up"] == notes["body.b.down"] == notes["body.a"]
+    assert notes["body.a"].startswith("block body")
+    assert "nothing better" not in notes["body.a"]
+
+
+def test_inputs_whose_range_is_measured_as_it_runs(intake: Intake, samples: Samples, tmp_path: Path) -> None:
+    store = ResumeStore(tmp_path / "a", "a")
+    plan = make_plan(intake, Options(bits=3, dynamic=True, method="genie", iterations=20), samples)
+    assert {choice.option.inputs for choice in plan.choices} == {"dynamic", "float"}
+    done = apply_plan(intake.traced.copy(), plan, samples.inputs, store, lambda label: None)
+    assert all((result.note or "").startswith("block ") for result in done.layers)
+
+
+def test_padding_is_not_learned_from(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    ids, mask = padded()
+    module = Encoder().eval()
+    told: list[str] = []
+    outputs = []
+    for number, filler in enumerate((0, 29)):  # whatever stands behind a text
+        given = load_samples((torch.where(mask > 0, ids, filler), mask))
+        taken = take_in(module, samples=given)
+        plan = make_plan(taken, Options(bits=3, method="qdrop", iterations=30, smoothquant=False), given)
+        option = QuantOption(bits=3, symmetric=False)  # ranges of attention's products do count padding
+        choices = [
+            choice.model_copy(update={"option": option, "format": "float-weights"})
+            for choice in plan.choices
+            if choice.option.inputs == "static"
+        ]
+        plan = plan.model_copy(update={"choices": tuple(choices)})
+        store = ResumeStore(tmp_path / str(number), "a")
+        done = apply_plan(taken.traced.copy(), plan, given.inputs, store, lambda label: None, told.append)
+        outputs.append(done.model.module.state_dict())
+        assert {result.layer for result in done.layers} >= {"qkv", "out", "inner", "last"}
+    assert any(label.startswith("block ") and label.endswith("s left") for label in told)
+    for name, value in outputs[0].items():
+        torch.testing.assert_close(value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=name)
