@@ -19,7 +19,7 @@ from compress.lowrank.decompose import decomposed_layers
 from compress.lowrank.factors import rank_by_energy, rank_by_threshold
 from compress.lowrank.layers import LowRankConv2d, LowRankLayer, Positions
 
-__all__ = ["Member", "count_positions", "cut_to", "model_macs", "ranks_by_rule", "truncation_path"]
+__all__ = ["Member", "count_positions", "cut_to", "model_macs", "next_rank", "ranks_by_rule", "truncation_path"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ def model_macs(module: nn.Module, positions: Mapping[str, Positions], ranks: Map
     return total
 
 
+def next_rank(rank: int, saving: float, factor: float) -> int:
+    """The rank that a cut goes to: ``factor`` of ``rank``, or of ``saving``, where two layers cost what one does."""
+    return max(math.ceil(min(rank, saving) * factor) - 1, 1)
+
+
 def truncation_path(
     module: nn.Module,
     loss: Callable[[], float],
@@ -121,10 +126,6 @@ def truncation_path(
     layers = {name: layer for name, layer in decomposed_layers(module).items() if name in positions}
     ranks = {name: layer.rank for name, layer in layers.items()}
 
-    def next_rank(name: str) -> int:
-        saving = layers[name].saving_rank(positions[name])
-        return max(math.ceil(min(ranks[name], saving) * factor) - 1, 1)
-
     def loss_with(name: str, rank: int) -> float:
         layers[name].active = rank
         try:
@@ -133,7 +134,7 @@ def truncation_path(
             layers[name].active = ranks[name]
 
     def offer(name: str, now: float, turn: int) -> tuple[float, int, str, int, float]:
-        rank = next_rank(name)
+        rank = next_rank(ranks[name], layers[name].saving_rank(positions[name]), factor)
         saved = layers[name].macs(ranks[name], positions[name]) - layers[name].macs(rank, positions[name])
         after = loss_with(name, rank)
         rise = after - now if math.isfinite(after) else math.inf

@@ -8,7 +8,6 @@ ahead at some sizes: greedy search judges every cut behind those before it, the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from compress.allocation.program import Program
 from compress.allocation.solver import solve
 from compress.lowrank.decompose import decomposed_layers
 from compress.lowrank.layers import Positions
-from compress.lowrank.truncate import Member, cut_to, model_macs
+from compress.lowrank.truncate import Member, cut_to, model_macs, next_rank
 
 __all__ = ["program_path", "rank_ladder", "undominated"]
 
@@ -35,7 +34,7 @@ def rank_ladder(rank: int, saving: float, factor: float) -> list[int]:
     """
     found = [rank]
     while found[-1] > 1:
-        found.append(max(math.ceil(min(found[-1], saving) * factor) - 1, 1))
+        found.append(next_rank(found[-1], saving, factor))
     return found
 
 
