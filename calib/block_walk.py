@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.calib.blocks import Block, find_blocks
+from compress.calib.importance import Importance
 from compress.calib.reconstruction import BATCH, BlockMethod, BlockProblem, BlockSolution, reconstruct
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
@@ -99,7 +100,11 @@ class BlockWalk:
                 self._biases(layers) if method.learn_biases else {},
             )
             effort = Effort(self.plan.iterations, layer_seed(self.plan.seed, block.output))
+            if method.weighted:
+                problem = replace(problem, importance=self._importance(problem, effort.seed))
             found = reconstruct(problem, method, effort, self._say(block))
+            if problem.importance is not None:
+                problem.importance.close()
             self._save(block, layers, found)
             reference.turn_back()
         for stored, layer in layers.items():
@@ -114,6 +119,16 @@ class BlockWalk:
         for stored, layer in layers.items():
             note = "; ".join(each for each in (gained, found.note) if each)
             yield layer, Solution(found.weights[stored], found.biases.get(calls[layer])), note
+
+    def _importance(self, problem: BlockProblem, seed: int) -> Importance | None:
+        """None for the block whose output is the model's: there every number counts the same."""
+        (output,) = self.walk.float_model.graph.find_nodes(op="output")
+        answer = output.all_input_nodes[0].name
+        if answer == problem.block.output:
+            return None
+        batches = torch.arange(problem.samples).split(problem.batch)
+        path = self.walk.scratch / "importance.samples"
+        return Importance(problem.reference, problem.block.output, answer, batches, seed, path)
 
     def _first(self, block: Block, whole: bool) -> str:
         """The node of the changed graph that a block begins at."""

@@ -37,6 +37,8 @@ class OptimalRounding:
     needs_data: bool = True
     sequential: bool = True
     grouped: bool = True
+    iterations: int = 0
+    step_cost: float = 0.0
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize the weight; bias and input grid stay. No channel ends worse than rounded to nearest."""

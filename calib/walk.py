@@ -59,7 +59,7 @@ class Walk:
     def __init__(
         self, float_model: TracedModel, model: TracedModel, inputs: tuple[Tensor, ...] | None, scratch: Path
     ) -> None:
-        self.float_model, self.model, self.inputs = float_model, model, inputs
+        self.float_model, self.model, self.inputs, self.scratch = float_model, model, inputs, scratch
         self.largest_scales: dict[str, float] = {}
         self.ahead: Frontier | None = None
         self.reference: Frontier | None = None

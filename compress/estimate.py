@@ -18,9 +18,8 @@ __all__ = ["Estimate", "estimate"]
 
 _FRONTIER_BATCH = 64
 _TRAINING_BATCH = 32
-# Measured on ResNet-20 and MobileNetV1: a training step costs about four forward passes of its batch, and the walk
-# about four forward passes of every sample (both graphs, with their scratch files).
-_STEP_FORWARDS = 4.0
+# Measured on ResNet-20 and MobileNetV1: the walk costs about four forward passes of every sample (both graphs, with
+# their scratch files).
 _WALK_FORWARDS = 4.0
 
 
@@ -46,8 +45,7 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
         traced.module(*batch)
         per_batch = time.perf_counter() - start
     per_sample = per_batch / len(batch[0])
-    trained = any(resolve(METHODS, choice.method, "method").needs_data for choice in plan.choices)
-    steps = plan.iterations if trained else 0
+    cost = max((resolve(METHODS, choice.method, "method").step_cost for choice in plan.choices), default=0.0)
     largest = max(
         (
             math.prod(node_sizes(node)[1:]) * 4
@@ -56,6 +54,6 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
         ),
         default=0,
     )
-    seconds = steps * _STEP_FORWARDS * per_sample * _TRAINING_BATCH + samples * _WALK_FORWARDS * per_sample
+    seconds = plan.iterations * cost * per_sample * _TRAINING_BATCH + samples * _WALK_FORWARDS * per_sample
     inputs = sum(x[0].numel() * x.element_size() for x in traced.example) * samples
     return Estimate(seconds, inputs + 3 * weights + 8 * largest * _FRONTIER_BATCH)

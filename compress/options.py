@@ -97,7 +97,7 @@ class Options:
         target: a name from compress/targets.py.
         observer: how activation ranges are chosen (compress/calib/observers.py). None: ``mse``, or ``minmax`` for a
             transformer's 8-bit inputs, whose outliers carry what the model knows.
-        iterations: optimisation steps a layer.
+        iterations: optimisation steps a layer, or a block. None: what the method takes by default.
         ignore: layers to leave float, by shell pattern or ``re:`` regular expression.
         smoothquant: whether SmoothQuant comes first. None: where linears of a transformer get quantized inputs.
         equalize, awq, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.Steps.
@@ -116,7 +116,7 @@ class Options:
     first_last_bits: int | None = None
     target: str = "onnx-cpu"
     observer: str | None = None
-    iterations: int = 300
+    iterations: int | None = None
     ignore: tuple[str, ...] = ()
     equalize: bool = False
     smoothquant: bool | None = None
@@ -143,7 +143,7 @@ class Settings(TypedDict, total=False):
     first_last_bits: int | None
     target: str
     observer: str | None
-    iterations: int
+    iterations: int | None
     ignore: tuple[str, ...]
     equalize: bool
     smoothquant: bool | None

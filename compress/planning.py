@@ -105,11 +105,14 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
         )
     if options.group_size is not None and not (isinstance(options.group_size, int) and options.group_size >= 2):
         raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
-    if options.iterations < 0:
+    methods = [resolve(METHODS, name, "method") for name in choose_methods(options, samples)]
+    iterations = max(method.iterations for method in methods) if options.iterations is None else options.iterations
+    if iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     resolve(OBSERVERS, observer := choose_observer(intake, options, samples), "observer")
-    needs_data = any(resolve(METHODS, name, "method").needs_data for name in choose_methods(options, samples))
-    correction = options.bias_correction if options.bias_correction is not None else not needs_data
+    correction = options.bias_correction
+    if correction is None:
+        correction = not any(method.needs_data for method in methods)
     learned = (
         options.statistics_tuning, options.bias_tuning, options.bias_correction, options.smoothquant, options.awq,
     )  # fmt: skip
@@ -129,7 +132,7 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
             statistics_tuning=options.statistics_tuning,
             bias_tuning=options.bias_tuning,
         ),
-        iterations=options.iterations,
+        iterations=iterations,
         seed=options.seed,
         samples=len(samples) if samples is not None else 0,
         model_fingerprint=intake.fingerprint,

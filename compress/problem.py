@@ -108,6 +108,12 @@ class Method(Protocol):
     grouped: bool
     """Whether a channel's weights may have several grids (``QuantOption.group_size``)."""
 
+    iterations: int
+    """Optimisation steps where nothing else is asked for; 0 for methods that take none."""
+
+    step_cost: float
+    """What one such step takes, all layers together, in passes of 32 samples through the float model."""
+
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize one layer."""
         ...

@@ -83,7 +83,12 @@ def planning(
             rich_help_panel=_PLAN,
         ),
     ] = None,
-    iterations: Annotated[int, typer.Option(help="Optimisation steps a layer", rich_help_panel=_PLAN)] = 300,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help="Optimisation steps a layer, or a block  [default: 300 a layer, 1000 a block]", rich_help_panel=_PLAN
+        ),
+    ] = None,
     first_last_bits: Annotated[
         int | None,
         typer.Option(

@@ -29,6 +29,8 @@ class HalfQuadratic:
     needs_data = False
     sequential = True
     grouped = True
+    iterations = 0
+    step_cost = 0.0
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize the weight; bias and input grid stay."""

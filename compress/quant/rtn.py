@@ -22,6 +22,8 @@ class RoundToNearest:
     needs_data: bool = False
     sequential: bool = True
     grouped: bool = True
+    iterations: int = 0
+    step_cost: float = 0.0
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize the weight; bias and input grid stay."""
