@@ -1,7 +1,7 @@
 """Layer-wise and block-wise calibration at few bits, over seeds: accuracy on held-out images and what it took.
 
-``python -m benchmarks.blocks resnet20 --settings W2A4 --methods adaquant qdrop genie --samples 256 --seeds 3`` adds rows
-to ``benchmarks/results/blocks-<model>.jsonl``, one as soon as it is measured, and leaves out those that are there
+``python -m benchmarks.blocks resnet20 --settings W2A4 --methods adaquant genie --samples 256 --seeds 3`` adds rows to
+``benchmarks/results/blocks-<model>.jsonl``, each as soon as it is measured, and leaves out those that are there
 already; the table of the same name is written anew. ``--plot`` draws accuracy against time over the iterations there.
 Seeds choose the calibration images and everything random; the first and the last layer have 8 bits.
 """
@@ -117,8 +117,8 @@ def table(case: Case, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"# {case.name}: calibration at few bits",
         "",
-        f"Float: {100 * case.float_accuracy:.2f} %. Mean and standard error over seeds; *gap*: agreement with the float",
-        "model on the calibration images less that on held-out ones. Seconds are of one thread's processor time,",
+        f"Float: {100 * case.float_accuracy:.2f} %. Mean and standard error over seeds. Gap: agreement with the float",
+        "model on the calibration images less that on the test images. Seconds are of processor time on one thread,",
         f"export and checks included; {environment.cpu}.",
         "",
         "| setting | images | method | iterations | seeds | accuracy % | gap | seconds |",

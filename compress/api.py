@@ -17,6 +17,7 @@ import torch
 from compress.allocation.diff import PlanDiff, diff_plans
 from compress.allocation.review import review_plan
 from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact, load_plan, save_plan
+from compress.auto import settle_method
 from compress.cache import remembered
 from compress.compression import plan_fingerprint
 from compress.errors import GateError
@@ -205,6 +206,7 @@ def sweep(
     if folder is not None:
         check_front_folder(folder, overwrite)
     work = open_work(model, calib, eval_data, options, source)
+    options, _ = settle_method(work.intake, options, work.samples)
     report_progress = progress or _silent
     prepared = prepare(work.intake, options, work.samples, report_progress, also_timed=over == "latency")
 
@@ -242,9 +244,10 @@ def preview(
     """
     options, source = gather(settings)
     work = open_work(model, calib, eval_data, options, source)
-    plan, _ = _make_plan(work, options, progress or _silent)
+    plan, reasons = _make_plan(work, options, progress or _silent)
     count = len(work.samples) if work.samples else 0
-    return Preview(plan, work.intake.layers, list(work.notes), estimate(work.intake.traced, plan, count))
+    notes = [*work.notes, *reasons]
+    return Preview(plan, work.intake.layers, notes, estimate(work.intake.traced, plan, count))
 
 
 def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
@@ -309,9 +312,11 @@ def _make_plan(
     work: Work, options: Options, progress: Progress, pending: Path | None = None
 ) -> tuple[Plan, tuple[str, ...]]:
     """The uniform plan, or the one that the budgets lead to; and notes on how it was found."""
+    options, why = settle_method(work.intake, options, work.samples)
+    reasons = (why,) if why else ()
     if not options.budgets:
         check_unused(options)
-        return make_plan(work.intake, options, work.samples, progress), ()
+        return make_plan(work.intake, options, work.samples, progress), reasons
 
     labels = work.labelled.labels if work.labelled is not None else None
     classes = labels is not None and not labels.is_floating_point()
@@ -324,7 +329,9 @@ def _make_plan(
         )
 
     evaluation = work.labelled.fingerprint if work.labelled is not None else None
-    return find_plan(work.intake, options, work.samples, drop_of if classes else None, progress, pending, evaluation)
+    judge = drop_of if classes else None
+    plan, notes = find_plan(work.intake, options, work.samples, judge, progress, pending, evaluation)
+    return plan, (*reasons, *notes)
 
 
 def _realize(

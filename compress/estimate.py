@@ -14,10 +14,12 @@ from compress.methods import METHODS
 from compress.records import Plan
 from compress.registry import resolve
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["STEP_SAMPLES", "Estimate", "estimate", "pass_seconds"]
+
+STEP_SAMPLES = 32
+"""Samples that an optimisation step takes."""
 
 _FRONTIER_BATCH = 64
-_TRAINING_BATCH = 32
 # Measured on ResNet-20 and MobileNetV1: the walk costs about four forward passes of every sample (both graphs, with
 # their scratch files).
 _WALK_FORWARDS = 4.0
@@ -31,20 +33,24 @@ class Estimate:
     memory_bytes: int
 
 
-def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
-    """Time one batch through the float graph and scale it by what ``plan`` asks for."""
-    weights = sum(tensor.nbytes for tensor in traced.module.state_dict().values())
-    if not samples:
-        return Estimate(1.0, 3 * weights)
-    batch = tuple(torch.cat([x] * _TRAINING_BATCH)[:_TRAINING_BATCH] for x in traced.example)
+def pass_seconds(traced: TracedModel) -> float:
+    """Seconds that one sample takes through the float graph, in a step's batch; timed once."""
+    batch = tuple(torch.cat([x] * STEP_SAMPLES)[:STEP_SAMPLES] for x in traced.example)
     if not traced.dynamic_batch:
         batch = traced.example
     with torch.no_grad():
         traced.module(*batch)
         start = time.perf_counter()
         traced.module(*batch)
-        per_batch = time.perf_counter() - start
-    per_sample = per_batch / len(batch[0])
+        return (time.perf_counter() - start) / len(batch[0])
+
+
+def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
+    """Time one batch through the float graph and scale it by what ``plan`` asks for."""
+    weights = sum(tensor.nbytes for tensor in traced.module.state_dict().values())
+    if not samples:
+        return Estimate(1.0, 3 * weights)
+    per_sample = pass_seconds(traced)
     cost = max((resolve(METHODS, choice.method, "method").step_cost for choice in plan.choices), default=0.0)
     largest = max(
         (
@@ -54,6 +60,6 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
         ),
         default=0,
     )
-    seconds = plan.iterations * cost * per_sample * _TRAINING_BATCH + samples * _WALK_FORWARDS * per_sample
+    seconds = plan.iterations * cost * per_sample * STEP_SAMPLES + samples * _WALK_FORWARDS * per_sample
     inputs = sum(x[0].numel() * x.element_size() for x in traced.example) * samples
     return Estimate(seconds, inputs + 3 * weights + 8 * largest * _FRONTIER_BATCH)

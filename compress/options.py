@@ -83,15 +83,17 @@ class Options:
 
     Attributes:
         bits: width of the weights, 2..8. None: 4, or whatever the budgets allow.
-        act_bits: width of the activations, 4..8; needs calibration data. None: 8 with data, float without.
+        act_bits: width of the activations, 2..8; needs calibration data. None: 8 with data, float without.
         dynamic: measure the ranges of linears' inputs as the model runs, at 8 bits. None: where ``act_bits`` is given
             without calibration data.
         group_size: weights of a linear's row that share a grid (``--group-size``); None: the whole row.
         rows: rows that a linear has in a call (tokens times batch): the fastest format for each is measured and chosen.
         budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with
             them the widths are chosen layer by layer.
-        method: a name from compress/methods.py. None: ``adaquant`` with data, ``mse`` without.
+        method: a name from compress/methods.py, or ``auto`` (compress/auto.py). None: ``adaquant`` with data, ``mse``
+            without.
         samples: how many calibration samples to use.
+        minutes: with the method ``auto``: how long calibration may take.
         first_last_bits: width of the first and the last layer, where that is more than ``bits``. None: 8, or whatever
             the budgets allow.
         target: a name from compress/targets.py.
@@ -113,6 +115,7 @@ class Options:
     budgets: tuple[str, ...] = ()
     method: str | None = None
     samples: int = 1024
+    minutes: float | None = None
     first_last_bits: int | None = None
     target: str = "onnx-cpu"
     observer: str | None = None
@@ -140,6 +143,7 @@ class Settings(TypedDict, total=False):
     budgets: str | Sequence[str]
     method: str | None
     samples: int
+    minutes: float | None
     first_last_bits: int | None
     target: str
     observer: str | None

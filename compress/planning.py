@@ -94,7 +94,7 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
             )
     for name, value, low in (
         ("--bits", options.bits, 2),
-        ("--act-bits", options.act_bits, 4),
+        ("--act-bits", options.act_bits, 2),
         ("--first-last-bits", options.first_last_bits, 2),
     ):
         if value is not None and not (isinstance(value, int) and low <= value <= 8):

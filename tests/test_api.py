@@ -246,7 +246,7 @@ def test_progress_names_every_layer_and_ends_full() -> None:
         ({"bits": 9}, "--bits 9: allowed are 2 to 8"),
         ({"bits": 1}, "--bits 1: allowed are 2 to 8"),
         ({"bits": 4.5}, "--bits 4.5: allowed are 2 to 8"),
-        ({"act_bits": 3}, "--act-bits 3: allowed are 4 to 8"),
+        ({"act_bits": 1}, "--act-bits 1: allowed are 2 to 8"),
         ({"first_last_bits": 16}, "--first-last-bits 16: allowed are 2 to 8"),
         ({"iterations": -1}, "--iterations -1: allowed are 0"),
         ({"samples": 0}, "0 samples of the samples given are not possible"),

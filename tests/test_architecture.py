@@ -26,6 +26,7 @@ LEVEL_2 = {"quant", "calib", "kernels", "lowrank"}
 LEVEL_4 = {"transform", "allocation", "compression", "artifact"}
 LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "intake", "estimate"} | {
     "planning",
+    "auto",
     "realize",
     "work",
     "streaming",

@@ -50,7 +50,7 @@ def reading(
 def planning(
     act_bits: Annotated[
         int | None,
-        typer.Option(help="Bits an activation, 4 to 8  [default: 8 with --calib]", rich_help_panel=_PLAN),
+        typer.Option(help="Bits an activation, 2 to 8  [default: 8 with --calib]", rich_help_panel=_PLAN),
     ] = None,
     dynamic: Annotated[
         bool | None,
@@ -78,7 +78,8 @@ def planning(
     method: Annotated[
         str | None,
         typer.Option(
-            help="minmax, mse, hqq, gptq, adaquant, adaquant-parallel; by blocks: adaround, brecq, qdrop, genie  "
+            help="minmax, mse, hqq, gptq, adaquant, adaquant-parallel; by blocks: adaround, brecq, qdrop, genie; or "
+            "auto, which chooses by widths, samples and --minutes  "
             "[default: adaquant with --calib, mse without; with --group-size gptq and hqq]",
             rich_help_panel=_PLAN,
         ),
@@ -88,6 +89,10 @@ def planning(
         typer.Option(
             help="Optimisation steps a layer, or a block  [default: 300 a layer, 1000 a block]", rich_help_panel=_PLAN
         ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="With --method auto: how long calibration may take", rich_help_panel=_PLAN),
     ] = None,
     first_last_bits: Annotated[
         int | None,

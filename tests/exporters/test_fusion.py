@@ -93,7 +93,7 @@ def layer_kinds(path: Path, layers: tuple[str, ...]) -> dict[str, list[str]]:
     ("target", "bits", "act_bits"),
     [
         ("onnx-cpu", 3, 8),
-        ("onnx-arm", 4, 4),
+        ("onnx-arm", 2, 2),
         # The same again at other widths, seconds each.
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [("onnx-cpu", 8, 8), ("onnx-cpu", 4, 4)]),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [("onnx-arm", 8, 8), ("onnx-arm", 3, 8)]),
