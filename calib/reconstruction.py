@@ -10,7 +10,7 @@ One implementation, whose settings are the published methods:
 Biases are learned beside the weights, which none of the four does: they cost nothing at run time, and at few bits they
 are worth as much as the rest. A block starts from the grids of the smallest squared error. The iterate whose outputs,
 all codes decided, are best on a fixed part of the samples is kept, the start among them: no block is worse there than
-rounding to nearest.
+rounding to nearest. Once all codes are decided and nothing has become better for a while, the block is done.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ BATCH = 32
 
 _EVALUATED = 128
 _CHECKS = 10
+_PATIENCE = 3  # checks without a better iterate, once all codes are decided
+_DECIDED = 0.01
 _WARM_UP = 0.2
 _BETA = (20.0, 2.0)
 # 20,000 steps of 1e-3 is what is published: as far in fewer, larger ones, but no further than this a step.
@@ -151,6 +153,7 @@ def reconstruct(
     rates = [group["lr"] for group in optimizer.param_groups]
     warm_up = int(_WARM_UP * effort.iterations)
     interval = max(effort.iterations // _CHECKS, 1)
+    idle = 0
     note = None
     for step in range(effort.iterations):
         decay = 0.5 * (1 + math.cos(math.pi * step / effort.iterations))
@@ -170,9 +173,12 @@ def reconstruct(
         optimizer.step()
         if (step + 1) % interval == 0 or step + 1 == effort.iterations:
             now = learned.hard_error(evaluated)
+            idle = 0 if now < after else idle + 1
             if now < after:
                 best, after = learned.solution(), now
             progress(step + 1, effort.iterations, now)
+            if idle >= _PATIENCE and learned.decided():
+                break
     if note is None and after == before and effort.iterations:
         note = "reconstruction found nothing better than rounding to nearest"
     return BlockSolution(*best, before, after, note)
@@ -233,6 +239,11 @@ class _Learned:
     def undecided(self, beta: float) -> Tensor:
         """See :meth:`SoftWeight.undecided`; of all weights."""
         return torch.stack([each.undecided(beta) for each in self.weights.values()]).sum()
+
+    @torch.no_grad()
+    def decided(self) -> bool:
+        """Whether no code is still between two."""
+        return all(float((each.up() * (1 - each.up())).max()) < _DECIDED for each in self.weights.values())
 
     @torch.no_grad()
     def hard_error(self, index: Tensor) -> float:
