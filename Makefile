@@ -44,11 +44,12 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 # One thread a worker, commands that tests start included: two workers of two threads wait for each other.
+# Workers take the files in the order of tests/conftest.py, not those with most tests first.
 tests: $(READY)  ## every test, slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types  ## before each commit: lint, types and the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real"
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

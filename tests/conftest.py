@@ -16,6 +16,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import pytest
 
+from tests.torchlib import keep_torchlib
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -30,6 +32,13 @@ def seed() -> None:
         torch.manual_seed(0)
         # More threads change the order of sums, and on a busy machine they wait for each other: 60 times slower.
         torch.set_num_threads(1)
+        keep_torchlib()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a worker that began one of them last would keep the other waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -87,19 +87,33 @@ def populate(folder: Path) -> Path:
 # Reads one case a line, forks, and runs the command line in the child: exit code, stdout and stderr are the real ones,
 # and torch is imported once for all of them.
 SERVER = """
-import json, os, sys
+import atexit, gc, json, logging, os, sys
 import compress.api
+import torch.onnx._internal.exporter._registration as table
 from compress.cli.main import main
+from tests.torchlib import keep_torchlib
+keep_torchlib()
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # as an export does
+table.ONNXRegistry.from_torchlib(opset_version=18)
+gc.freeze()  # a child's collections would copy it all
 for line in sys.stdin:
     case = json.loads(line)
     child = os.fork()
     if child == 0:
         os.chdir(case["cwd"])
+        os.environ.update(case["variables"])
         for descriptor, name in ((0, os.devnull), (1, case["stdout"]), (2, case["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
         sys.argv = ["compress", *case["arguments"]]
-        main()
-        os._exit(0)
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking a large interpreter apart takes a second and more
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -114,11 +128,15 @@ class Forks:
             cwd=folder, env=environment(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def run(self, cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, cwd: Path, *arguments: object, variables: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """``variables``: of the environment, for this run alone."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         stdout, stderr = (str(self.folder / name) for name in ("stdout", "stderr"))
         case = {"cwd": str(cwd), "arguments": list(map(str, arguments)), "stdout": stdout, "stderr": stderr}
+        case["variables"] = dict(variables or {})
         self.server.stdin.write(json.dumps(case) + "\n")
         self.server.stdin.flush()
         code = int(self.server.stdout.readline())

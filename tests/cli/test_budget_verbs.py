@@ -222,7 +222,7 @@ def test_plans_that_do_not_fit_are_refused(forks: Forks, folder: Path, plan: Pat
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_its_sensitivities(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_keeps_its_sensitivities(forks: Forks, folder: Path, tmp_path: Path) -> None:
     arguments = ("allocate", "model.pt", *DATA, "--budget", "size=0.22x", "--sensitivity-iterations", 40)
     own = environment(folder) | {"COMPRESS_CACHE": str(tmp_path / "cache")}
     killed = subprocess.Popen(command(*arguments, "-o", tmp_path / "killed.json"), cwd=folder, env=own)
@@ -234,10 +234,10 @@ def test_a_killed_run_keeps_its_sensitivities(folder: Path, tmp_path: Path) -> N
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed.json").exists()
-    again = subprocess.run(command(*arguments, "-o", tmp_path / "again.json"), cwd=folder, env=own, timeout=240)
-    assert again.returncode == 0
-    fresh = own | {"COMPRESS_CACHE": str(tmp_path / "fresh")}
-    subprocess.run(command(*arguments, "-o", tmp_path / "fresh.json"), cwd=folder, env=fresh, timeout=240, check=True)
+    for name, cache in (("again", "cache"), ("fresh", "fresh")):
+        variables = {"COMPRESS_CACHE": str(tmp_path / cache)}
+        run = forks.run(folder, *arguments, "-o", tmp_path / f"{name}.json", variables=variables)
+        assert run.returncode == 0, run.stderr
     plans = [json.loads((tmp_path / name).read_text()) for name in ("again.json", "fresh.json")]
     assert plans[0]["choices"] == plans[1]["choices"]
     errors = [[each["error"] for each in plan["allocation"]["chosen"]] for plan in plans]

@@ -20,14 +20,23 @@ LAYERS = 6
 SAME = ("model.onnx", "model.safetensors", "graph.json", "plan.json")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
+    """Model, data, and ``whole``: what a run gives that nothing happened to."""
+    place = tmp_path_factory.mktemp("interruption")
+    torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(LAYERS - 1):
         layers += [nn.Linear(64, 64), nn.ReLU()]
-    torch.save(nn.Sequential(*layers, nn.Linear(64, 5)), tmp_path / "model.pt")
-    np.savez(tmp_path / "calib.npz", x=np.random.default_rng(0).standard_normal((256, 64), np.float32))
-    return tmp_path
+    torch.save(nn.Sequential(*layers, nn.Linear(64, 5)), place / "model.pt")
+    np.savez(place / "calib.npz", x=np.random.default_rng(0).standard_normal((256, 64), np.float32))
+    assert "continued" not in finish(forks, place, "whole")
+    return place
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "work"))
 
 
 def arguments(out: str, *more: object) -> list[object]:
@@ -66,8 +75,6 @@ def stop(folder: Path, out: str, finished: int, how: signal.Signals) -> tuple[in
 
 @pytest.mark.slow
 def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Forks) -> None:
-    assert "continued" not in finish(forks, folder, "whole")
-
     code, said = stop(folder, "out", 1, signal.SIGINT)
     assert code == 130, said
     assert said == "error: stopped; what is finished is kept, and the same command continues with it\n"
@@ -100,7 +107,6 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
 
 @pytest.mark.slow
 def test_killed_at_random_points(folder: Path, forks: Forks) -> None:
-    finish(forks, folder, "whole")
     moments = random.Random(int(time.time()))
     for _ in range(3):
         process = subprocess.Popen(

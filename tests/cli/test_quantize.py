@@ -83,8 +83,10 @@ def test_the_shortest_command_quantizes_the_weights(compress: Run, workplace: Pa
 
 
 @pytest.mark.slow
-def test_json_is_the_report_and_nothing_else(compress: Run, workplace: Path) -> None:
-    run = compress(workplace, "quantize", "model.pt", "--calib", "calib.npz", "--method", "mse", "--json", "-o", "json")
+def test_json_is_the_report_and_nothing_else(forks: Forks, workplace: Path) -> None:
+    run = forks.run(
+        workplace, "quantize", "model.pt", "--calib", "calib.npz", "--method", "mse", "--json", "-o", "json"
+    )
     assert run.returncode == 0, run.stderr
     report = Report.model_validate(json.loads(run.stdout))
     assert report == Report.model_validate_json((workplace / "json" / "report.json").read_text())

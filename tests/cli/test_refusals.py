@@ -119,12 +119,9 @@ def tiny_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     indirect=["tiny_disk"],
     ids=["activations", "layers", "folder"],
 )
-def test_a_full_disk(tmp_path: Path, tiny_disk: Path, arguments: tuple[str, ...]) -> None:
+def test_a_full_disk(forks: Forks, tmp_path: Path, tiny_disk: Path, arguments: tuple[str, ...]) -> None:
     folder = populate(tmp_path / "work")
-    run = subprocess.run(
-        command("quantize", "model.pt", "--out", tiny_disk / "out", *arguments),
-        cwd=folder, env=environment(folder), capture_output=True, text=True,
-    )  # fmt: skip
+    run = forks.run(folder, "quantize", "model.pt", "--out", tiny_disk / "out", *arguments)
     assert run.returncode == 2, run.stderr
     assert run.stderr.count("\n") == 1, run.stderr
     assert "No space left on device" in run.stderr

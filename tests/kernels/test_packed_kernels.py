@@ -55,10 +55,10 @@ def test_every_dtype_with_bias_and_branch(
     kernel: str, dtype: torch.dtype, bits: int, device: str, lane_weight: Callable[..., Any], assert_near: Any
 ) -> None:
     run, rows = KERNELS.get(kernel, (packed_reference, 3))
-    weight, exact = lane_weight(37, 200, bits, 64, device)
+    weight, exact = lane_weight(21, 200, bits, 64, device)
     x = torch.randn(rows, 200, device=device).to(dtype)
-    bias = torch.randn(37, device=device).to(dtype)
-    inner, up = torch.randn(rows, 5, device=device).to(dtype), torch.randn(37, 5, device=device).to(dtype)
+    bias = torch.randn(21, device=device).to(dtype)
+    inner, up = torch.randn(rows, 5, device=device).to(dtype), torch.randn(21, 5, device=device).to(dtype)
     wanted = x.double() @ exact.T + inner.double() @ up.double().T + bias.double()
     assert_near(run(x, weight, bias, (inner, up)), wanted)
 
