@@ -1,4 +1,4 @@
-"""A sparse difference to a base model, and sums of several: theta0 + sum of weight * delta (arXiv 2110.07560, section 3).
+"""A sparse difference to a base model, and sums of several: theta0 + sum of weight * delta (arXiv 2110.07560).
 
 Indices are flat, of the tensor's logical shape with the last dimension fastest, whatever its strides, and 64 bits wide.
 """

@@ -1,4 +1,4 @@
-"""LT-SFT in a training loop of one's own (arXiv 2110.07560, section 3): train, select, go back, train what was selected.
+"""LT-SFT in a training loop of one's own (arXiv 2110.07560, section 3): train, select, go back, train the selected.
 
 tuner = SparseFineTuner(model, density=0.05, head=("classifier",))
 for phase in ("full", "sparse"):
@@ -47,8 +47,8 @@ class SparseFineTuner:
             parameters of the model.
         l1_everywhere: over all that is trained, as published; False: over maskable parameters alone.
         sources: deltas by name, one of which may be added for the time of a step (several languages of one task).
-        base: hash of the base that the delta is for; None: of the module as it is now. Whoever adds a delta to the module
-            first, to start from the sum, gives the hash of what was before.
+        base: hash of the base that the delta is for; None: of the module as it is now. Whoever adds a delta first, to
+            start from the sum, gives the hash of what was before.
         seed: of ``random``.
 
     Attributes:
@@ -299,7 +299,7 @@ def _evaluating(layer: nn.Module, _: object) -> None:
 
 
 def _masking(index: Tensor) -> Callable[[Tensor], Tensor]:
-    """For a gradient: zero outside ``index``, so that clipping by norm and shared statistics see only what is trained."""
+    """For a gradient: zero outside ``index``, so that clipping and shared statistics see only what is trained."""
 
     def mask(gradient: Tensor) -> Tensor:
         masked = torch.zeros_like(gradient)

@@ -1,4 +1,4 @@
-"""LT-SFT's two phases (METHODS.md, S1 and S2): exactly K, frozen to the bit, back to the start, K = all is fine-tuning."""
+"""LT-SFT's two phases: exactly K, frozen to the bit, back to the start, K = all is full fine-tuning."""
 
 from __future__ import annotations
 
