@@ -28,6 +28,7 @@ LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "int
     "planning",
     "realize",
     "work",
+    "deltas",
     "streaming",
     "training",
     "skeleton",
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(LEVEL_5, BELOW_6),
     "api": BELOW_6,
     # Commands call the API; the rest are the light tables and records that parsing and printing need.
-    "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training"}
+    "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training", "deltas"}
     | {"registry", "methods", "formats", "targets", "allocation"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "options"},

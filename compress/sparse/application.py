@@ -36,7 +36,7 @@ class Applied:
     Attributes:
         before: what the touched entries and the replaced tensors were.
         overlap: how much the deltas meet.
-        hashes: SHA-256 of the module's tensors before, by name; empty where no hash was wanted.
+        hashes: SHA-256 of the module's tensors before, by name; empty where none was needed.
     """
 
     before: SparseDelta
@@ -59,6 +59,7 @@ def apply_deltas(
     head: str | None = None,
     heads: bool = True,
     any_base: bool = False,
+    hashed: bool = False,
 ) -> Applied:
     """Add ``deltas`` to ``module``; the same bits in whatever order they come.
 
@@ -68,6 +69,7 @@ def apply_deltas(
         head: which delta's dense tensors are taken, where several have some.
         heads: False leaves the dense tensors of all deltas out.
         any_base: apply them to a base that is not the one they were trained on, if names and shapes fit.
+        hashed: hash the base even if ``any_base`` does not need it, for :meth:`Applied.undo`.
 
     Raises:
         InputError: a delta is for another base, does not fit, two have heads and none was chosen, or a sum is not
@@ -76,9 +78,8 @@ def apply_deltas(
     tensors = base_tensors(module)
     for name, delta in deltas.items():
         _check_fits(name, delta, tensors)
-    hashes: dict[str, str] = {}
+    hashes = tensor_hashes(tensors) if hashed or not any_base else {}
     if not any_base:
-        hashes = tensor_hashes(tensors)
         _check_base(deltas, hashes)
     dense = _chosen_head(deltas, head) if heads else {}
     try:
@@ -142,7 +143,7 @@ def _check_fits(called: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) 
 
 def _check_base(deltas: Mapping[str, SparseDelta], hashes: Mapping[str, str]) -> None:
     for called, delta in deltas.items():
-        found = base_hash(hashes, delta.dense)
+        found = base_hash(hashes, delta.without)
         if delta.base is not None and delta.base != found:
             raise InputError(
                 f"{called} is for another base: its hash is {delta.base[:12]}, the model's {found[:12]}; give the base "

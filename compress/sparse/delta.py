@@ -45,16 +45,18 @@ class SparseDelta:
     """What to add to a base, and what to replace in it.
 
     Attributes:
-        base: hash of the base (:func:`~compress.sparse.base.base_hash`) without the names in ``dense``; None: unknown.
+        base: hash of the base (:func:`~compress.sparse.base.base_hash`); None: unknown.
         tensors: entries to add, by the parameter's name.
         dense: tensors to replace whole: heads, and buffers that training has changed.
-        notes: how it was made, as sentences or pairs.
+        notes: how it was made, by keyword.
+        without: names that ``base`` leaves out, those in ``dense`` as a rule: bases may differ in the head.
     """
 
     base: str | None
     tensors: dict[str, SparseTensor]
     dense: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:

@@ -12,13 +12,13 @@ magnitude / 127; else it is 1. Zeros may be stored: an entry in the mask need no
 
 ``dense/NAME``, in any dtype and shape, replaces a tensor of the base whole: heads, and buffers that training changed.
 
-The header's ``__metadata__`` has two strings. ``compress.delta`` is JSON:
+The header's ``__metadata__`` has one string, ``compress.delta``: a SHA-256 in hexadecimal, a space, and JSON:
 
 ==============  =====================================================================================================
 ``version``     1
 ``kind``        ``delta``: values are added; ``undo``: values are what the entries were before, and replace them
-``base``        hash of the base (compress/sparse/base.py) without the names in ``dense``; null: unknown. In an ``undo``
-                it is that of the whole base
+``base``        hash of the base (compress/sparse/base.py); null: unknown
+``without``     names of tensors that this hash leaves out: heads that are replaced; none in an ``undo``
 ``model``       ``undo`` only: hash of the whole model that it undoes
 ``k``           entries in all
 ``values``      ``fp64``, ``fp32``, ``fp16``, ``bf16`` or ``int8``
@@ -26,11 +26,13 @@ The header's ``__metadata__`` has two strings. ``compress.delta`` is JSON:
 ``notes``       strings by name: how the delta was made
 ==============  =====================================================================================================
 
-``sha256`` is the SHA-256 of that JSON and then, by sorted key, of every tensor's key, dtype, shape and bytes. It tells
-damage and edits, not authors: whoever can write the file can write its hash. Readers refuse a file whose hash, version,
-counts or indices are not as said, or whose numbers are not finite, before anything is done with it.
+The SHA-256 is over that JSON's bytes and then, by sorted key, every tensor's ``\\0key\\0dtype\\0shape\\0`` and bytes,
+dtype and shape as torch and Python print them (``torch.uint8``, ``(3,)``). It tells damage and edits, not authors:
+whoever can write the file can write its hash. Readers refuse a file whose hash, version, counts or indices are not as
+said, or whose numbers are not finite, before anything is done with it.
 
-Not promised: the order of tensors in the file, the smallest possible file, the same bytes from another version.
+Not promised: the order of tensors in the file, the smallest possible file, the same bytes from another version of this
+program.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ VALUES = {
     "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
 }  # fmt: skip
 _VERSION = 1
-_HEADER, _HASH = "compress.delta", "sha256"
+_HEADER = "compress.delta"
 
 
 class _Stored(Record):
@@ -76,6 +78,7 @@ class _Header(Record):
     version: int
     kind: str
     base: str | None
+    without: tuple[str, ...]
     model: str | None = None
     k: int
     values: str
@@ -121,8 +124,7 @@ def read_delta(path: str | os.PathLike[str]) -> SparseDelta:
     Raises:
         InputError: the file is missing, no delta, truncated, changed, of another version, or holds what cannot be.
     """
-    header, delta = _read(Path(path), "delta")
-    return SparseDelta(header.base, delta.tensors, delta.dense, delta.notes)
+    return _read(Path(path), "delta")[1]
 
 
 def read_undo(path: str | os.PathLike[str]) -> Undo:
@@ -161,12 +163,14 @@ def _write(path: Path, kind: str, delta: SparseDelta, values: str, base: str | N
             raise InputError(f"{name} is not finite; train it again with a smaller learning rate")
         tensors[f"dense/{name}"] = whole.detach().cpu().contiguous()
     header = _Header(
-        version=_VERSION, kind=kind, base=base, model=model, k=delta.k, values=values, tensors=table, notes=delta.notes
-    ).model_dump_json()
+        version=_VERSION, kind=kind, base=base, without=delta.without, model=model, k=delta.k, values=values,
+        tensors=table, notes=delta.notes,
+    ).model_dump_json()  # fmt: skip
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {_HEADER: header, _HASH: _digest(header, tensors)})
+        # One string: safetensors writes several in any order, and the same delta is to be the same bytes.
+        save_file(tensors, temporary, {_HEADER: f"{_digest(header, tensors)} {header}"})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}; free some space or choose another --out") from error
@@ -202,13 +206,14 @@ def _header(path: Path) -> tuple[_Header, str, str]:
             strings = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or no safetensors file ({error}); get it again") from error
-    if _HEADER not in strings or _HASH not in strings:
+    if _HEADER not in strings:
         raise InputError(f"{path} is a safetensors file but no delta; `compress sparse train` writes one")
+    digest, _, text = strings[_HEADER].partition(" ")
     try:
-        version = json.loads(strings[_HEADER]).get("version")
+        version = json.loads(text).get("version")
         if version != _VERSION:
             raise InputError(f"{path} has version {version!r}; this program reads {_VERSION}")
-        return _Header.model_validate_json(strings[_HEADER]), strings[_HEADER], strings[_HASH]
+        return _Header.model_validate_json(text), text, digest
     except (ValidationError, ValueError, AttributeError) as error:
         raise InputError(f"{path} was changed or damaged: its header cannot be read; get it again") from error
 
@@ -238,7 +243,7 @@ def _read(path: Path, kind: str) -> tuple[_Header, SparseDelta]:
             raise InputError(f"{path}: {key} is in no table; the program that wrote it does not follow the format")
         if each.is_floating_point() and not bool(each.isfinite().all()):
             raise InputError(f"{path}: {key} holds numbers that are not finite; it cannot be applied")
-    delta = SparseDelta(header.base, found, dense, header.notes)
+    delta = SparseDelta(header.base, found, dense, header.notes, header.without)
     if delta.k != header.k:
         raise InputError(f"{path} has {delta.k:,} entries and says {header.k:,}; get it again")
     return header, delta

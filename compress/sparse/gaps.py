@@ -15,6 +15,8 @@ that. At random places in a share d of a tensor that is 1 / (1 - (1 - d)^255) by
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ __all__ = ["CODINGS", "decode", "encode"]
 
 CODINGS = ("all", "gap8", "gap16", "bitmap")
 
-_UNITS = {"gap8": np.dtype("u1"), "gap16": np.dtype("<u2")}
+_UNITS: dict[str, np.dtype[Any]] = {"gap8": np.dtype("u1"), "gap16": np.dtype("<u2")}
 
 
 def encode(index: NDArray[np.int64], size: int) -> tuple[str, NDArray[np.uint8]]:
@@ -81,7 +83,7 @@ def decode(coding: str, data: NDArray[np.uint8], count: int, size: int) -> NDArr
     return index
 
 
-def _full(unit: np.dtype) -> int:
+def _full(unit: np.dtype[Any]) -> int:
     return int(np.iinfo(unit).max)
 
 

@@ -47,13 +47,13 @@ class SparseFineTuner:
             parameters of the model.
         l1_everywhere: over all that is trained, as published; False: over maskable parameters alone.
         sources: deltas by name, one of which may be added for the time of a step (several languages of one task).
-        base: hash of the base that the delta is for; None: of the module as it is now. Whoever adds a delta first, to
-            start from the sum, gives the hash of what was before.
         seed: of ``random``.
 
     Attributes:
         parts: which parameters are selected from, trained whole, frozen.
         mask: selected flat indices, int64, by maskable parameter; None in the full phase.
+        base: hash of the base that the delta is for; None: of the module as it was at the start. Whoever has added a
+            delta before, to start from the sum, puts the hash of what was before that here.
 
     Raises:
         ValueError: an option is impossible, a pattern matches nothing, or there are fewer maskable entries than ``k``.
@@ -72,7 +72,6 @@ class SparseFineTuner:
         l1: tuple[float, float] = (0.0, 0.0),
         l1_everywhere: bool = True,
         sources: Mapping[str, SparseDelta] | None = None,
-        base: str | None = None,
         seed: int = 0,
     ) -> None:
         if criterion not in CRITERIA:
@@ -90,7 +89,7 @@ class SparseFineTuner:
         self._parameters = dict(module.named_parameters())
         self._start = {name: each.detach().clone() for name, each in self._parameters.items()}
         self._buffers = {name: each.detach().clone() for name, each in module.named_buffers()}
-        self._base = base
+        self.base: str | None = None
         self._sources = dict(sources or {})
         for name, each in self._sources.items():
             self._check_source(name, each)
@@ -240,10 +239,10 @@ class SparseFineTuner:
             if name in stored and not torch.equal(buffer, self._buffers[name]):
                 dense[name] = buffer.detach().cpu().clone()
         notes = {"criterion": self.criterion, "maskable": str(self.parts.count)}
-        base = self._base
+        base = self.base
         if base is None:
             base = base_hash(tensor_hashes(self._start_of(stored)), dense)
-        return SparseDelta(base, tensors, dense, notes)
+        return SparseDelta(base, tensors, dense, notes, tuple(dense))
 
     def _start_of(self, names: Mapping[str, object]) -> dict[str, Tensor]:
         return {name: self._start[name] if name in self._start else self._buffers[name] for name in names}

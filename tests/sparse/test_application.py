@@ -36,7 +36,7 @@ def random_delta(module: nn.Module, seed: int, density: float = 0.3, head: bool 
     dense = {"3.bias": torch.full((5,), float(seed))} if head else {}
     if head:
         del tensors["3.bias"]
-    return SparseDelta(base_hash(tensor_hashes(base_tensors(module)), dense), tensors, dense)
+    return SparseDelta(base_hash(tensor_hashes(base_tensors(module)), dense), tensors, dense, {}, tuple(dense))
 
 
 def bits(module: nn.Module) -> list[Tensor]:
@@ -120,7 +120,9 @@ REFUSED = {
             r"3\.weight would not be finite with the deltas"),
     "dense": (lambda: SparseDelta(None, {}, {"3.bias": torch.ones(4)}), r"3\.bias has shape \[4\] there and \[5\]"),
     "whole numbers": (
-        lambda: SparseDelta(None, {"1.num_batches_tracked": SparseTensor((), "int64", torch.tensor([0]), torch.ones(1))}),
+        lambda: SparseDelta(
+            None, {"1.num_batches_tracked": SparseTensor((), "int64", torch.tensor([0]), torch.ones(1))}
+        ),
         "deltas are added to floats",
     ),
 }  # fmt: skip

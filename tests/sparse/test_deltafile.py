@@ -108,10 +108,10 @@ def rewritten(path: Path, change: Change) -> None:
     """What a wrong writer would make: the file changed, its hash right."""
     tensors = load_file(path)
     with safetensors.safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["compress.delta"])
+        header = json.loads(file.metadata()["compress.delta"].partition(" ")[2])
     change(tensors, header)
     text = json.dumps(header)
-    save_file(tensors, path, {"compress.delta": text, "sha256": _digest(text, tensors)})
+    save_file(tensors, path, {"compress.delta": f"{_digest(text, tensors)} {text}"})
 
 
 def _set(key: str, value: object) -> Change:
