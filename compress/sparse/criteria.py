@@ -61,7 +61,7 @@ def given_scores(scores: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> C
     Raises:
         ValueError: a maskable parameter has none, or one of another shape; or a name is no maskable parameter's.
     """
-    for name in scores.keys() ^ start.keys():
+    for name in sorted(scores.keys() ^ start.keys()):
         where = "is no maskable parameter" if name in scores else "has no scores"
         raise ValueError(f"{name} {where}; scores are needed for exactly the maskable parameters")
     for name, each in start.items():

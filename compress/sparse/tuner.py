@@ -200,6 +200,26 @@ class SparseFineTuner:
         self.mask = {name: index.to(now[name].device) for name, index in mask.items()}
         self.rewind()
 
+    def use_mask(self, mask: Mapping[str, Tensor]) -> None:
+        """Take a mask that was chosen before, instead of :meth:`select`, to go on in the sparse phase.
+
+        Args:
+            mask: flat indices, int64 and increasing, by maskable parameter, ``k`` in all.
+
+        Raises:
+            ValueError: it is another model's or run's.
+        """
+        for name in sorted(mask.keys() ^ self.parts.maskable.keys()):
+            raise ValueError(f"{name} is {'no maskable parameter' if name in mask else 'not in the mask'}")
+        for name, index in mask.items():
+            size = self.parts.maskable[name].numel()
+            inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < size)
+            if not inside or not bool((index.diff() > 0).all()):
+                raise ValueError(f"{name}: indices must increase within its {size:,} entries")
+        if (count := sum(map(len, mask.values()))) != self.k:
+            raise ValueError(f"the mask has {count:,} entries, not {self.k:,}")
+        self.mask = {name: index.to(self.parts.maskable[name].device) for name, index in mask.items()}
+
     @torch.no_grad()
     def rewind(self) -> None:
         """Parameters and buffers as they were at the start, gradients gone."""
