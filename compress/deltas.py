@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from compress.artifact import check_free
-from compress.checkpoint import LoadedModel, load_model
+from compress.checkpoint import LoadedModel, fingerprint, load_model
 from compress.errors import InputError
 from compress.huggingface import is_pretrained
 from compress.records import Record
@@ -26,6 +26,7 @@ __all__ = [
     "Composed",
     "DeltaSummary",
     "TensorSummary",
+    "add_deltas",
     "apply",
     "compose",
     "inspect",
@@ -120,6 +121,20 @@ def load_with_deltas(
     if any_base:
         notes = ["whether the deltas are for this base was not checked (--any-base)"]
     return done, tuple(notes)
+
+
+def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> LoadedModel:
+    """``base`` with ``deltas`` added to its module, in place, under another fingerprint.
+
+    Raises:
+        InputError: see :func:`load_with_deltas`.
+    """
+    if not deltas:
+        return base
+    done, notes = load_with_deltas(base, deltas)
+    shared = f", {done.overlap.entries:,} of them in more than one" if done.overlap.entries else ""
+    notes += (f"{done.before.k:,} entries of {', '.join(map(str, deltas))} added to the model first{shared}",)
+    return replace(base, fingerprint=fingerprint(base.module), notes=(*base.notes, *notes))
 
 
 def apply(

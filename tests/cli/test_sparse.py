@@ -155,6 +155,28 @@ def test_weights_and_a_factory(forks: Forks, folder: Path) -> None:
     assert same(state(folder / "other.pt"), load_file(folder / "back.safetensors"))
 
 
+def test_a_delta_is_merged_before_calibration(forks: Forks, folder: Path) -> None:
+    merged = ("sparse", "merge", "base.pt", "one.safetensors", "-o", "merged.pt", "-q")
+    assert forks.run(folder, *merged).returncode == 0
+    given = ("--calib", "x.npz", "--method", "mse", "--eval", "one.npz", "--json")
+    run = forks.run(folder, "quantize", "base.pt", "--delta", "one.safetensors", *given, "-o", "a")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert any("130 entries of one.safetensors added to the model first" in each for each in report["notes"])
+    run = forks.run(folder, "quantize", "merged.pt", *given, "-o", "b")
+    assert run.returncode == 0, run.stderr
+    assert (folder / "a" / "model.safetensors").read_bytes() == (folder / "b" / "model.safetensors").read_bytes()
+    assert json.loads(run.stdout)["metric"] == report["metric"]
+    run = forks.run(folder, "export", "base.pt", "--delta", "one.safetensors", "--out", "task.onnx")
+    assert run.returncode == 0, run.stderr
+    run = forks.run(folder, "export", "a", "--delta", "one.safetensors", "--out", "never.onnx")
+    assert run.returncode == 2
+    assert "a is compressed already; add deltas to the float model" in run.stderr
+    run = forks.run(folder, "quantize", "other.pt", "--delta", "one.safetensors", "-o", "never")
+    assert run.returncode == 2
+    assert "one.safetensors is for another base" in run.stderr
+
+
 REFUSED = {
     "another base": (("apply", "other.pt", "one.safetensors"), "one.safetensors is for another base: its hash is"),
     "architecture": (("apply", "small.pt", "one.safetensors"), "0.weight has shape [48, 12] there and [3, 12] in the"),
