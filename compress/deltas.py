@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,12 +115,12 @@ def load_with_deltas(
             raise InputError(f"{path} is given twice; give it once, with a weight")
         named[path] = open_delta(path)
     done = apply_deltas(base.module, named, weights, head=head, heads=heads, any_base=any_base, hashed=hashed)
-    notes = [
-        f"{path} does not say which base it is for: not checked" for path, one in named.items() if one.base is None
-    ]
     if any_base:
-        notes = ["whether the deltas are for this base was not checked (--any-base)"]
-    return done, tuple(notes)
+        notes: tuple[str, ...] = ("whether the deltas are for this base was not checked (--any-base)",)
+    else:
+        unbound = [path for path, one in named.items() if one.base is None]
+        notes = tuple(f"{path} does not say which base it is for: not checked" for path in unbound)
+    return done, notes + _superseded(named, done.before.dense)
 
 
 def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> LoadedModel:
@@ -160,9 +160,14 @@ def apply(
         check_free(path, overwrite)
     loaded = _load(base, factory, allow)
     done, notes = load_with_deltas(loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo)
-    if undo:
+    if undo:  # before the model: one that cannot be taken back is not to be there, not even for a moment
         write_undo(done.undo(loaded.module), undo_path(out))
-    _save(loaded, base, out, factory, overwrite)
+    try:
+        _save(loaded, base, out, factory, overwrite)
+    except InputError:
+        if undo:
+            undo_path(out).unlink(missing_ok=True)
+        raise
     return Composed(done.before.k, tuple(done.before.dense), done.overlap, (*loaded.notes, *notes))
 
 
@@ -235,11 +240,8 @@ def compose(
         tensors = sum_deltas(list(found.values()), weights)
     except ValueError as error:
         raise InputError(str(error)) from error
-    clash = sorted(tensors.keys() & dense.keys())
-    if clash:
-        raise InputError(
-            f"{clash[0]} is added to by one delta and replaced by another; leave heads out with --no-heads"
-        )
+    notes += _superseded(found, dense)
+    tensors = {name: each for name, each in tensors.items() if name not in dense}
     made_of = {"composed of": ", ".join(Path(path).name for path in found)}
     whole = SparseDelta(base.base, tensors, dense, made_of, base.without)
     if out.suffix == _REFERENCE:
@@ -267,6 +269,17 @@ def inspect(path: Path) -> DeltaSummary:
         file=str(path), size_bytes=size, base=delta.base, k=delta.k, values=values_format(path) if ours else "fp32",
         tensors=tensors, dense={name: tuple(each.shape) for name, each in delta.dense.items()}, notes=delta.notes,
     )  # fmt: skip
+
+
+def _superseded(deltas: Mapping[str, SparseDelta], dense: Collection[str]) -> tuple[str, ...]:
+    """Sentences about entries that are not added because their tensor is replaced whole."""
+    return tuple(
+        f"{path}: its {len(one.tensors[name].index):,} entries of {name} are left out, as another delta replaces that "
+        "whole"
+        for path, one in deltas.items()
+        for name in sorted(dense)
+        if name in one.tensors and len(one.tensors[name].index)
+    )
 
 
 def _common_base(found: Mapping[str, SparseDelta]) -> tuple[SparseDelta, tuple[str, ...]]:

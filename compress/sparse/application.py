@@ -63,6 +63,9 @@ def apply_deltas(
 ) -> Applied:
     """Add ``deltas`` to ``module``; the same bits in whatever order they come.
 
+    Where one delta replaces a tensor whole and another adds to it, only the first counts: what was added to the base's
+    head means nothing in another one.
+
     Args:
         deltas: by what they are called in messages, such as their files' names.
         weights: one a delta; None: 1 each. Heads are not weighted.
@@ -88,6 +91,7 @@ def apply_deltas(
         raise InputError(str(error)) from error
     before: dict[str, SparseTensor] = {}
     after: dict[str, Tensor] = {}
+    summed = {name: each for name, each in summed.items() if name not in dense}
     for name, each in summed.items():
         old = take(tensors[name], each.index)
         new = (old.double() + each.values.to(old.device)).to(old.dtype)

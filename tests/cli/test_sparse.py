@@ -118,8 +118,13 @@ def test_composed_is_applied_together(forks: Forks, folder: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
     assert same(state(folder / "sum.pt"), state(folder / "together.pt"))
     run = forks.run(folder, "sparse", "compose", "one.safetensors", "plain.safetensors", "-o", "mixed.safetensors")
-    assert run.returncode == 2
-    assert "5.bias is added to by one delta and replaced by another; leave heads out with --no-heads" in run.stderr
+    assert run.returncode == 0, run.stderr
+    assert "entries of 5.weight are left out, as another delta replaces that whole" in run.stdout
+    forks.run(folder, "sparse", "merge", "base.pt", "mixed.safetensors", "--max-overlap", 1, "-o", "mixed.pt")
+    forks.run(folder, "sparse", "merge", "base.pt", "plain.safetensors", "one.safetensors", "-o", "direct.pt")
+    a, b = state(folder / "mixed.pt"), state(folder / "direct.pt")
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4) for name in a)
+    assert torch.equal(a["5.weight"], load_file(folder / "one.safetensors")["dense/5.weight"])
 
 
 def test_the_published_form_and_back(forks: Forks, folder: Path) -> None:

@@ -195,6 +195,11 @@ def test_the_published_form(tmp_path: Path) -> None:
                tmp_path / "a.bin")  # fmt: skip
     w = read_reference(tmp_path / "a.bin").tensors["w"]
     assert (w.index.tolist(), w.values.tolist()) == ([1, 3, 5], [2.0, 1.0, 3.0])
+    # The published reader adds up in 32 bits.
+    large = {"size": [70_000, 70_000], "index_steps": [2**31 + 1, 2**32 - 2**31], "values": torch.ones(2)}
+    torch.save({"diffs": {"w": large}}, tmp_path / "large.bin")
+    w = read_reference(tmp_path / "large.bin").tensors["w"]
+    assert w.index.tolist() == sorted(at % 70_000 * 70_000 + at // 70_000 for at in (2**31 + 1, 2**32 + 1))
     dense = torch.zeros(2, 3)
     dense[1, 0], dense[0, 2] = 4.0, 5.0
     torch.save({"body": {"w": dense.to_sparse()}, "head": {"b": torch.ones(2)}}, tmp_path / "b.bin")

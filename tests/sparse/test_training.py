@@ -109,6 +109,24 @@ def test_a_task_learned_on_a_source_is_a_difference_to_the_base(tmp_path: Path) 
     assert abs(accuracy - result.sparse) < 0.01
 
 
+@pytest.mark.slow
+def test_what_moved_most_is_a_better_mask_than_chance_and_than_biases(tmp_path: Path) -> None:
+    """METHODS.md, S3: 5 %, three seeds, one learning rate; benchmarks/sparse_digits.py has the whole table."""
+    from benchmarks.lowrank import digits
+    from benchmarks.sparse_digits import BASELINES, LOTTERY, fine_tuned, trained_base
+
+    train_data, test_data = digits()
+    rows = []
+    for seed in range(3):
+        recipe = Recipe(
+            epochs=8, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw", seed=seed
+        )
+        done = fine_tuned(trained_base(train_data, seed), 0.05, (), train_data, recipe, 16)
+        rows.append({name: evaluate(module, test_data) for name, (module, _) in done.items()})
+    for name in BASELINES:
+        assert all(row[LOTTERY] > row[name] + 0.03 for row in rows), rows
+
+
 def test_refusals(tmp_path: Path) -> None:
     data = arrays()
     out = tmp_path / "never.safetensors"
