@@ -20,14 +20,15 @@ from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact
 from compress.auto import settle_method
 from compress.cache import remembered
 from compress.compression import plan_fingerprint
-from compress.errors import GateError
+from compress.deltas import add_deltas
+from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify as verify_file
 from compress.gate import verify_or_raise
 from compress.graph.traced import TracedModel
 from compress.huggingface import is_pretrained
-from compress.intake import Intake, ModelLike, noise, take_in
+from compress.intake import Intake, ModelLike, noise, read_model, take_in
 from compress.kernels.table import register_operators
 from compress.options import Options, Settings, Source, check_unused, gather
 from compress.planning import make_plan
@@ -253,7 +254,8 @@ def preview(
 def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
     """The model's layers, shapes and MACs, and what can be compressed; see :class:`~compress.intake.Intake`."""
     _, source = gather(settings)
-    return take_in(model, factory=source.model_factory, allow=source.allow, input_shape=source.input_shape)
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape)
 
 
 def load(folder: str | Path) -> torch.nn.Module:
@@ -365,8 +367,11 @@ def _given(asked: int, planned: int) -> int:
 def _traced(model: ModelLike, source: Source) -> TracedModel:
     register_operators()
     if not isinstance(model, torch.nn.Module) and Path(model).is_dir() and not is_pretrained(Path(model)):
+        if source.deltas:
+            raise InputError(f"{model} is compressed already; add deltas to the float model: compress quantize --delta")
         return load_artifact(Path(model))
-    return take_in(model, factory=source.model_factory, allow=source.allow, input_shape=source.input_shape).traced
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape).traced
 
 
 def _silent(label: str, done: int, total: int) -> None:

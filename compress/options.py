@@ -18,6 +18,7 @@ class Source:
     Attributes:
         model_factory: ``package.module:factory``, for files that hold weights only.
         allow: classes a model file may use besides torch.nn's own.
+        deltas: delta files that are added to the model first, of one base and with one head at most.
         input_shape: shape of one input, where neither file nor data tell.
         mean, std, size: how images given as bytes or files are normalised and cropped.
         length: tokens of a sample, at most, where text is given; None: 128, or what the model takes.
@@ -25,6 +26,7 @@ class Source:
 
     model_factory: str | None = None
     allow: Sequence[str] = ()
+    deltas: Sequence[str] = ()
     input_shape: Sequence[int] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -176,6 +178,7 @@ class Settings(TypedDict, total=False):
     latency_table: str | None
     model_factory: str | None
     allow: Sequence[str]
+    deltas: Sequence[str]
     input_shape: Sequence[int] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None

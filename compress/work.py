@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calib.samples import Samples, load_samples
+from compress.deltas import add_deltas
 from compress.huggingface import TextReader
 from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.options import Options, Source
@@ -40,7 +41,7 @@ def open_work(
     Raises:
         InputError: one of them cannot be read, or they do not go together.
     """
-    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    loaded = add_deltas(read_model(model, factory=source.model_factory, allow=source.allow), source.deltas)
     samples = labelled = None
     if calib is not None:
         samples = read_samples(calib, source, loaded.parameters, loaded.text, limit=options.samples, seed=options.seed)

@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVEL_0 = {"errors", "registry", "records", "options", "packing", "weights", "problem", "formats"}
 LEVEL_0 |= {"targets", "machine", "cache"}
 LEVEL_1 = {"checkpoint", "factory", "pt2", "huggingface", "shapes", "methods", "graph"}
-LEVEL_2 = {"quant", "calib", "kernels", "lowrank"}
+LEVEL_2 = {"quant", "calib", "kernels", "lowrank", "sparse"}
 LEVEL_4 = {"transform", "allocation", "compression", "artifact"}
 LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "intake", "estimate"} | {
     "planning",
     "auto",
     "realize",
     "work",
+    "deltas",
     "streaming",
     "training",
     "skeleton",
@@ -47,11 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calib": LEVEL_0 | LEVEL_1 | {"quant", "calib", "lowrank"},
     "kernels": LEVEL_0 | {"kernels"},
     "lowrank": {"lowrank"},
+    "sparse": LEVEL_0 | LEVEL_1 | {"sparse"},
     **dict.fromkeys(LEVEL_4, BELOW_5),
     **dict.fromkeys(LEVEL_5, BELOW_6),
     "api": BELOW_6,
     # Commands call the API; the rest are the light tables and records that parsing and printing need.
-    "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training"}
+    "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training", "deltas"}
     | {"registry", "methods", "formats", "targets", "allocation"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "options"},

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, InputShape, shape
+from compress.cli.inputs import Allow, Delta, Factory, InputShape, shape
 
 
 def export(
@@ -15,6 +15,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="ONNX file to write")],
     factory: Factory = None,
     allow: Allow = None,
+    delta: Delta = None,
     input_shape: InputShape = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file")] = False,
 ) -> None:
@@ -27,8 +28,9 @@ def export(
     from compress import api
 
     path = api.export(
-        model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), input_shape=shape(input_shape)
-    )
+        model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), deltas=tuple(delta or ()),
+        input_shape=shape(input_shape),
+    )  # fmt: skip
     Console().print(
         f"Written to {path} ({path.stat().st_size / 1e3:,.1f} kB), checked against PyTorch.", highlight=False
     )

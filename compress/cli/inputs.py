@@ -8,7 +8,7 @@ import typer
 
 from compress.errors import InputError
 
-__all__ = ["Allow", "Factory", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape"]
+__all__ = ["Allow", "Delta", "Factory", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape"]
 
 Factory = Annotated[
     str | None,
@@ -18,6 +18,10 @@ Factory = Annotated[
 ]
 Allow = Annotated[
     list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+]
+Delta = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Delta of `compress sparse`, added to the model first; several times"),
 ]
 InputShape = Annotated[
     str | None, typer.Option(metavar="C,H,W", help="Shape of one input  [default: from file or data, or tried]")

@@ -51,7 +51,7 @@ def train(
     epochs: Annotated[int, typer.Option(help="Times through the data")] = 30,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate at the start")] = 0.05,
     batch: Annotated[int, typer.Option(help="Samples a step")] = 128,
-    schedule: Annotated[str, typer.Option(help="cosine, steps or constant")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="cosine, linear, steps or constant")] = "cosine",
     weight_decay: Annotated[float, typer.Option(help="Also shrinks ranks: hold it when --penalty is swept")] = 1e-4,
     penalty: Annotated[float, typer.Option(help="Hierarchical group lasso; the larger, the smaller the ranks")] = 1e-3,
     threshold: Annotated[float, typer.Option(help="Components below this share of the first's importance go")] = 1e-3,

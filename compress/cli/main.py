@@ -16,6 +16,7 @@ from compress.cli.export import export
 from compress.cli.inspect import inspect
 from compress.cli.lowrank import app as lowrank
 from compress.cli.quantize import quantize
+from compress.cli.sparse import app as sparse
 from compress.cli.stream import stream
 from compress.cli.sweep import sweep
 from compress.cli.verify import verify
@@ -58,6 +59,7 @@ def _root(
 for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench, stream):
     app.command(no_args_is_help=True)(verb)
 app.add_typer(lowrank, name="lowrank")
+app.add_typer(sparse, name="sparse")
 
 
 def main() -> None:

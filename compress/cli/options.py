@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
+from compress.cli.inputs import Allow, Delta, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
 from compress.errors import InputError
 
 __all__ = ["Calib", "Eval", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
@@ -38,6 +38,7 @@ def reading(
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     factory: Factory = None,
     allow: Allow = None,
+    delta: Delta = None,
     input_shape: InputShape = None,
     mean: Mean = None,
     std: Std = None,
@@ -263,7 +264,7 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if name not in ("overwrite", "json", "quiet")}
     if "factory" in found:
         found["model_factory"] = found.pop("factory")
-        found["allow"] = found["allow"] or ()
+        found["allow"], found["deltas"] = found["allow"] or (), tuple(found.pop("delta") or ())
         found["input_shape"] = shape(found["input_shape"])
         found["mean"], found["std"] = numbers(found["mean"], "--mean"), numbers(found["std"], "--std")
     if "ignore" in found:

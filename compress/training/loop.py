@@ -1,4 +1,4 @@
-"""A plain training loop for classes or numbers: SGD, cosine or steps, checkpoints after every epoch, a stop at NaN."""
+"""A plain training loop for classes or numbers: SGD or AdamW, checkpoints after every epoch, a stop at NaN."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from compress.cache import digest
+from compress.calib.samples import Samples
 from compress.errors import InputError
 
 __all__ = ["Companion", "Epoch", "Recipe", "TrainingData", "criterion_of", "evaluate", "fit"]
@@ -31,7 +32,8 @@ class Recipe:
 
     Attributes:
         rate: learning rate at the start.
-        schedule: "cosine" to zero, "steps" (a tenth at half and at three quarters) or "constant".
+        schedule: "cosine" or "linear" to zero, "steps" (a tenth at half and at three quarters) or "constant".
+        optimizer: "sgd", or "adamw", which has no use for ``momentum``.
     """
 
     epochs: int = 30
@@ -40,6 +42,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"
+    optimizer: str = "sgd"
     seed: int = 0
 
     def check(self) -> None:
@@ -53,14 +56,24 @@ class Recipe:
                 raise InputError(f"{name} {value}: at least {least}")
         if not (math.isfinite(self.rate) and self.rate > 0):
             raise InputError(f"--lr {self.rate:g}: a number above 0")
-        if self.schedule not in ("cosine", "steps", "constant"):
-            raise InputError(f"--schedule {self.schedule}: known are cosine, steps, constant")
+        if self.schedule not in ("cosine", "linear", "steps", "constant"):
+            raise InputError(f"--schedule {self.schedule}: known are cosine, linear, steps, constant")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise InputError(f"--optimizer {self.optimizer}: known are sgd, adamw")
 
     def factor(self, done: float) -> float:
         """Of the rate, when a share ``done`` of the training is over."""
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "linear":
+            return 1 - done
         return 0.1 ** ((done >= 0.5) + (done >= 0.75)) if self.schedule == "steps" else 1.0
+
+    def build_optimizer(self, module: nn.Module) -> Optimizer:
+        """A new one over all parameters of ``module``."""
+        if self.optimizer == "adamw":
+            return AdamW(module.parameters(), self.rate, weight_decay=self.weight_decay)
+        return SGD(module.parameters(), self.rate, self.momentum, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,17 @@ class TrainingData:
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
+
+    @classmethod
+    def of(cls, samples: Samples) -> TrainingData:
+        """What ``samples`` hold.
+
+        Raises:
+            InputError: they have no labels.
+        """
+        if samples.labels is None:
+            raise InputError(f"{samples.source} has no labels; an .npz with x and y is needed")
+        return cls(samples.inputs, samples.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -208,7 +232,7 @@ def fit(
     """
     recipe.check()
     companion = companion or Nothing()
-    optimizer = SGD(module.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = recipe.build_optimizer(module)
     state = _continued(module, optimizer, companion, recipe, checkpoint, fingerprint)
     criterion = criterion_of(data)
     history = list(state.history)

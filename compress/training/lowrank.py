@@ -158,9 +158,9 @@ def _start(
     refuse_existing(out, overwrite=options.overwrite)
     loaded = read_model(model, factory=options.factory, allow=options.allow)
     samples = load_samples(data, labelled=labelled)
-    held = _training_data(load_samples(test, labelled=True)) if test is not None else None
+    held = TrainingData.of(load_samples(test, labelled=True)) if test is not None else None
     plain = samples.labels is None and not labelled
-    given = TrainingData(samples.inputs, torch.empty(0)) if plain else _training_data(samples)
+    given = TrainingData(samples.inputs, torch.empty(0)) if plain else TrainingData.of(samples)
     return _Start(loaded.module, samples, given, DenseModel.of(loaded.module, given, held), loaded.fingerprint)
 
 
@@ -205,9 +205,3 @@ class MaestroCompanion:
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
         self.maestro.load_state_dict(state, optimizer)
-
-
-def _training_data(samples: Samples) -> TrainingData:
-    if samples.labels is None:
-        raise InputError(f"{samples.source} has no labels; an .npz with x and y is needed")
-    return TrainingData(samples.inputs, samples.labels)

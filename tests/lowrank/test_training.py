@@ -142,7 +142,8 @@ def test_a_family_of_a_training_that_went_astray_says_so(tmp_path: Path) -> None
         ({"epochs": 0}, "--epochs 0: at least 1"),
         ({"batch": 0}, "--batch 0: at least 1"),
         ({"rate": float("nan")}, "--lr nan: a number above 0"),
-        ({"schedule": "magic"}, "--schedule magic: known are cosine, steps, constant"),
+        ({"schedule": "magic"}, "--schedule magic: known are cosine, linear, steps, constant"),
+        ({"optimizer": "magic"}, "--optimizer magic: known are sgd, adamw"),
     ],
 )
 def test_refused_recipes(settings: dict[str, Any], sentence: str) -> None:

@@ -1,0 +1,345 @@
+"""The verbs of ``compress sparse`` that do not train: one function each, from files to files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from compress.artifact import check_free
+from compress.checkpoint import LoadedModel, fingerprint, load_model
+from compress.errors import InputError
+from compress.huggingface import is_pretrained
+from compress.records import Record
+from compress.sparse.application import Applied, apply_deltas, revert
+from compress.sparse.base import base_hash, base_tensors, tensor_hashes
+from compress.sparse.delta import Overlap, SparseDelta, measure_overlap, sum_deltas
+from compress.sparse.deltafile import VALUES, read_delta, read_undo, values_format, write_delta, write_undo
+from compress.sparse.reference import read_reference, write_reference
+
+__all__ = [
+    "Composed",
+    "DeltaSummary",
+    "TensorSummary",
+    "add_deltas",
+    "apply",
+    "compose",
+    "inspect",
+    "load_with_deltas",
+    "open_delta",
+    "restore",
+    "undo_path",
+]
+
+_REFERENCE = ".bin"
+_TOOL = "compress sparse"
+
+
+class TensorSummary(Record):
+    """One parameter's part of a delta."""
+
+    shape: tuple[int, ...]
+    count: int
+    share: float
+    largest: float
+
+
+class DeltaSummary(Record):
+    """What a delta's file holds."""
+
+    file: str
+    size_bytes: int
+    base: str | None
+    k: int
+    values: str
+    tensors: dict[str, TensorSummary]
+    dense: dict[str, tuple[int, ...]]
+    notes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What came of several deltas.
+
+    Attributes:
+        k: entries in all.
+        dense: names of tensors that are replaced.
+        overlap: entries in more than one delta.
+        notes: what could not be checked, as sentences.
+    """
+
+    k: int
+    dense: tuple[str, ...]
+    overlap: Overlap
+    notes: tuple[str, ...]
+
+
+def open_delta(path: str | os.PathLike[str]) -> SparseDelta:
+    """The delta in ``path``: ours, or the published code's (``.bin``, or a folder with ``pytorch_diff.bin``).
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+    """
+    given = Path(path)
+    return read_reference(given) if given.is_dir() or given.suffix == _REFERENCE else read_delta(given)
+
+
+def undo_path(model: Path) -> Path:
+    """Where :func:`apply` keeps what the model was before."""
+    return model.with_name(f"{model.stem}.undo.safetensors")
+
+
+def load_with_deltas(
+    base: LoadedModel,
+    deltas: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    *,
+    head: str | None = None,
+    heads: bool = True,
+    any_base: bool = False,
+    hashed: bool = False,
+) -> tuple[Applied, tuple[str, ...]]:
+    """Add ``deltas`` to ``base`` in place; what was done, and what could not be checked.
+
+    Raises:
+        InputError: see :func:`~compress.sparse.application.apply_deltas`; or the same delta is given twice.
+    """
+    named: dict[str, SparseDelta] = {}
+    for path in map(str, deltas):
+        if path in named:
+            raise InputError(f"{path} is given twice; give it once, with a weight")
+        named[path] = open_delta(path)
+    done = apply_deltas(base.module, named, weights, head=head, heads=heads, any_base=any_base, hashed=hashed)
+    if any_base:
+        notes: tuple[str, ...] = ("whether the deltas are for this base was not checked (--any-base)",)
+    else:
+        unbound = [path for path, one in named.items() if one.base is None]
+        notes = tuple(f"{path} does not say which base it is for: not checked" for path in unbound)
+    return done, notes + _superseded(named, done.before.dense)
+
+
+def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> LoadedModel:
+    """``base`` with ``deltas`` added to its module, in place, under another fingerprint.
+
+    Raises:
+        InputError: see :func:`load_with_deltas`.
+    """
+    if not deltas:
+        return base
+    done, notes = load_with_deltas(base, deltas)
+    shared = f", {done.overlap.entries:,} of them in more than one" if done.overlap.entries else ""
+    notes += (f"{done.before.k:,} entries of {', '.join(map(str, deltas))} added to the model first{shared}",)
+    return replace(base, fingerprint=fingerprint(base.module), notes=(*base.notes, *notes))
+
+
+def apply(
+    base: Path,
+    deltas: Sequence[Path],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    *,
+    head: str | None = None,
+    heads: bool = True,
+    any_base: bool = False,
+    undo: bool = True,
+    factory: str | None = None,
+    allow: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Composed:
+    """Write ``base`` with ``deltas`` added to ``out``, and with ``undo`` what takes them out again beside it.
+
+    Raises:
+        InputError: see :func:`load_with_deltas`; ``out`` is there already.
+    """
+    for path in (out, *((undo_path(out),) if undo else ())):
+        check_free(path, overwrite)
+    loaded = _load(base, factory, allow)
+    done, notes = load_with_deltas(loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo)
+    if undo:  # before the model: one that cannot be taken back is not to be there, not even for a moment
+        write_undo(done.undo(loaded.module), undo_path(out))
+    try:
+        _save(loaded, base, out, factory, overwrite)
+    except InputError:
+        if undo:
+            undo_path(out).unlink(missing_ok=True)
+        raise
+    return Composed(done.before.k, tuple(done.before.dense), done.overlap, (*loaded.notes, *notes))
+
+
+def restore(
+    model: Path,
+    out: Path,
+    undo: Path | None = None,
+    *,
+    factory: str | None = None,
+    allow: Sequence[str] = (),
+    overwrite: bool = False,
+) -> int:
+    """Write to ``out`` what ``model`` was before :func:`apply`, bit for bit; entries that were put back.
+
+    Raises:
+        InputError: there is no undo file, or it is another model's.
+    """
+    check_free(out, overwrite)
+    path = undo or undo_path(model)
+    if not path.is_file():
+        raise InputError(
+            f"There is no {path}, which `{_TOOL} apply` writes beside a model; name it with --undo. A merged model has "
+            "none: keep its base"
+        )
+    record, loaded = read_undo(path), _load(model, factory, allow)
+    if (found := base_hash(tensor_hashes(base_tensors(loaded.module)))) != record.model:
+        raise InputError(
+            f"{path} is for another model: the hash there is {record.model[:12]}, that of {model} {found[:12]}; it was "
+            "changed since the deltas were applied, or is another one"
+        )
+    revert(loaded.module, record.before)
+    if base_hash(tensor_hashes(base_tensors(loaded.module))) != record.base:
+        raise InputError(f"{path} does not lead back to the base it names; apply the deltas to the base again")
+    _save(loaded, model, out, factory, overwrite)
+    return record.before.k
+
+
+def compose(
+    deltas: Sequence[Path],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    *,
+    head: str | None = None,
+    heads: bool = True,
+    values: str | None = None,
+    overwrite: bool = False,
+) -> Composed:
+    """Write the weighted sum of ``deltas``, all for one base, to ``out``; in the published form if that ends in .bin.
+
+    Args:
+        values: see :func:`~compress.sparse.deltafile.write_delta`; None: the widest of the deltas' own.
+
+    Raises:
+        InputError: the deltas are for different bases or shapes, or two have heads and none was chosen.
+    """
+    check_free(out, overwrite)
+    found = {str(path): open_delta(path) for path in deltas}
+    if len(found) < len(deltas):
+        raise InputError("a delta is given twice; give it once, with a weight")
+    if head is not None and head not in found:
+        raise InputError(f"--head {head}: no such delta is composed; there are {', '.join(found)}")
+    base, notes = _common_base(found)
+    chosen = {path: one for path, one in found.items() if one.dense and heads and head in (None, path)}
+    if len(chosen) > 1:
+        raise InputError(
+            f"{' and '.join(chosen)} all have a head; choose with --head {next(iter(chosen))} or --no-heads"
+        )
+    dense = next(iter(chosen.values())).dense if chosen else {}
+    try:
+        tensors = sum_deltas(list(found.values()), weights)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    notes += _superseded(found, dense)
+    tensors = {name: each for name, each in tensors.items() if name not in dense}
+    made_of = {"composed of": ", ".join(Path(path).name for path in found)}
+    whole = SparseDelta(base.base, tensors, dense, made_of, base.without)
+    if out.suffix == _REFERENCE:
+        write_reference(whole, out)
+    else:
+        write_delta(whole, out, values or _widest(deltas))
+    return Composed(whole.k, tuple(dense), measure_overlap(list(found.values()), tensors), notes)
+
+
+def inspect(path: Path) -> DeltaSummary:
+    """What the delta in ``path`` holds."""
+    delta = open_delta(path)
+    ours = path.is_file() and path.suffix != _REFERENCE
+    tensors = {
+        name: TensorSummary(
+            shape=each.shape,
+            count=len(each.index),
+            share=len(each.index) / each.size if each.size else 0.0,
+            largest=float(each.values.abs().max()) if len(each.values) else 0.0,
+        )
+        for name, each in delta.tensors.items()
+    }
+    size = path.stat().st_size if path.is_file() else sum(each.stat().st_size for each in path.iterdir())
+    return DeltaSummary(
+        file=str(path), size_bytes=size, base=delta.base, k=delta.k, values=values_format(path) if ours else "fp32",
+        tensors=tensors, dense={name: tuple(each.shape) for name, each in delta.dense.items()}, notes=delta.notes,
+    )  # fmt: skip
+
+
+def _superseded(deltas: Mapping[str, SparseDelta], dense: Collection[str]) -> tuple[str, ...]:
+    """Sentences about entries that are not added because their tensor is replaced whole."""
+    return tuple(
+        f"{path}: its {len(one.tensors[name].index):,} entries of {name} are left out, as another delta replaces that "
+        "whole"
+        for path, one in deltas.items()
+        for name in sorted(dense)
+        if name in one.tensors and len(one.tensors[name].index)
+    )
+
+
+def _common_base(found: Mapping[str, SparseDelta]) -> tuple[SparseDelta, tuple[str, ...]]:
+    """The delta that says most about the base of all, and what cannot be told.
+
+    Raises:
+        InputError: two are for different bases.
+    """
+    known = {path: one for path, one in found.items() if one.base is not None}
+    if len(known) < len(found):
+        unknown = ", ".join(path for path in found if path not in known)
+        notes = [f"{unknown}: nothing says which base that is for, so it was not checked"]
+    else:
+        notes = []
+    owners: dict[tuple[str, ...], str] = {}
+    for path, one in known.items():
+        first = owners.setdefault(tuple(sorted(one.without)), path)
+        if known[first].base != one.base:
+            raise InputError(f"{first} and {path} are for different bases; only deltas for one base can be added")
+    if len(owners) > 1:
+        notes.append("whether all are for one base was not checked: they differ in what they replace whole")
+    chosen = min(known.values() or found.values(), key=lambda one: len(one.without))
+    return chosen, tuple(notes)
+
+
+def _widest(deltas: Sequence[Path]) -> str:
+    ours = [path for path in deltas if path.is_file() and path.suffix != _REFERENCE]
+    forms = [values_format(path) for path in ours] + ["fp32"] * (len(deltas) - len(ours))
+    return min(forms, key=list(VALUES).index)
+
+
+def _load(path: Path, factory: str | None, allow: Sequence[str]) -> LoadedModel:
+    if path.suffix == ".pt2":
+        raise InputError(
+            f"{path} is an exported graph, which deltas are not added to; give the module it was made from"
+        )
+    return load_model(path, model=factory, allow=allow)
+
+
+def _save(loaded: LoadedModel, origin: Path, out: Path, factory: str | None, overwrite: bool) -> None:
+    """Write the module in the form it came in, whole or not at all."""
+    temporary = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    module = loaded.module
+    try:
+        if is_pretrained(origin):
+            shutil.rmtree(temporary, ignore_errors=True)
+            module.save_pretrained(temporary)  # type: ignore[operator]
+            for file in origin.iterdir():  # the tokenizer, and the configuration as it was
+                if file.is_file() and file.suffix not in (".safetensors", ".bin") and ".index." not in file.name:
+                    shutil.copy2(file, temporary / file.name)
+            if overwrite:
+                shutil.rmtree(out, ignore_errors=True)
+        elif out.suffix == ".safetensors":
+            safetensors.torch.save_model(module, str(temporary))
+        else:
+            # Whoever names a factory has a class of his own, which a file must not bring along.
+            torch.save(module.state_dict() if factory else module, temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {out}: {error.strerror or error}; free some space or choose another --out"
+        ) from error

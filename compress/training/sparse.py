@@ -1,0 +1,243 @@
+"""``compress sparse train``: both phases of LT-SFT on labelled samples, from a model's file to a delta's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compress.artifact import check_free
+from compress.calib.samples import load_samples
+from compress.errors import InputError
+from compress.intake import ModelLike, read_model
+from compress.sparse.application import apply_deltas, revert
+from compress.sparse.base import base_hash, base_tensors, tensor_hashes
+from compress.sparse.criteria import UNTRAINED
+from compress.sparse.delta import SparseDelta
+from compress.sparse.deltafile import VALUES, read_delta, write_delta
+from compress.sparse.tuner import SparseFineTuner
+from compress.training.loop import Epoch, Recipe, TrainingData, evaluate, first, fit
+
+__all__ = ["SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
+
+Progress = Callable[[str, int, int], None]
+
+_FULL = Recipe(epochs=3, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """What is selected, from what, and how it is stored.
+
+    Attributes:
+        density, k, criterion, head, frozen, train_norms, l1: see :class:`~compress.sparse.tuner.SparseFineTuner`.
+        sources: delta files that are added to the base first; the delta that comes out is one to the base itself. Their
+            heads are left out.
+        values: see :func:`~compress.sparse.deltafile.write_delta`.
+        factory: ``package.module:factory``, for a model file that holds weights only.
+        allow: classes that a model file may use besides torch.nn's own.
+        overwrite: replace the file, and throw away an unfinished run's checkpoint.
+    """
+
+    density: float | None = None
+    k: int | None = None
+    criterion: str = "change"
+    head: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    train_norms: bool = False
+    l1: tuple[float, float] = (0.0, 0.0)
+    sources: tuple[Path, ...] = ()
+    values: str = "fp16"
+    factory: str | None = None
+    allow: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class SparseResult:
+    """What was written, and how it went.
+
+    Attributes:
+        delta: as it is in the file.
+        maskable: entries that were selected from.
+        size_bytes: the file's.
+        metric_name: "accuracy" or "mean squared error", of the three metrics on the test samples, which are None where
+            there are none: ``base``, ``full`` (after the full phase; None where there was no such phase), and
+            ``sparse``, of base and delta as the file has it.
+        histories: epochs of the full and the sparse phase.
+        notes: what went otherwise than asked.
+    """
+
+    delta: SparseDelta
+    maskable: int
+    size_bytes: int
+    metric_name: str
+    base: float | None
+    full: float | None
+    sparse: float | None
+    histories: tuple[tuple[Epoch, ...], tuple[Epoch, ...]]
+    notes: tuple[str, ...]
+
+
+def train_sparse(
+    model: ModelLike,
+    data: object,
+    out: Path,
+    *,
+    test: object | None = None,
+    options: SparseOptions = SparseOptions(),
+    recipe: Recipe = _FULL,
+    sparse_epochs: int = 10,
+    progress: Progress = lambda what, done, total: None,
+) -> SparseResult:
+    """Fine-tune ``model`` sparsely on ``data`` and write the difference to ``out``.
+
+    Args:
+        data: labelled samples: classes as whole numbers, or numbers to predict.
+        test: labelled samples; the metric is measured on them.
+        recipe: of the full phase; the sparse one has the same, but for ``sparse_epochs``, and a new optimizer.
+
+    Raises:
+        InputError: the model, the data or an option cannot be used, or training breaks in its first epoch.
+    """
+    check_free(out, options.overwrite)
+    second = replace(recipe, epochs=sparse_epochs)
+    recipe.check()
+    if options.values not in VALUES:
+        raise InputError(f"--values {options.values}: known are {', '.join(VALUES)}")
+    if sparse_epochs < 1:
+        raise InputError(f"--sparse-epochs {sparse_epochs}: at least 1")
+    loaded = read_model(model, factory=options.factory, allow=options.allow)
+    module, samples = loaded.module, load_samples(data, labelled=True)
+    given = TrainingData.of(samples)
+    held = TrainingData.of(load_samples(test, labelled=True)) if test is not None else None
+    for each, source in ((given, samples.source), (held, str(test))):
+        if each is not None:
+            _check_labels(module, each, source)
+    base = _measured(module, held)
+    tuner = _make_tuner(module, options, recipe.seed)
+    start = (loaded.fingerprint, samples.fingerprint, repr(options), tuner.k)
+    work = out.with_name(f".{out.name}.work")
+    if options.overwrite:
+        shutil.rmtree(work, ignore_errors=True)
+
+    def phase(name: str, its: Recipe) -> tuple[tuple[Epoch, ...], str | None]:
+        history, stopped = fit(
+            module, given, its, companion=SparseCompanion(tuner), checkpoint=work / f"{name}.pt",
+            fingerprint=repr((*start, name, recipe)),
+            progress=lambda done, total, loss: progress(f"{name} phase, loss {loss:.4f}", done, total),
+        )  # fmt: skip
+        if stopped and not history:
+            raise InputError(f"{name} phase: {stopped}")
+        return tuple(history), stopped and f"{name} phase stopped early: {stopped}"
+
+    full, first_history, notes = None, tuple[Epoch, ...](), list[str]()
+    if options.criterion not in UNTRAINED and tuner.k:
+        first_history, stopped = phase("full", recipe)
+        notes += [stopped] if stopped else []
+        full = _measured(module, held)
+    try:
+        tuner.select()
+        second_history, stopped = phase("sparse", second)
+        notes += [stopped] if stopped else []
+        learned = tuner.delta()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    write_delta(learned, out, options.values)
+    shutil.rmtree(work, ignore_errors=True)
+    delta = read_delta(out)
+    sparse = _measured_with(tuner, delta, options, held)
+    name = "accuracy" if given.classes else "mean squared error"
+    return SparseResult(
+        delta, tuner.parts.count, out.stat().st_size, name, base, full, sparse, (first_history, second_history),
+        tuple(notes),
+    )  # fmt: skip
+
+
+class SparseCompanion:
+    """:class:`~compress.sparse.tuner.SparseFineTuner` as the loop's companion, in either phase."""
+
+    def __init__(self, tuner: SparseFineTuner) -> None:
+        self.tuner = tuner
+
+    def step(self) -> AbstractContextManager[object]:
+        return self.tuner.step()
+
+    def penalty(self) -> Tensor:
+        return self.tuner.penalty()
+
+    def end_epoch(self, optimizer: Optimizer) -> tuple[str, ...]:
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the mask is chosen again, the same, from the full phase's checkpoint
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        """Nothing to load."""
+
+
+def _make_tuner(module: nn.Module, options: SparseOptions, seed: int) -> SparseFineTuner:
+    base = None
+    if options.sources:
+        hashes = tensor_hashes(base_tensors(module))
+        apply_deltas(module, {str(path): read_delta(path) for path in options.sources}, heads=False)
+    try:
+        tuner = SparseFineTuner(
+            module, density=options.density, k=options.k, criterion=options.criterion, head=options.head,
+            frozen=options.frozen, train_norms=options.train_norms, l1=options.l1, seed=seed,
+        )  # fmt: skip
+        if options.sources:
+            if options.train_norms:
+                raise InputError("--train-norms changes what --source was trained beside; leave one of them out")
+            base = base_hash(hashes, tuner.parts.dense)
+        tuner.base = base
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return tuner
+
+
+def _measured(module: nn.Module, held: TrainingData | None) -> float | None:
+    return evaluate(module, held) if held is not None else None
+
+
+def _measured_with(
+    tuner: SparseFineTuner, delta: SparseDelta, options: SparseOptions, held: TrainingData | None
+) -> float | None:
+    """The metric of base and delta; the module is as it was at the start afterwards."""
+    tuner.rewind()
+    done = apply_deltas(tuner.module, {"the delta": delta}, any_base=True)
+    found = _measured(tuner.module, held)
+    revert(tuner.module, done.before)
+    return found
+
+
+@torch.no_grad()
+def _check_labels(module: nn.Module, data: TrainingData, source: str) -> None:
+    """Refuse labels that the model has no output for, before a criterion says so in its own words."""
+    inputs, some = data.take(torch.arange(min(2, len(data))))
+    try:
+        outputs = first(module(*inputs))
+    except Exception as error:
+        raise InputError(f"the model does not take the samples of {source}: {error}") from error
+    if not data.classes:
+        if outputs.numel() != some.numel():
+            raise InputError(
+                f"{source} has numbers of shape {list(some.shape)} for {len(some)} samples, the model's output has "
+                f"shape {list(outputs.shape)}; give whole numbers for classes, or a model with an output a number"
+            )
+        return
+    if outputs.dim() != 2:
+        raise InputError(f"{source} has classes, the model's output has shape {list(outputs.shape)}, not [N, classes]")
+    least, most = int(data.labels.min()), int(data.labels.max())
+    if least < 0 or most >= outputs.shape[1]:
+        raise InputError(
+            f"{source} has classes {least} to {most}, the model has outputs for 0 to {outputs.shape[1] - 1}; give it a "
+            "head with an output a class"
+        )
