@@ -60,6 +60,7 @@ class Walk:
         self, float_model: TracedModel, model: TracedModel, inputs: tuple[Tensor, ...] | None, scratch: Path
     ) -> None:
         self.float_model, self.model, self.inputs = float_model, model, inputs
+        self.scratch = scratch
         self.largest_scales: dict[str, float] = {}
         self.ahead: Frontier | None = None
         self.reference: Frontier | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.allocation.eligibility import ends as ends_of
 from compress.allocation.uniform import uniform_choices
+from compress.calib.metaaug.inputs import check_transformable
 from compress.calib.observers import OBSERVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
@@ -107,6 +108,8 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
         raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
     if options.iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
+    if samples is not None:
+        check_transformable(choose_methods(options, samples), samples.inputs)
     resolve(OBSERVERS, observer := choose_observer(intake, options, samples), "observer")
     needs_data = any(resolve(METHODS, name, "method").needs_data for name in choose_methods(options, samples))
     correction = options.bias_correction if options.bias_correction is not None else not needs_data

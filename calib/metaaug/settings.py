@@ -1,0 +1,68 @@
+"""What may be set about MetaAug, and what its publication sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PUBLISHED", "MetaAug"]
+
+
+@dataclass(frozen=True)
+class MetaAug:
+    """How transformed copies of the calibration images are learned (Pham et al. 2024, arXiv 2407.14726).
+
+    Attributes:
+        steps: of the meta phase, a block; the transformation is carried over from block to block.
+        batch: images a step.
+        validation: untouched images a step that the updated block is judged on.
+        rate: of Adam on the transformation. The published 5e-6 is for 500 steps a block of a network hundreds of times
+            as wide; what a weight can move is rate times steps, and few steps have to reach the margin as well.
+        margin: least mean squared change of a pixel (epsilon), as a share of the images' variance: published for images
+            of variance 1.
+        validation_weight: of the validation loss (lambda 1).
+        margin_weight: of the margin loss (lambda 2).
+        similarity_weight: of the similarity loss (lambda 3). Published are 3e4 on the mean over all pairs of a batch
+            of 32, which is 1/32 of the mean over rows that is used here.
+        temperature: of the validation loss.
+        clip: largest norm of the transformation's gradient.
+        inner: the differentiable step on the block: ``sgd``, or a fresh ``adam`` as published, whose derivative is
+            1e-7 for large gradients and 10 for small ones.
+        restart: begin every step from the block's start, as the published code does, instead of where the last one led.
+        independent_mixup: mix images and copies by numbers of their own, as the published code does: their similarities
+            are then those of different mixtures.
+        batch_statistics: let the transformation normalise by its batch's statistics throughout, as the published code
+            does: what becomes of an image then depends on those beside it.
+        published_network: the published U-Net of 31 million parameters instead of one that fits the images.
+        warm_up: most steps of its training as an autoencoder, which ends earlier where that is good. The published
+            weights were not released with their recipe.
+    """
+
+    steps: int = 40
+    batch: int = 32
+    validation: int = 64
+    rate: float = 5e-4
+    margin: float = 0.1
+    validation_weight: float = 5.0
+    margin_weight: float = 0.5
+    similarity_weight: float = 3e4 / 32
+    temperature: float = 4.0
+    clip: float = 0.1
+    inner: str = "sgd"
+    restart: bool = False
+    independent_mixup: bool = False
+    batch_statistics: bool = False
+    published_network: bool = False
+    warm_up: int = 400
+
+
+PUBLISHED = MetaAug(
+    steps=500,
+    rate=5e-6,
+    inner="adam",
+    restart=True,
+    independent_mixup=True,
+    batch_statistics=True,
+    published_network=True,
+    warm_up=5000,
+)
+"""Everything as in the published code; hours on a CPU."""
