@@ -53,6 +53,7 @@ class Augmentation:
         self.images = self.inputs[self.position]
         layers = list(layer_calls(walk.model))
         self.ends = {layers[0], layers[-1]}
+        self._unusable = _unusable(self.images)
         self._after: str | None = None
         self._network: nn.Module | None = None
 
@@ -97,6 +98,8 @@ class Augmentation:
             reference.close()
 
     def _phase(self, problem: BlockProblem, method: BlockMethod) -> Outcome:
+        if self._unusable is not None:
+            return Outcome(self._unusable, 0.0)
         name = _after(problem.block)
         found = self.store.load(name)
         if found is not None:
@@ -147,6 +150,13 @@ class Augmentation:
 
 
 _WARM = "metaaug warm-up"
+_FEWEST = 3
+
+
+def _unusable(images: Tensor) -> str | None:
+    if len(images) < _FEWEST:
+        return f"{len(images)} images are fewer than the {_FEWEST} whose similarities can be compared"
+    return None if bool((images != images[:1]).any()) else "all images are the same"
 
 
 def _after(block: Block) -> str:

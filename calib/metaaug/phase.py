@@ -25,6 +25,7 @@ from compress.graph.traced import TracedModel
 __all__ = ["MetaPhase", "Outcome"]
 
 _PATIENCE, _FACTOR = 0.2, 0.95  # of the steps; published are 100 of 500
+_FEWEST = 3
 _ADAM = 1e-8
 _SMALLEST = 1e-30
 
@@ -211,10 +212,8 @@ class MetaPhase:
         return max(share, 1 - share), torch.randperm(count, generator=self.generator)
 
     def _obstacle(self) -> str | None:
-        if self.batch < 3:
-            return "similarities take 3 images and more"
-        if not self.deviation > 0:
-            return "its images are all the same"
+        if self.batch < _FEWEST:
+            return f"the graph's batch of {self.batch} is too small for similarities to be compared"
         with torch.no_grad():
             _, output = self.plain(self._batch(torch.arange(self.batch), None), {})
         if not bool(torch.isfinite(output).all()):
