@@ -78,9 +78,10 @@ class Augmentation:
             return
         note = None
         if self.settings.margin_weight and outcome.change < self.settings.margin:
+            collapsed = outcome.change < _COLLAPSED * self.settings.margin
             note = (
-                f"the transformation is close to the identity: it changes the images by {outcome.change:.2g} of their "
-                f"variance, {self.settings.margin:g} are wanted"
+                f"{'the transformation collapsed to the identity' if collapsed else 'margin not quite met'}: "
+                f"it changes the images by {outcome.change:.2g} of their variance, {self.settings.margin:g} are wanted"
             )
         inputs = list(self.inputs)
         inputs[self.position] = self._copies()
@@ -151,6 +152,7 @@ class Augmentation:
 
 _WARM = "metaaug warm-up"
 _FEWEST = 3
+_COLLAPSED = 0.5
 
 
 def _unusable(images: Tensor) -> str | None:

@@ -88,6 +88,7 @@ class MetaPhase:
         # What reconstruction moves each trainable by, at most, in a step.
         self.rates = {name: rates[id(each)] for name, each in learned.trainables().items()}
         self.factors: dict[str, float] = {}
+        self.unrelated: float | None = None
 
     def run(self, progress: Callable[[int, int, float], None]) -> Outcome:
         """All steps. Where one goes wrong the transformation is what it was before.
@@ -199,7 +200,9 @@ class MetaPhase:
         others = self._mixture(len(x)) if self.settings.independent_mixup else mixtures
         with torch.no_grad():
             wanted = self._features(index, _mixed(x, mixtures))
-        return similarity_loss(wanted, self._features(index, _mixed(transformed, others)))
+            if self.unrelated is None:  # the same features, each for its neighbour's
+                self.unrelated = max(float(similarity_loss(wanted, wanted.roll(1, 0))), _SMALLEST)
+        return similarity_loss(wanted, self._features(index, _mixed(transformed, others))) / self.unrelated
 
     def _features(self, index: Tensor, images: Tensor) -> Tensor:
         """What the float model's last layer reads, [B, F]."""

@@ -21,8 +21,9 @@ class MetaAug:
             of variance 1.
         validation_weight: of the validation loss (lambda 1).
         margin_weight: of the margin loss (lambda 2).
-        similarity_weight: of the similarity loss (lambda 3). Published are 3e4 on the mean over all pairs of a batch
-            of 32, which is 1/32 of the mean over rows that is used here.
+        similarity_weight: of the similarity loss (lambda 3), as a share of what it is for features that have nothing to
+            do with each other. Published are 3e4 on a mean over all pairs, at which such features lost 1.8; how much
+            they lose depends on the model by orders of magnitude, and the margin has to stand its ground beside it.
         temperature: of the validation loss.
         clip: largest norm of the transformation's gradient.
         inner: the differentiable step on the block: ``sgd``, or a fresh ``adam`` as published, whose derivative is
@@ -40,11 +41,11 @@ class MetaAug:
     steps: int = 40
     batch: int = 32
     validation: int = 64
-    rate: float = 5e-4
+    rate: float = 2e-3
     margin: float = 0.1
     validation_weight: float = 5.0
     margin_weight: float = 0.5
-    similarity_weight: float = 3e4 / 32
+    similarity_weight: float = 1.8
     temperature: float = 4.0
     clip: float = 0.1
     inner: str = "sgd"

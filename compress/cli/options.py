@@ -79,7 +79,8 @@ def planning(
         str | None,
         typer.Option(
             help="minmax, mse, hqq, gptq, adaquant, adaquant-parallel; "
-            "by blocks: adaround, brecq, qdrop, genie, metaaug  [default: adaquant with --calib, mse without; with --group-size gptq and hqq]",
+            "by blocks: adaround, brecq, qdrop, genie, metaaug  "
+            "[default: adaquant with --calib, mse without; with --group-size gptq and hqq]",
             rich_help_panel=_PLAN,
         ),
     ] = None,

@@ -170,7 +170,7 @@ def test_a_transformation_that_changes_nothing_is_reported(
     settings(replace(QUICK, warm_up=200, rate=1e-9, margin=0.9))
     said = notes(carried(intake, samples, "metaaug", tmp_path / "a"))
     for layer, note in said.items():
-        assert ("close to the identity" in note and "0.9 are wanted" in note) is layer.startswith("layers"), note
+        assert ("collapsed to the identity" in note and "0.9 are wanted" in note) is layer.startswith("layers"), note
 
 
 @pytest.mark.parametrize("restored", [True, False])
