@@ -21,6 +21,7 @@ from compress.calib.reconstruction import BlockMethod, BlockProblem, LearnedBloc
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.graph.layers import layer_calls
+from compress.graph.traced import TracedModel
 
 __all__ = ["Augmentation"]
 
@@ -53,7 +54,7 @@ class Augmentation:
         self.images = self.inputs[self.position]
         layers = list(layer_calls(walk.model))
         self.ends = {layers[0], layers[-1]}
-        self._unusable = _unusable(self.images)
+        self._unusable = _unusable(walk.model, self.images)
         self._after: str | None = None
         self._network: nn.Module | None = None
 
@@ -89,10 +90,11 @@ class Augmentation:
         ahead = Frontier(self.walk.model, together, self.walk.scratch / "copies-quantized")
         reference = Frontier(self.walk.float_model, together, self.walk.scratch / "copies-float")
         try:
-            source = (block.input,) if block.input is not None else ()
-            for name in source:
-                ahead.advance(name, keep=source)
-            reference.advance(block.output, keep=(*source, block.output))
+            kept = [block.output]
+            if block.input is not None:
+                kept.append(block.input)
+                ahead.advance(block.input)
+            reference.advance(block.output, keep=tuple(kept))
             yield replace(problem, ahead=ahead, reference=reference, samples=len(together[0])), note
         finally:
             ahead.close()
@@ -155,9 +157,10 @@ _FEWEST = 3
 _COLLAPSED = 0.5
 
 
-def _unusable(images: Tensor) -> str | None:
-    if len(images) < _FEWEST:
-        return f"{len(images)} images are fewer than the {_FEWEST} whose similarities can be compared"
+def _unusable(model: TracedModel, images: Tensor) -> str | None:
+    batch = len(images) if model.dynamic_batch else len(model.example[0])
+    if batch < _FEWEST:
+        return f"{batch} images in a batch are fewer than the {_FEWEST} whose similarities can be compared"
     return None if bool((images != images[:1]).any()) else "all images are the same"
 
 

@@ -25,7 +25,6 @@ from compress.graph.traced import TracedModel
 __all__ = ["MetaPhase", "Outcome"]
 
 _PATIENCE, _FACTOR = 0.2, 0.95  # of the steps; published are 100 of 500
-_FEWEST = 3
 _ADAM = 1e-8
 _SMALLEST = 1e-30
 
@@ -162,7 +161,7 @@ class MetaPhase:
         return values | {name: values[name] - self._move(name, each) for name, each in moves.items()}
 
     def validation_loss(self, index: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Of the untouched samples at ``index``, the block computing with ``values``."""
+        """Of the untouched samples at ``index``; the block has ``values``, codes undecided, and nothing is dropped."""
         learned = self.learned
         kept = learned.trainables()
         learned.hold(values)
@@ -215,8 +214,6 @@ class MetaPhase:
         return max(share, 1 - share), torch.randperm(count, generator=self.generator)
 
     def _obstacle(self) -> str | None:
-        if self.batch < _FEWEST:
-            return f"the graph's batch of {self.batch} is too small for similarities to be compared"
         with torch.no_grad():
             _, output = self.plain(self._batch(torch.arange(self.batch), None), {})
         if not bool(torch.isfinite(output).all()):

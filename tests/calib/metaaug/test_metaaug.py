@@ -205,7 +205,7 @@ def test_images_that_teach_nothing_leave_genie(
 ) -> None:
     few = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     for name, x, why in (
-        ("few", few, "2 images are fewer than the 3"),
+        ("few", few, "2 images in a batch are fewer than the 3"),
         ("same", few[:1].repeat(40, 1, 1, 1), "all images are the same"),
     ):
         done = carried(intake, load_samples(x), "metaaug", tmp_path / name, iterations=3)
@@ -253,6 +253,22 @@ def test_a_graph_that_begins_and_ends_with_a_block_and_returns_maps(
     module = Alone().eval()
     done = carried(take_in(module, samples=samples), samples, "metaaug", tmp_path / "a")
     assert "without" not in notes(done)["up"]
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_batch_that_the_graph_fixes(
+    batch: int, settings: Callable[[MetaAug], None], tmp_path: Path, samples: Samples
+) -> None:
+    class Fixed(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(batch, 1, 8, 8))
+
+    torch.manual_seed(2)
+    torch.export.save(torch.export.export(Fixed().eval(), (samples.inputs[0][:batch],)), tmp_path / "fixed.pt2")
+    intake = take_in(tmp_path / "fixed.pt2", samples=samples)
+    assert len(intake.traced.example[0]) == batch
+    note = notes(carried(intake, samples, "metaaug", tmp_path / "a", iterations=3))["layers.0"]
+    assert ("without transformed copies: 1 images in a batch are fewer than" in note) is (batch == 1)
 
 
 def test_the_published_settings_run(
