@@ -16,7 +16,7 @@ class MetaAug:
         batch: images a step.
         validation: untouched images a step that the updated block is judged on.
         rate: of Adam on the transformation. The published 5e-6 is for 500 steps a block; what Adam can move a weight by
-            is rate times steps, and 40 steps of a small network, whose weights are larger, have to reach the margin too.
+            is rate times steps, and 40 steps of a small network, whose weights are larger, must reach the margin too.
         margin: least mean squared change of a pixel (epsilon), as a share of the images' variance: published for images
             of variance 1.
         validation_weight: of the validation loss (lambda 1).
