@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from compress.calib.blocks import Block, find_blocks
 from compress.calib.importance import Importance
+from compress.calib.metaaug.augmentation import Augmentation
 from compress.calib.reconstruction import BATCH, BlockMethod, BlockProblem, BlockSolution, reconstruct
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
@@ -45,6 +46,11 @@ class BlockWalk:
         self.methods = _block_methods(walk, plan)
         self.starts: dict[str, Block] = {}
         self.ends: dict[str, Block] = {}
+        self.augmentation: Augmentation | None = None
+        transforms = {each.transform for each in self.methods.values() if each.transform is not None}
+        if transforms:
+            (transform,) = transforms  # one row of the table has one
+            self.augmentation = Augmentation(walk, transform, lambda name: layer_seed(plan.seed, name), store, say)
         self.order = [node.name for node in self.model.graph.nodes]
         for whole in (True, False):
             wanted = {layer for layer, method in self.methods.items() if method.whole_blocks is whole}
@@ -100,13 +106,11 @@ class BlockWalk:
                 self._biases(layers) if method.learn_biases else {},
             )
             effort = Effort(self.plan.iterations, layer_seed(self.plan.seed, block.output))
-            if method.weighted:
-                problem = replace(problem, importance=self._importance(problem, effort.seed))
-            found = reconstruct(problem, method, effort, self._say(block))
-            if problem.importance is not None:
-                problem.importance.close()
+            found = self._learn(problem, method, effort)
             self._save(block, layers, found)
             reference.turn_back()
+        elif self.augmentation is not None:
+            self.augmentation.passed(block)
         for stored, layer in layers.items():
             set_weight(self.model, layer, found.weights[stored], self.computes[layer])
         for name, scale in found.scales.items():
@@ -119,6 +123,20 @@ class BlockWalk:
         for stored, layer in layers.items():
             note = "; ".join(each for each in (gained, found.note) if each)
             yield layer, Solution(found.weights[stored], found.biases.get(calls[layer])), note
+
+    def _learn(self, problem: BlockProblem, method: BlockMethod, effort: Effort) -> BlockSolution:
+        say = self._say(problem.block)
+        if method.weighted:
+            problem = replace(problem, importance=self._importance(problem, effort.seed))
+        try:
+            if self.augmentation is None or method.transform is None:
+                return reconstruct(problem, method, effort, say)
+            with self.augmentation.augmented(problem, method) as (problem, remark):
+                found = reconstruct(problem, method, effort, say)
+        finally:
+            if problem.importance is not None:
+                problem.importance.close()
+        return replace(found, note="; ".join(each for each in (remark, found.note) if each) or None)
 
     def _importance(self, problem: BlockProblem, seed: int) -> Importance | None:
         """None for the block whose output is the model's: there every number counts the same."""

@@ -6,6 +6,7 @@ One implementation, whose settings are the published methods:
     brecq      blocks, errors weighted, and activation steps learned          Li et al. 2021 (arXiv 2102.05426)
     qdrop      blocks, activation quantization dropped at random              Wei et al. 2022 (arXiv 2203.05740)
     genie      and weight steps learned, the codes below them frozen          Jeon et al. 2022 (arXiv 2212.04780)
+    metaaug    on transformed copies of the samples as well (calib/metaaug)   Pham et al. 2024 (arXiv 2407.14726)
 
 Biases are learned beside the weights, which none of the four does: they cost nothing at run time, and at few bits they
 are worth as much as the rest. A block starts from the grids of the smallest squared error. The iterate whose outputs,
@@ -25,6 +26,7 @@ from torch import Tensor
 from compress.calib.blocks import Block
 from compress.calib.frontier import Frontier
 from compress.calib.importance import Importance
+from compress.calib.metaaug.settings import MetaAug
 from compress.calib.soft import Masks, SoftGrid, SoftWeight
 from compress.problem import ActivationGrid, Effort, LayerProblem, Solution
 from compress.quant.grid import mse_grid, quantize
@@ -40,6 +42,7 @@ __all__ = [
     "BlockMethod",
     "BlockProblem",
     "BlockSolution",
+    "LearnedBlock",
     "reconstruct",
 ]
 
@@ -71,6 +74,7 @@ class BlockMethod:
         learn_biases: the layers' biases.
         drop: chance of an activation to stay unquantized, and of a block's input to be the float model's.
         weighted: the error of each number of the output counts as much as it matters for the model's answer.
+        transform: how transformed copies of the samples are made, to learn on beside them; None: none.
     """
 
     whole_blocks: bool
@@ -84,6 +88,7 @@ class BlockMethod:
     grouped: bool = False
     iterations: int = 1000
     step_cost: float = 7.0  # measured on ResNet-20
+    transform: MetaAug | None = None
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Where the block's reconstruction begins."""
@@ -145,7 +150,7 @@ def reconstruct(
         progress: called with steps done, steps in all and the loss.
     """
     generator = torch.Generator().manual_seed(effort.seed)
-    learned = _Learned(problem, method, generator)
+    learned = LearnedBlock(problem, method, generator)
     evaluated = _spread(problem.samples, problem.batch)
     best = learned.solution()
     before = after = learned.hard_error(evaluated)
@@ -191,7 +196,7 @@ def _spread(samples: int, batch: int) -> Tensor:
     return torch.arange(count) * samples // count
 
 
-class _Learned:
+class LearnedBlock:
     """The trainables of a block, and the block run with them."""
 
     def __init__(self, problem: BlockProblem, method: BlockMethod, generator: torch.Generator) -> None:
@@ -210,6 +215,26 @@ class _Learned:
         self.units = self._deviations()
         self.starts = {name: start for name, (_, start) in problem.weights.items()}
         self.moved = False
+
+    def trainables(self) -> dict[str, Tensor]:
+        """What is learned, by name."""
+        found = {f"{name} logits": each.logits for name, each in self.weights.items()}
+        found |= {f"{name} scale": each.factor_log for name, each in self.weights.items() if self.method.learn_scales}
+        if self.method.learn_grids:
+            found |= {f"{name} step": each.factor_log for name, each in self.by_name.items()}
+        if self.method.learn_biases:
+            found |= {f"{name} shift": each for name, each in self.shifts.items()}
+        return found
+
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Compute with ``values`` from now on, by the names of :meth:`trainables`; they may have a history."""
+        for name, each in self.weights.items():
+            each.logits = values.get(f"{name} logits", each.logits)
+            each.factor_log = values.get(f"{name} scale", each.factor_log)
+        for name, grid in self.by_name.items():
+            grid.factor_log = values.get(f"{name} step", grid.factor_log)
+        for name, shift in self.shifts.items():
+            self.shifts[name] = values.get(f"{name} shift", shift)
 
     def groups(self, iterations: int) -> list[dict[str, object]]:
         """Parameter groups for Adam; ``anneal`` says whether the rate falls to zero."""
@@ -294,18 +319,30 @@ class _Learned:
         reference = self.problem.reference
         return reference.real(reference.value(self.problem.block.output, index), index)
 
-    def _run(self, index: Tensor, weights: Mapping[str, Tensor], mixed: bool) -> Tensor:
+    def output(self, index: Tensor, weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for the samples at ``index``.
+
+        Args:
+            weights: by the node that unpacks it.
+            given: what it reads, where that is not these samples' own.
+        """
         problem = self.problem
         instead: dict[str, Callable[..., Tensor]] = dict(self.grids)
         instead |= {name: _constant(weight) for name, weight in weights.items()}
         instead |= {call: _with_bias(operator, self._bias(call)) for call, (operator, _) in problem.biases.items()}
-        given = {}
+        return problem.ahead.through(problem.block.output, index, instead, given)
+
+    def mix(self, plain: Tensor, quantized: Tensor) -> Tensor:
+        """The block's input, each element from the float or the quantized model by chance."""
+        return quantized if self.masks is None else torch.lerp(plain, quantized, self.masks.draw(plain.shape))
+
+    def _run(self, index: Tensor, weights: Mapping[str, Tensor], mixed: bool) -> Tensor:
+        problem, given = self.problem, {}
         source = problem.block.input
         if mixed and self.masks is not None and source is not None:
             quantized, plain = (frontier.value(source, index) for frontier in (problem.ahead, problem.reference))
-            given = {source: torch.lerp(plain, quantized, self.masks.draw(plain.shape))}
-        found = problem.ahead.through(problem.block.output, index, instead, given)
-        return problem.ahead.real(found, index) - self._wanted(index)
+            given = {source: self.mix(plain, quantized)}
+        return problem.ahead.real(self.output(index, weights, given), index) - self._wanted(index)
 
 
 def _with_bias(operator: Callable[..., Tensor], bias: Tensor) -> Callable[..., Tensor]:

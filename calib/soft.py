@@ -117,26 +117,27 @@ class _OnGrid(torch.autograd.Function):
     """``clip(round(x / s), low, high) * s`` where ``rounded`` is 1, and ``x`` where it is 0; one pass each way.
 
     Masks are numbers, and clipped gradients come from hardtanh's: operators on booleans are ten times slower.
+    Twice differentiable: between two codes it is linear in ``x`` and ``s``, so that its gradients depend on nothing but
+    the gradient that comes in, and what is saved may be without a history. Nothing saved is written to.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rounded: Tensor | None) -> Tensor:
         steps = x / scale
         codes = steps.round().clamp_(low, high)
-        ctx.save_for_backward(steps, codes, rounded)
         ctx.ends = (low - 0.5, high + 0.5)
         found = codes * scale
+        # d/ds: what rounding moved a value by, in steps; the code itself where it clips.
+        moved = codes.sub_(torch.ops.aten.hardtanh_backward(steps, steps, *ctx.ends))
+        ctx.save_for_backward(steps, moved, rounded)
         return found if rounded is None else found.sub_(x).mul_(rounded).add_(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        steps, codes, rounded = ctx.saved_tensors
-        inside = torch.ops.aten.hardtanh_backward
+        steps, moved, rounded = ctx.saved_tensors
         quantized = gradient if rounded is None else gradient * rounded
-        # d/ds: what rounding moved a value by, in steps; the code itself where it clips.
-        moved = codes.sub_(inside(steps, steps, *ctx.ends))
         by_scale = torch.dot(quantized.flatten(), moved.flatten())
-        passed = inside(quantized, steps, *ctx.ends)
+        passed = torch.ops.aten.hardtanh_backward(quantized, steps, *ctx.ends)
         if rounded is not None:
             passed = passed.add_(gradient).sub_(quantized)
         return passed, by_scale, None, None, None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.calib.blocks import find_blocks
 from compress.graph.layers import node_sizes
 from compress.graph.traced import TracedModel
 from compress.methods import METHODS
@@ -60,6 +61,10 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
         ),
         default=0,
     )
-    seconds = plan.iterations * cost * per_sample * STEP_SAMPLES + samples * _WALK_FORWARDS * per_sample
+    # Block methods alone have a transformation, and they are not to be imported here.
+    transforms = {getattr(resolve(METHODS, choice.method, "method"), "transform", None) for choice in plan.choices}
+    phases = sum(each.forwards(len(find_blocks(traced))) for each in transforms if each is not None)
+    steps = phases + plan.iterations * cost
+    seconds = (steps * STEP_SAMPLES + samples * _WALK_FORWARDS) * per_sample
     inputs = sum(x[0].numel() * x.element_size() for x in traced.example) * samples
     return Estimate(seconds, inputs + 3 * weights + 8 * largest * _FRONTIER_BATCH)

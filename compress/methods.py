@@ -15,4 +15,5 @@ METHODS = {
     "brecq": "compress.calib.reconstruction:BRECQ",
     "qdrop": "compress.calib.reconstruction:QDROP",
     "genie": "compress.calib.reconstruction:GENIE",
+    "metaaug": "compress.calib.metaaug.method:METAAUG",
 }

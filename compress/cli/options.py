@@ -79,8 +79,8 @@ def planning(
     method: Annotated[
         str | None,
         typer.Option(
-            help="minmax, mse, hqq, gptq, adaquant, adaquant-parallel; by blocks: adaround, brecq, qdrop, genie; or "
-            "auto, which chooses by widths, samples and --minutes  "
+            help="minmax, mse, hqq, gptq, adaquant, adaquant-parallel; by blocks: adaround, brecq, qdrop, genie, "
+            "metaaug; or auto, which chooses by widths, samples and --minutes  "
             "[default: adaquant with --calib, mse without; with --group-size gptq and hqq]",
             rich_help_panel=_PLAN,
         ),

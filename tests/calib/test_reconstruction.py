@@ -107,8 +107,8 @@ def test_a_loss_that_is_not_finite_keeps_the_start_and_says_so(
     intake: Intake, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded = carried(intake, samples, "mse", ResumeStore(tmp_path / "a", "a"), bias_correction=False)
-    plain = reconstruction._Learned.loss
-    monkeypatch.setattr(reconstruction._Learned, "loss", lambda self, index: plain(self, index) * float("nan"))
+    plain = reconstruction.LearnedBlock.loss
+    monkeypatch.setattr(reconstruction.LearnedBlock, "loss", lambda self, index: plain(self, index) * float("nan"))
     done = carried(intake, samples, "genie", ResumeStore(tmp_path / "b", "b"))
     assert all("not finite at step 0" in (result.note or "") for result in done.layers)
     assert torch.equal(done.model.tensor("head.weight_packed"), rounded.model.tensor("head.weight_packed"))

@@ -1,0 +1,168 @@
+"""Transformed copies along the walk: one transformation for all blocks, each block learned on originals and copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from compress.calib.blocks import Block
+from compress.calib.frontier import Frontier
+from compress.calib.metaaug.inputs import image_position
+from compress.calib.metaaug.network import make_network
+from compress.calib.metaaug.phase import MetaPhase, Outcome
+from compress.calib.metaaug.settings import MetaAug
+from compress.calib.metaaug.warm_start import warm_start
+from compress.calib.reconstruction import BlockMethod, BlockProblem, LearnedBlock
+from compress.calib.resume import ResumeStore
+from compress.calib.walk import Walk
+from compress.graph.layers import layer_calls
+from compress.graph.traced import TracedModel
+
+__all__ = ["Augmentation"]
+
+
+class Augmentation:
+    """The transformation of a walk's images, as it is after the blocks so far.
+
+    Args:
+        walk: has samples.
+        seed: function from a name to its seed.
+        store: the transformation, after its warm-up and after each block's phase.
+        say: called with how far it is.
+
+    Raises:
+        InputError: none of the graph's inputs, or several, are images.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        settings: MetaAug,
+        seed: Callable[[str], int],
+        store: ResumeStore,
+        say: Callable[[str], None],
+    ) -> None:
+        assert walk.inputs is not None
+        self.walk, self.settings, self.seed, self.store, self.say = walk, settings, seed, store, say
+        self.inputs = walk.inputs
+        self.position = image_position(self.inputs)
+        self.images = self.inputs[self.position]
+        layers = list(layer_calls(walk.model))
+        self.ends = {layers[0], layers[-1]}
+        self._unusable = _unusable(walk.model, self.images)
+        self._after: str | None = None
+        self._network: nn.Module | None = None
+
+    def passed(self, block: Block) -> None:
+        """The block was finished by an earlier run: what the transformation was after it is what it is now."""
+        if self.store.has(_after(block)):
+            self._after, self._network = _after(block), None
+
+    @contextmanager
+    def augmented(self, problem: BlockProblem, method: BlockMethod) -> Iterator[tuple[BlockProblem, str | None]]:
+        """The problem on originals and copies, once the transformation has learned on its block, and a remark.
+
+        The first and the last layer, each a block of its own, are learned on the originals alone, as published.
+        """
+        block = problem.block
+        if len(block.layers) == 1 and block.layers[0] in self.ends:
+            yield problem, None
+            return
+        outcome = self._phase(problem, method)
+        if outcome.failure is not None:
+            yield problem, f"learned without transformed copies: {outcome.failure}"
+            return
+        note = None
+        if self.settings.margin_weight and outcome.change < self.settings.margin:
+            collapsed = outcome.change < _COLLAPSED * self.settings.margin
+            note = (
+                f"{'the transformation collapsed to the identity' if collapsed else 'margin not quite met'}: "
+                f"it changes the images by {outcome.change:.2g} of their variance, {self.settings.margin:g} are wanted"
+            )
+        inputs = list(self.inputs)
+        inputs[self.position] = self._copies()
+        together = tuple(torch.cat(pair) for pair in zip(self.inputs, inputs, strict=True))
+        ahead = Frontier(self.walk.model, together, self.walk.scratch / "copies-quantized")
+        reference = Frontier(self.walk.float_model, together, self.walk.scratch / "copies-float")
+        try:
+            kept = [block.output]
+            if block.input is not None:
+                kept.append(block.input)
+                ahead.advance(block.input)
+            reference.advance(block.output, keep=tuple(kept))
+            yield replace(problem, ahead=ahead, reference=reference, samples=len(together[0])), note
+        finally:
+            ahead.close()
+            reference.close()
+
+    def _phase(self, problem: BlockProblem, method: BlockMethod) -> Outcome:
+        if self._unusable is not None:
+            return Outcome(self._unusable, 0.0)
+        name = _after(problem.block)
+        found = self.store.load(name)
+        if found is not None:
+            self._after, self._network = name, None
+            return Outcome(found[1].get("failure"), float(found[1]["change"]))
+        network = self.network()
+        seed = self.seed(name)
+        learned = LearnedBlock(problem, method, torch.Generator().manual_seed(seed))
+        phase = MetaPhase(
+            network, learned, self.walk.float_model, self.walk.model, self.inputs, self.position, self.settings, seed
+        )
+        outcome = phase.run(self._say(f"block {problem.block.name}: meta step"))
+        strings = {"change": repr(outcome.change)}
+        if outcome.failure is not None:
+            strings["failure"] = outcome.failure
+        self.store.save(name, dict(network.state_dict()), strings)
+        return outcome
+
+    def network(self) -> nn.Module:
+        """The transformation as it is, made and warmed up on first use."""
+        if self._network is None:
+            shape = tuple(self.images.shape[1:])
+            network = make_network(shape, self.settings.published_network, self.seed(_WARM))
+            found = self.store.load(self._after or _WARM)
+            if found is not None:
+                network.load_state_dict(found[0])
+            else:
+                margin = self.settings.margin * float(self.images.var(correction=0))
+                said = self._say("transformation: warm-up step")
+                warm_start(network, self.images, self.settings.warm_up, margin, self.seed(_WARM), said)
+                self.store.save(_WARM, dict(network.state_dict()), {})
+            self._network = network.train(self.settings.batch_statistics)
+        return self._network
+
+    @torch.no_grad()
+    def _copies(self) -> Tensor:
+        network = self.network()
+        return torch.cat([network(x) for x in self.images.split(self.settings.batch)])
+
+    def _say(self, label: str) -> Callable[[int, int, float], None]:
+        started = time.monotonic()
+
+        def say(done: int, total: int, loss: float) -> None:
+            left = (time.monotonic() - started) / done * (total - done)
+            self.say(f"{label} {done} of {total}, loss {loss:.3g}, {left:.0f} s left")
+
+        return say
+
+
+_WARM = "metaaug warm-up"
+_FEWEST = 3
+_COLLAPSED = 0.5
+
+
+def _unusable(model: TracedModel, images: Tensor) -> str | None:
+    batch = len(images) if model.dynamic_batch else len(model.example[0])
+    if batch < _FEWEST:
+        return f"{batch} images in a batch are fewer than the {_FEWEST} whose similarities can be compared"
+    return None if bool((images != images[:1]).any()) else "all images are the same"
+
+
+def _after(block: Block) -> str:
+    return f"metaaug {block.output}"

@@ -1,0 +1,12 @@
+"""The row of the table of methods: Genie's reconstruction, on the images and their transformed copies together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compress.calib.metaaug.settings import MetaAug
+from compress.calib.reconstruction import GENIE
+
+__all__ = ["METAAUG"]
+
+METAAUG = replace(GENIE, transform=MetaAug())

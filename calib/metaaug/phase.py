@@ -1,0 +1,235 @@
+"""The meta phase of a block: the transformation learns what makes the block, learned on copies, right on originals.
+
+Two levels (arXiv 2407.14726, equations 2 and 3). Inner: one step on the block's trainables that brings its output on
+transformed images near to the float block's. Outer: with the trainables so moved, as functions of the transformation,
+the whole model's outputs on untouched images (the quantized prefix, the block, the float rest) against the float ones.
+The gradient of the outer loss passes through the inner step's gradient: the block is differentiated twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress.calib.metaaug.losses import margin_loss, similarity_loss, validation_loss
+from compress.calib.metaaug.settings import MetaAug
+from compress.calib.metaaug.stretch import Stretch, output_names
+from compress.calib.reconstruction import LearnedBlock
+from compress.graph.layers import layer_calls
+from compress.graph.traced import TracedModel
+
+__all__ = ["MetaPhase", "Outcome"]
+
+_PATIENCE, _FACTOR = 0.2, 0.95  # of the steps; published are 100 of 500
+_ADAM = 1e-8
+_SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why the phase was given up, or None, and the mean squared change of the images, as a share of their variance."""
+
+    failure: str | None
+    change: float
+
+
+class MetaPhase:
+    """Trains ``network`` in place on the block that ``learned`` holds.
+
+    Args:
+        network: the transformation of images [N, C, H, W].
+        learned: the block's trainables, for this phase alone.
+        float_model: the float graph.
+        model: the changed one, finished up to the block.
+        inputs: samples, one tensor [N, ...] a graph input.
+        position: which of them are the images.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        learned: LearnedBlock,
+        float_model: TracedModel,
+        model: TracedModel,
+        inputs: tuple[Tensor, ...],
+        position: int,
+        settings: MetaAug,
+        seed: int,
+    ) -> None:
+        self.network, self.learned, self.settings = network, learned, settings
+        self.inputs, self.position = inputs, position
+        self.generator = torch.Generator().manual_seed(seed)
+        block = learned.problem.block
+        self.source = block.input if block.input is not None else model.input_names[position]
+        last = list(layer_calls(float_model).values())[-1][-1].args[0]
+        assert isinstance(last, fx.Node)
+        self.plain = Stretch(float_model, [self.source, block.output])
+        self.prefix = Stretch(model, [self.source])
+        self.rest = Stretch(float_model, output_names(float_model), [block.output])
+        self.features = Stretch(float_model, [last.name])
+        self.feature_dim = float_model.batch_dim(last) or 0
+        self.whole = Stretch(float_model, output_names(float_model))
+        fixed = not model.dynamic_batch
+        samples = learned.problem.samples
+        self.batch = learned.problem.batch if fixed else min(settings.batch, samples)
+        self.validation = learned.problem.batch if fixed else min(settings.validation, samples)
+        images = inputs[position]
+        self.deviation = float(images.std(correction=0))
+        rates = {
+            id(each): float(group["lr"])  # type: ignore[arg-type]
+            for group in learned.groups(settings.steps)
+            for each in group["params"]  # type: ignore[attr-defined]
+        }
+        # What reconstruction moves each trainable by, at most, in a step.
+        self.rates = {name: rates[id(each)] for name, each in learned.trainables().items()}
+        self.factors: dict[str, float] = {}
+        self.unrelated: float | None = None
+
+    def run(self, progress: Callable[[int, int, float], None]) -> Outcome:
+        """All steps. Where one goes wrong the transformation is what it was before.
+
+        Args:
+            progress: called with steps done, steps in all and the loss.
+        """
+        settings = self.settings
+        before = {name: value.clone() for name, value in self.network.state_dict().items()}
+        start = self.learned.trainables()
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.rate)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=_FACTOR, patience=max(int(_PATIENCE * settings.steps), 1)
+        )
+        failure = self._obstacle()
+        for step in range(settings.steps if failure is None else 0):
+            total, after = self.step()
+            if not bool(torch.isfinite(total)):
+                failure = f"its meta loss is not finite at step {step}"
+                break
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
+            optimizer.step()
+            loss = float(total.detach())
+            schedule.step(loss)
+            self.learned.hold(start if settings.restart else {k: v.detach().requires_grad_() for k, v in after.items()})
+            progress(step + 1, settings.steps, loss)
+        change = self.change()
+        if failure is None and not math.isfinite(change):
+            failure = "the transformed images are not finite"
+        if failure is not None:
+            self.network.load_state_dict(before)
+        return Outcome(failure, change)
+
+    def step(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The outer loss of fresh batches, with its graph, and the trainables that the inner step led to."""
+        settings = self.settings
+        index = self._draw(self.batch)
+        x = self.inputs[self.position][index]
+        transformed = self.network(x)
+        after = self.inner_step(index, transformed)
+        validation = self.validation_loss(self._draw(self.validation), after)
+        margin = margin_loss(x / self.deviation, transformed / self.deviation, settings.margin)
+        total = settings.validation_weight * validation + settings.margin_weight * margin
+        if settings.similarity_weight:
+            total = total + settings.similarity_weight * self._similarity(index, x, transformed)
+        return total, after
+
+    def inner_step(self, index: Tensor, transformed: Tensor) -> dict[str, Tensor]:
+        """The trainables after one step towards the float block's output on ``transformed`` [B, C, H, W].
+
+        Functions of ``transformed``. The rounding's regulariser has no part in it: its gradient does not depend on the
+        images.
+        """
+        inputs = self._batch(index, transformed)
+        source, wanted = self.plain(inputs, {})
+        (quantized,) = self.prefix(inputs, {})
+        learned = self.learned
+        for grid in learned.by_name.values():
+            grid.training = True
+        weights = {name: each.soft() for name, each in learned.weights.items()}
+        given = {self.source: learned.mix(source, quantized)}
+        error = learned.output(index, weights, given) - wanted
+        channels = error.shape[1] if error.dim() in (2, 4) else error.shape[-1]
+        values = learned.trainables()
+        gradients = torch.autograd.grad(
+            error.square().mean() * channels, list(values.values()), create_graph=True, allow_unused=True
+        )
+        moves = {name: each for name, each in zip(values, gradients, strict=True) if each is not None}
+        return values | {name: values[name] - self._move(name, each) for name, each in moves.items()}
+
+    def validation_loss(self, index: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Of the untouched samples at ``index``; the block has ``values``, codes undecided, and nothing is dropped."""
+        learned = self.learned
+        kept = learned.trainables()
+        learned.hold(values)
+        for grid in learned.by_name.values():
+            grid.training = False
+        weights = {name: each.soft() for name, each in learned.weights.items()}
+        output = learned.output(index, weights, {})
+        learned.hold(kept)
+        inputs = self._batch(index, None)
+        got = self.rest(inputs, {learned.problem.block.output: output})
+        with torch.no_grad():
+            wanted = self.whole(inputs, {})
+        return validation_loss(wanted, got, self.settings.temperature)
+
+    @torch.no_grad()
+    def change(self) -> float:
+        """Mean squared change of all images, as a share of their variance."""
+        images = self.inputs[self.position]
+        moved = [(self.network(x) - x).square().sum() for x in images.split(self.batch)]
+        return float(torch.stack(moved).sum()) / images.numel() / max(self.deviation**2, _SMALLEST)
+
+    def _move(self, name: str, gradient: Tensor) -> Tensor:
+        rate = self.rates[name]
+        if self.settings.inner == "adam":  # a first step: mean and square of one gradient
+            return rate * gradient / (gradient.abs() + _ADAM)
+        # As far as Adam's first step would go, from the first batch on: gradients of codes, steps and biases are orders
+        # of magnitude apart, and the rate must not depend on the images that it is differentiated by.
+        if name not in self.factors:
+            size = float(gradient.detach().square().mean().sqrt())
+            self.factors[name] = rate / size if size > _SMALLEST else 0.0
+        return self.factors[name] * gradient
+
+    def _similarity(self, index: Tensor, x: Tensor, transformed: Tensor) -> Tensor:
+        mixtures = self._mixture(len(x))
+        others = self._mixture(len(x)) if self.settings.independent_mixup else mixtures
+        with torch.no_grad():
+            wanted = self._features(index, _mixed(x, mixtures))
+            if self.unrelated is None:  # the same features, each for its neighbour's
+                self.unrelated = max(float(similarity_loss(wanted, wanted.roll(1, 0))), _SMALLEST)
+        return similarity_loss(wanted, self._features(index, _mixed(transformed, others))) / self.unrelated
+
+    def _features(self, index: Tensor, images: Tensor) -> Tensor:
+        """What the float model's last layer reads, [B, F]."""
+        (found,) = self.features(self._batch(index, images), {})
+        return found.movedim(self.feature_dim, 0).reshape(len(images), -1)
+
+    def _mixture(self, count: int) -> tuple[float, Tensor]:
+        """Share of the first image and partners: the larger of b and 1 - b, b from Beta(4, 4), a median of 7."""
+        share = float(torch.rand(7, generator=self.generator).median())
+        return max(share, 1 - share), torch.randperm(count, generator=self.generator)
+
+    def _obstacle(self) -> str | None:
+        with torch.no_grad():
+            _, output = self.plain(self._batch(torch.arange(self.batch), None), {})
+        if not bool(torch.isfinite(output).all()):
+            return "its output is not finite"
+        return None if bool((output != output[:1]).any()) else "its output is the same for all images"
+
+    def _batch(self, index: Tensor, images: Tensor | None) -> Sequence[Tensor]:
+        return [
+            images if position == self.position and images is not None else each[index]
+            for position, each in enumerate(self.inputs)
+        ]
+
+    def _draw(self, count: int) -> Tensor:
+        return torch.randperm(len(self.inputs[0]), generator=self.generator)[:count].sort().values
+
+
+def _mixed(x: Tensor, mixture: tuple[float, Tensor]) -> Tensor:
+    share, partners = mixture
+    return share * x + (1 - share) * x[partners]
