@@ -92,7 +92,6 @@ class ResumeStore:
         marker.write_text(fingerprint)
         # Of this process alone: another run may measure the same at the same time.
         self._scratch = folder / f"scratch-{os.getpid()}"
-        self.found = len(list(folder.glob("*.safetensors")))
 
     def fresh_scratch(self) -> Path:
         """An empty folder for files that do not outlive a step; what an earlier call gave is deleted."""

@@ -75,7 +75,8 @@ def realize(
     total = len(plan.choices)
     with open_store(work, plan_fingerprint(plan), plan_parts(plan), restart=overwrite) as store:
         done = 0
-        continued = [f"continued: {store.found} layers were finished by an earlier run"] if store.found else []
+        found = sum(store.has(choice.layer) for choice in plan.choices)
+        continued = [f"continued: {found} layers were finished by an earlier run"] if found else []
 
         def layer_done(label: str) -> None:
             nonlocal done

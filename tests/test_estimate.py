@@ -47,7 +47,7 @@ def test_memory_holds_the_samples_and_little_more(monkeypatch: object) -> None:
 
 def test_transformed_copies_cost_more_than_what_they_are_made_for(monkeypatch: object) -> None:
     genie, metaaug = (estimated(monkeypatch, 32, method=name).seconds for name in ("genie", "metaaug"))
-    assert metaaug > 1.5 * genie
+    assert metaaug > 1.1 * genie
 
 
 def test_without_data_it_is_quick(monkeypatch: object) -> None:
