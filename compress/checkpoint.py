@@ -56,6 +56,7 @@ class LoadedModel:
     fingerprint: str
     notes: tuple[str, ...] = ()
     text: TextReader | None = None  # how text becomes its inputs, for Hugging Face folders that take token ids
+    head: tuple[str, ...] = ()  # parameters that the file does not hold: those of a new head
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -63,9 +64,17 @@ class LoadedModel:
         return tuple(inspect.signature(self.module.forward).parameters)
 
 
-def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow: Sequence[str] = ()) -> LoadedModel:
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    allow: Sequence[str] = (),
+    classes: int | None = None,
+    seed: int = 0,
+) -> LoadedModel:
     """Read a model file; `model` ("package.module:factory") builds the module when the file holds only weights.
 
+    `classes` puts a new head on a Hugging Face folder's model, its weights from `seed`.
     `allow` names classes ("package.Class") beyond torch.nn's that a torch.save file may use, or operators
     ("torch.ops.namespace.name") beyond aten's that a .pt2 file may call.
 
@@ -75,7 +84,9 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow:
     """
     file = Path(path)
     if is_pretrained(file):
-        return _load_pretrained(file, model)
+        return _load_pretrained(file, model, classes, seed)
+    if classes is not None:
+        raise InputError(f"{file} is no Hugging Face folder, which alone gets a new head; give a model that has one")
     kind = _kind(file)
     notes: list[str] = []
     example: tuple[torch.Tensor, ...] | None = None
@@ -104,14 +115,15 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None, allow:
     return LoadedModel(module, example, str(file), fingerprint(module), tuple(notes))
 
 
-def _load_pretrained(folder: Path, model: str | None) -> LoadedModel:
+def _load_pretrained(folder: Path, model: str | None, classes: int | None, seed: int) -> LoadedModel:
     if model is not None:
         raise InputError(f"{folder} says itself what it is; leave out --model {model}, or give the .safetensors file")
-    found = open_pretrained(folder)
+    found = open_pretrained(folder, classes, seed)
     notes = list(found.notes)
     _to_float_eval(found.module, folder, notes, None)
     _check_weights(found.module, folder)
-    return LoadedModel(found.module, None, str(folder), fingerprint(found.module), tuple(notes), found.text)
+    identity = fingerprint(found.module)
+    return LoadedModel(found.module, None, str(folder), identity, tuple(notes), found.text, found.head)
 
 
 def fingerprint(module: torch.nn.Module) -> str:

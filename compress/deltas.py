@@ -14,11 +14,11 @@ import torch
 from compress.artifact import check_free
 from compress.checkpoint import LoadedModel, fingerprint, load_model
 from compress.errors import InputError
-from compress.huggingface import is_pretrained
+from compress.huggingface import is_classifier, is_pretrained, save_pretrained
 from compress.records import Record
 from compress.sparse.application import Applied, apply_deltas, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
-from compress.sparse.delta import Overlap, SparseDelta, measure_overlap, sum_deltas
+from compress.sparse.delta import CLASSES, Overlap, SparseDelta, measure_overlap, sum_deltas
 from compress.sparse.deltafile import VALUES, read_delta, read_undo, values_format, write_delta, write_undo
 from compress.sparse.reference import read_reference, write_reference
 
@@ -103,8 +103,10 @@ def load_with_deltas(
     heads: bool = True,
     any_base: bool = False,
     hashed: bool = False,
-) -> tuple[Applied, tuple[str, ...]]:
-    """Add ``deltas`` to ``base`` in place; what was done, and what could not be checked.
+) -> tuple[LoadedModel, Applied, tuple[str, ...]]:
+    """Add ``deltas`` to ``base`` in place; the model, what was done, and what could not be checked.
+
+    A Hugging Face folder without a classification head is read again with one where a delta brings it.
 
     Raises:
         InputError: see :func:`~compress.sparse.application.apply_deltas`; or the same delta is given twice.
@@ -114,13 +116,25 @@ def load_with_deltas(
         if path in named:
             raise InputError(f"{path} is given twice; give it once, with a weight")
         named[path] = open_delta(path)
+    base = _with_head(base, named, head)
     done = apply_deltas(base.module, named, weights, head=head, heads=heads, any_base=any_base, hashed=hashed)
     if any_base:
         notes: tuple[str, ...] = ("whether the deltas are for this base was not checked (--any-base)",)
     else:
         unbound = [path for path, one in named.items() if one.base is None]
         notes = tuple(f"{path} does not say which base it is for: not checked" for path in unbound)
-    return done, notes + _superseded(named, done.before.dense)
+    left = [name for name in base.head if name not in done.before.dense]
+    if left:
+        notes += (f"{', '.join(left)} is new and untrained, as no delta's head was taken",)
+    return base, done, notes + _superseded(named, done.before.dense)
+
+
+def _with_head(base: LoadedModel, named: Mapping[str, SparseDelta], head: str | None) -> LoadedModel:
+    """``base``, with a classification head if a delta was trained with one and it has none: that of ``head``."""
+    counts = {path: int(one.notes[CLASSES]) for path, one in named.items() if one.notes.get(CLASSES, "").isdigit()}
+    if not counts or not is_pretrained(Path(base.source)) or is_classifier(base.module):
+        return base
+    return load_model(base.source, classes=counts.get(head or "", next(iter(counts.values()))))
 
 
 def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> LoadedModel:
@@ -131,7 +145,7 @@ def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> L
     """
     if not deltas:
         return base
-    done, notes = load_with_deltas(base, deltas)
+    base, done, notes = load_with_deltas(base, deltas)
     shared = f", {done.overlap.entries:,} of them in more than one" if done.overlap.entries else ""
     notes += (f"{done.before.k:,} entries of {', '.join(map(str, deltas))} added to the model first{shared}",)
     return replace(base, fingerprint=fingerprint(base.module), notes=(*base.notes, *notes))
@@ -159,7 +173,9 @@ def apply(
     for path in (out, *((undo_path(out),) if undo else ())):
         check_free(path, overwrite)
     loaded = _load(base, factory, allow)
-    done, notes = load_with_deltas(loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo)
+    loaded, done, notes = load_with_deltas(
+        loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo
+    )
     if undo:  # before the model: one that cannot be taken back is not to be there, not even for a moment
         write_undo(done.undo(loaded.module), undo_path(out))
     try:
@@ -243,6 +259,8 @@ def compose(
     notes += _superseded(found, dense)
     tensors = {name: each for name, each in tensors.items() if name not in dense}
     made_of = {"composed of": ", ".join(Path(path).name for path in found)}
+    classes = [one.notes[CLASSES] for one in (*chosen.values(), *found.values()) if CLASSES in one.notes]
+    made_of |= {CLASSES: classes[0]} if classes else {}
     whole = SparseDelta(base.base, tensors, dense, made_of, base.without)
     if out.suffix == _REFERENCE:
         write_reference(whole, out)
@@ -327,9 +345,12 @@ def _save(loaded: LoadedModel, origin: Path, out: Path, factory: str | None, ove
     try:
         if is_pretrained(origin):
             shutil.rmtree(temporary, ignore_errors=True)
-            module.save_pretrained(temporary)  # type: ignore[operator]
-            for file in origin.iterdir():  # the tokenizer, and the configuration as it was
-                if file.is_file() and file.suffix not in (".safetensors", ".bin") and ".index." not in file.name:
+            save_pretrained(module, temporary)
+            # The tokenizer, and the configuration as it was, unless a new head has changed it.
+            others = {"config.json"} if loaded.head else set()
+            for file in origin.iterdir():
+                weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
+                if file.is_file() and not weights and file.name not in others:
                     shutil.copy2(file, temporary / file.name)
             if overwrite:
                 shutil.rmtree(out, ignore_errors=True)

@@ -23,7 +23,16 @@ import torch
 from compress.errors import InputError
 from compress.factory import one_line
 
-__all__ = ["PretrainedFolder", "TextReader", "is_pretrained", "open_pretrained", "read_config", "text_reader"]
+__all__ = [
+    "PretrainedFolder",
+    "TextReader",
+    "is_classifier",
+    "is_pretrained",
+    "open_pretrained",
+    "read_config",
+    "save_pretrained",
+    "text_reader",
+]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = (
@@ -50,11 +59,13 @@ class PretrainedFolder:
         module: in eval mode, float32, without a key-value cache.
         text: how text becomes the module's inputs; None for models that take no token ids.
         notes: sentences for the report.
+        head: parameters that the folder does not hold: those of a new classification head.
     """
 
     module: torch.nn.Module
     text: TextReader | None
     notes: tuple[str, ...]
+    head: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,29 +175,51 @@ class TextReader:
         return tokenizer
 
 
-def open_pretrained(folder: Path) -> PretrainedFolder:
+def open_pretrained(folder: Path, classes: int | None = None, seed: int = 0) -> PretrainedFolder:
     """The module that ``folder`` holds.
+
+    Args:
+        classes: put a new classification head with so many outputs on it, instead of the head it may have.
+        seed: of the new head's weights.
 
     Raises:
         InputError: transformers is not installed, a file is missing or damaged, the folder brings code of its own, or
-            the weights do not fit the architecture that ``config.json`` names.
+            the weights do not fit the architecture that ``config.json`` names; or that has no form with such a head.
     """
     _, architecture, _ = read_config(folder)
-    name = architecture.__name__
+    name, given = architecture.__name__, {}
+    if classes is not None:
+        architecture, given = _transformers().AutoModelForSequenceClassification, {"num_labels": classes}
+        name = f"a classifier on {name}"
     try:
-        with _quiet():
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             module, loading = architecture.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+                **given,
+            )  # fmt: skip
     except Exception as error:
         raise InputError(f"{folder} cannot be read as {name}: {one_line(error)}") from error
     missing = sorted([*loading["missing_keys"], *(str(each) for each in loading["mismatched_keys"])])
-    if missing:
+    if missing and classes is None:
         raise InputError(f"{folder}: the weights lack {', '.join(missing[:4])} of {name}; they are another model's")
     unused = sorted(loading["unexpected_keys"])
     notes = [f"{folder.name} holds weights that {name} does not use: {', '.join(unused[:4])}"] if unused else []
     module.config.use_cache = False
-    return PretrainedFolder(module.eval(), text_reader(folder, module), tuple(notes))
+    if missing:
+        notes.append(f"{type(module).__name__} with a new head for {classes} classes ({', '.join(missing)})")
+    return PretrainedFolder(module.eval(), text_reader(folder, module), tuple(notes), tuple(missing))
+
+
+def save_pretrained(module: torch.nn.Module, folder: Path) -> None:
+    """Write a folder's ``module``, without the tokenizer, to another folder."""
+    with _quiet():
+        module.save_pretrained(folder)  # type: ignore[operator]
+
+
+def is_classifier(module: torch.nn.Module) -> bool:
+    """Whether a folder's ``module`` has a classification head."""
+    return type(module).__name__.endswith("ForSequenceClassification")
 
 
 def _architecture(folder: Path, settings: Mapping[str, Any]) -> tuple[str, Any]:

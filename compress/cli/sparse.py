@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, numbers
+from compress.cli.inputs import Allow, Factory, Length, numbers
 from compress.cli.options import takes
 from compress.cli.progress import ProgressBar
 
@@ -44,8 +44,14 @@ def adding(
 
 @app.command(no_args_is_help=True)
 def train(
-    model: Annotated[str, typer.Argument(help="The base model's file")],
-    data: Annotated[str, typer.Option(help="Labelled training samples: .npz with x and y, or package.module:function")],
+    model: Annotated[str, typer.Argument(help="The base model: a file, or a Hugging Face folder")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Labelled training samples: .npz with x and y, package.module:function, or for Hugging Face folders a "
+            ".tsv or .csv of texts with a column label"
+        ),
+    ],
     out: OutDelta,
     test: Annotated[str | None, typer.Option(help="Labelled samples: the metric is measured on them")] = None,
     density: Annotated[
@@ -62,7 +68,13 @@ def train(
     ] = "change",
     epochs: Annotated[int, typer.Option(help="Times through the data in the full phase")] = 3,
     sparse_epochs: Annotated[int, typer.Option(help="The same in the sparse phase")] = 10,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate at the start of each phase")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Learning rate at the start of the full phase  [default: 0.001, 5e-5 for folders]"),
+    ] = None,
+    sparse_lr: Annotated[
+        float | None, typer.Option("--sparse-lr", help="The same of the sparse phase  [default: as --lr]")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples a step")] = 32,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd")] = "adamw",
     schedule: Annotated[str, typer.Option(help="linear, cosine, steps or constant")] = "linear",
@@ -73,6 +85,7 @@ def train(
         list[Path] | None, typer.Option(help="Delta to start from, beside which this one is used; several times")
     ] = None,
     values: Annotated[str, typer.Option(help="How numbers are stored: fp16, bf16, int8, fp32, fp64")] = "fp16",
+    length: Length = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     factory: Factory = None,
     allow: Allow = None,
@@ -92,32 +105,22 @@ def train(
     options = SparseOptions(
         density=density, k=k, criterion=criterion, head=tuple(head or ()), frozen=tuple(frozen or ()),
         train_norms=train_norms, l1=(l1, sparse_l1), sources=tuple(source or ()), values=values, factory=factory,
-        allow=tuple(allow or ()), overwrite=overwrite,
+        allow=tuple(allow or ()), length=length, overwrite=overwrite,
     )  # fmt: skip
+    rate = lr if lr is not None else 5e-5 if Path(model).is_dir() else 1e-3
     recipe = Recipe(
-        epochs=epochs,
-        batch=batch,
-        rate=lr,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        optimizer=optimizer,
+        epochs=epochs, batch=batch, rate=rate, schedule=schedule, weight_decay=weight_decay, optimizer=optimizer,
         seed=seed,
-    )
+    )  # fmt: skip
     with ProgressBar(enabled=not quiet) as bar:
         result = train_sparse(
-            model,
-            data,
-            out,
-            test=test,
-            options=options,
-            recipe=recipe,
-            sparse_epochs=sparse_epochs,
-            progress=bar.update,
-        )
-    for note in result.notes:
-        _warn(note)
+            model, data, out, test=test, options=options, recipe=recipe, sparse_epochs=sparse_epochs,
+            sparse_rate=sparse_lr, progress=bar.update,
+        )  # fmt: skip
+    for stop in result.stops:
+        _warn(stop)
     if not quiet:
-        _report(result, out)
+        _report(result, model, out)
 
 
 @app.command(no_args_is_help=True)
@@ -250,7 +253,7 @@ def _apply(
     )  # fmt: skip
     _tell(done, out, given)
     if undo and not given["quiet"]:
-        _print(f"{undo_path(out)} takes it back: compress sparse revert {out} -o base.pt")
+        _print(f"{undo_path(out)} takes it back: compress sparse revert {out} -o {_beside(base, 'again')}")
 
 
 def _tell(done: Composed, out: Path, given: dict[str, Any]) -> None:
@@ -269,8 +272,10 @@ def _tell(done: Composed, out: Path, given: dict[str, Any]) -> None:
     _print(f"Written to {out}: {done.k:,} entries{shared}{head}.")
 
 
-def _report(result: SparseResult, out: Path) -> None:
+def _report(result: SparseResult, model: str, out: Path) -> None:
     delta = result.delta
+    for note in result.notes:
+        _print(f"- {note}")
     share = 100 * delta.k / result.maskable
     _print(
         f"Written to {out}: {delta.k:,} of {result.maskable:,} entries ({share:.2f} %), {result.size_bytes:,} bytes"
@@ -280,7 +285,12 @@ def _report(result: SparseResult, out: Path) -> None:
     if result.sparse is not None:
         full = f"fully fine-tuned {result.full:.4f}, " if result.full is not None else ""
         _print(f"{result.metric_name}: base {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
-    _print(f"Apply it: compress sparse apply BASE {out} -o model.pt")
+    _print(f"Apply it: compress sparse apply {model} {out} -o {_beside(Path(model), 'task')}")
+
+
+def _beside(model: Path, word: str) -> Path:
+    """A name to suggest for what becomes of ``model``."""
+    return model.with_name(f"{model.stem}-{word}{model.suffix}")
 
 
 def _print(line: str) -> None:

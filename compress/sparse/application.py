@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +79,12 @@ def apply_deltas(
             finite. The module is as it was.
     """
     tensors = base_tensors(module)
-    for name, delta in deltas.items():
-        _check_fits(name, delta, tensors)
+    dense = _chosen_head(deltas, head) if heads else {}
+    for name, delta in deltas.items():  # a head that is not taken need not fit
+        _check_fits(name, replace(delta, dense=dense if delta.dense is dense else {}), tensors)
     hashes = tensor_hashes(tensors) if hashed or not any_base else {}
     if not any_base:
         _check_base(deltas, hashes)
-    dense = _chosen_head(deltas, head) if heads else {}
     try:
         summed = sum_deltas(list(deltas.values()), weights)
     except ValueError as error:

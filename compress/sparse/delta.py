@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Overlap", "SparseDelta", "SparseTensor", "measure_overlap", "put", "sum_deltas", "take"]
+__all__ = ["CLASSES", "Overlap", "SparseDelta", "SparseTensor", "measure_overlap", "put", "sum_deltas", "take"]
+
+# The note of a delta whose base gets a new classification head: for how many classes.
+CLASSES = "classes"
 
 
 @dataclass(frozen=True, eq=False)

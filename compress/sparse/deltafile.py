@@ -169,8 +169,11 @@ def _write(path: Path, kind: str, delta: SparseDelta, values: str, base: str | N
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors gives its files to their owner alone
         # One string: safetensors writes several in any order, and the same delta is to be the same bytes.
         save_file(tensors, temporary, {_HEADER: f"{_digest(header, tensors)} {header}"})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}; free some space or choose another --out") from error

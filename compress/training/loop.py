@@ -78,13 +78,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Inputs, one tensor [N, ...] each, and labels [N]: whole numbers are classes, others are numbers to predict."""
+    """Inputs, one tensor [N, ...] each, and labels [N]: whole numbers are classes, others are numbers to predict.
+
+    Attributes:
+        names: parameters of ``forward`` that take the inputs; () where they go by position.
+        mask: which input, [N, L], is 1 at tokens and 0 at padding: batches of such samples end with their longest.
+    """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor
+    names: tuple[str, ...] = ()
+    mask: int | None = None
 
     @classmethod
-    def of(cls, samples: Samples) -> TrainingData:
+    def of(cls, samples: Samples, mask: int | None = None) -> TrainingData:
         """What ``samples`` hold.
 
         Raises:
@@ -92,14 +99,24 @@ class TrainingData:
         """
         if samples.labels is None:
             raise InputError(f"{samples.source} has no labels; an .npz with x and y is needed")
-        return cls(samples.inputs, samples.labels)
+        return cls(samples.inputs, samples.labels, samples.names, mask)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Samples at ``index``."""
-        return tuple(x[index] for x in self.inputs), self.labels[index]
+        inputs = tuple(x[index] for x in self.inputs)
+        if self.mask is not None:
+            length = int(inputs[self.mask].any(0).nonzero().max()) + 1
+            inputs = tuple(x[:, :length] for x in inputs)
+        return inputs, self.labels[index]
+
+    def output(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The first tensor of what ``module`` makes of ``inputs``."""
+        if self.names:
+            return first(module(**dict(zip(self.names, inputs, strict=True))))
+        return first(module(*inputs))
 
     def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """All samples in order."""
@@ -191,7 +208,7 @@ def evaluate(module: nn.Module, data: TrainingData) -> float:
     """Share of right classes, or mean squared error, in evaluation mode."""
     training = module.training
     module.eval()
-    outputs = torch.cat([first(module(*inputs)) for inputs, _ in data.batches(_EVALUATED)])
+    outputs = torch.cat([data.output(module, inputs) for inputs, _ in data.batches(_EVALUATED)])
     module.train(training)
     if data.classes:
         return float((outputs.argmax(1) == data.labels).double().mean())
@@ -234,42 +251,60 @@ def fit(
     companion = companion or Nothing()
     optimizer = recipe.build_optimizer(module)
     state = _continued(module, optimizer, companion, recipe, checkpoint, fingerprint)
-    criterion = criterion_of(data)
     history = list(state.history)
-    steps = -(-len(data) // recipe.batch)
     good = state
     module.train()
-    for epoch in range(state.epoch, recipe.epochs):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed * 100_003 + epoch))
-        total = 0.0
-        for step, index in enumerate(order.split(recipe.batch)):
-            rate = recipe.rate * recipe.factor((epoch * steps + step) / (recipe.epochs * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            inputs, labels = data.take(index)
-            with companion.step():
-                loss = criterion(first(module(*inputs)), labels)
-                optimizer.zero_grad(set_to_none=True)
-                (loss + companion.penalty()).backward()
-                optimizer.step()
-            value = float(loss.detach())
-            last = step + 1 == steps
-            # The last step's weights meet no other loss of this epoch, and would be what the next one goes back to.
-            if not math.isfinite(value) or (last and not _finite(module)):
-                what = f"the loss was {value} at" if not math.isfinite(value) else "the weights were not finite after"
+    with torch.random.fork_rng():
+        for epoch in range(state.epoch, recipe.epochs):
+            # Dropout too begins anew with every epoch, so that a run that goes on draws what it would have drawn.
+            torch.manual_seed(recipe.seed * 100_003 + epoch)
+            loss, broken = _train_epoch(module, data, recipe, optimizer, companion, epoch, progress)
+            if broken:
                 _restore(module, optimizer, companion, good)
                 return good.history, (
-                    f"{what} step {step + 1} of epoch {epoch + 1}: the model is as it was after epoch {good.epoch}; "
-                    "try a smaller --lr"
+                    f"{broken} of epoch {epoch + 1}: the model is as it was after epoch {good.epoch}; try a smaller "
+                    "--lr"
                 )
-            total += value * len(index)
-            progress(epoch * steps + step + 1, recipe.epochs * steps, value)
-        notes = companion.end_epoch(optimizer)
-        history.append(Epoch(epoch + 1, total / len(data), rate, notes))
-        good = _snapshot(epoch + 1, module, optimizer, companion, history)
-        if checkpoint is not None:
-            _write(checkpoint, good, recipe, fingerprint)
+            notes = companion.end_epoch(optimizer)
+            history.append(Epoch(epoch + 1, loss, optimizer.param_groups[0]["lr"], notes))
+            good = _snapshot(epoch + 1, module, optimizer, companion, history)
+            if checkpoint is not None:
+                _write(checkpoint, good, recipe, fingerprint)
     return history, None
+
+
+def _train_epoch(
+    module: nn.Module,
+    data: TrainingData,
+    recipe: Recipe,
+    optimizer: Optimizer,
+    companion: Companion,
+    epoch: int,
+    progress: Callable[[int, int, float], None],
+) -> tuple[float, str | None]:
+    """The mean loss of all samples, and where it or the weights ceased to be finite (None: nowhere)."""
+    criterion = criterion_of(data)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed * 100_003 + epoch))
+    batches = order.split(recipe.batch)
+    total = 0.0
+    for step, index in enumerate(batches):
+        done, steps = epoch * len(batches) + step, recipe.epochs * len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * recipe.factor(done / steps)
+        inputs, labels = data.take(index)
+        with companion.step():
+            loss = criterion(data.output(module, inputs), labels)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + companion.penalty()).backward()
+            optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value, f"the loss was {value} at step {step + 1}"
+        total += value * len(index)
+        progress(done + 1, steps, value)
+    # The last step's weights meet no other loss of this epoch, and would be what the next one goes back to.
+    broken = None if _finite(module) else f"the weights were not finite after step {len(batches)}"
+    return total / len(data), broken
 
 
 def _finite(module: nn.Module) -> bool:

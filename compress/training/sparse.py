@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,22 +15,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.artifact import check_free
-from compress.calib.samples import load_samples
+from compress.calib.samples import Samples, load_samples
+from compress.checkpoint import LoadedModel, load_model
 from compress.errors import InputError
+from compress.huggingface import is_classifier
 from compress.intake import ModelLike, read_model
 from compress.sparse.application import apply_deltas, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.criteria import UNTRAINED
-from compress.sparse.delta import SparseDelta
+from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.deltafile import VALUES, read_delta, write_delta
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Epoch, Recipe, TrainingData, evaluate, first, fit
+from compress.training.loop import Epoch, Recipe, TrainingData, evaluate, fit
 
-__all__ = ["SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
+__all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
 
 Progress = Callable[[str, int, int], None]
 
-_FULL = Recipe(epochs=3, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
+_MASK = "attention_mask"
+FULL = Recipe(epochs=3, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class SparseOptions:
         values: see :func:`~compress.sparse.deltafile.write_delta`.
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
+        length: tokens of a text, at most; None: 128, or what the model takes.
         overwrite: replace the file, and throw away an unfinished run's checkpoint.
     """
 
@@ -57,7 +62,14 @@ class SparseOptions:
     values: str = "fp16"
     factory: str | None = None
     allow: tuple[str, ...] = ()
+    length: int | None = None
     overwrite: bool = False
+
+    def identity(self, loaded: LoadedModel) -> str:
+        """What decides what a run on ``loaded`` learns, for its checkpoints: contents of files, not their names."""
+        sources = [read_delta(path).digest for path in self.sources]
+        plain = replace(self, sources=(), overwrite=False, values="", factory=None, allow=())
+        return repr((loaded.fingerprint, plain, sources))
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,8 @@ class SparseResult:
             there are none: ``base``, ``full`` (after the full phase; None where there was no such phase), and
             ``sparse``, of base and delta as the file has it.
         histories: epochs of the full and the sparse phase.
-        notes: what went otherwise than asked.
+        notes: what was assumed of model and samples.
+        stops: why a phase ended early, as sentences.
     """
 
     delta: SparseDelta
@@ -84,6 +97,7 @@ class SparseResult:
     sparse: float | None
     histories: tuple[tuple[Epoch, ...], tuple[Epoch, ...]]
     notes: tuple[str, ...]
+    stops: tuple[str, ...]
 
 
 def train_sparse(
@@ -93,37 +107,47 @@ def train_sparse(
     *,
     test: object | None = None,
     options: SparseOptions = SparseOptions(),
-    recipe: Recipe = _FULL,
+    recipe: Recipe = FULL,
     sparse_epochs: int = 10,
+    sparse_rate: float | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> SparseResult:
     """Fine-tune ``model`` sparsely on ``data`` and write the difference to ``out``.
 
+    A Hugging Face folder without a classification head gets one when the samples have classes: as many outputs as the
+    largest class says, weights from the recipe's seed. It is trained whole and stored in the delta.
+
     Args:
-        data: labelled samples: classes as whole numbers, or numbers to predict.
+        data: labelled samples: classes as whole numbers, or numbers to predict; text for Hugging Face folders.
         test: labelled samples; the metric is measured on them.
-        recipe: of the full phase; the sparse one has the same, but for ``sparse_epochs``, and a new optimizer.
+        recipe: of the full phase; the sparse one has the same, but for ``sparse_epochs``, ``sparse_rate`` (None: the
+            same rate), and a new optimizer.
 
     Raises:
         InputError: the model, the data or an option cannot be used, or training breaks in its first epoch.
     """
     check_free(out, options.overwrite)
-    second = replace(recipe, epochs=sparse_epochs)
+    second = replace(recipe, epochs=sparse_epochs, rate=recipe.rate if sparse_rate is None else sparse_rate)
     recipe.check()
     if options.values not in VALUES:
         raise InputError(f"--values {options.values}: known are {', '.join(VALUES)}")
     if sparse_epochs < 1:
         raise InputError(f"--sparse-epochs {sparse_epochs}: at least 1")
+    if not (math.isfinite(second.rate) and second.rate > 0):
+        raise InputError(f"--sparse-lr {second.rate:g}: a number above 0")
     loaded = read_model(model, factory=options.factory, allow=options.allow)
-    module, samples = loaded.module, load_samples(data, labelled=True)
-    given = TrainingData.of(samples)
-    held = TrainingData.of(load_samples(test, labelled=True)) if test is not None else None
+    samples, given = _read(data, loaded, options)
+    held = _read(test, loaded, options)[1] if test is not None else None
+    classes = _new_classes(loaded, given)
+    if classes is not None:
+        loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
+    module = loaded.module
     for each, source in ((given, samples.source), (held, str(test))):
         if each is not None:
             _check_labels(module, each, source)
     base = _measured(module, held)
-    tuner = _make_tuner(module, options, recipe.seed)
-    start = (loaded.fingerprint, samples.fingerprint, repr(options), tuner.k)
+    tuner = _make_tuner(loaded, options, recipe.seed)
+    start = (options.identity(loaded), samples.fingerprint, tuner.k)
     work = out.with_name(f".{out.name}.work")
     if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
@@ -138,16 +162,18 @@ def train_sparse(
             raise InputError(f"{name} phase: {stopped}")
         return tuple(history), stopped and f"{name} phase stopped early: {stopped}"
 
-    full, first_history, notes = None, tuple[Epoch, ...](), list[str]()
+    full, first_history, stops = None, tuple[Epoch, ...](), list[str]()
     if options.criterion not in UNTRAINED and tuner.k:
         first_history, stopped = phase("full", recipe)
-        notes += [stopped] if stopped else []
+        stops += [stopped] if stopped else []
         full = _measured(module, held)
     try:
         tuner.select()
         second_history, stopped = phase("sparse", second)
-        notes += [stopped] if stopped else []
+        stops += [stopped] if stopped else []
         learned = tuner.delta()
+        if classes is not None:
+            learned.notes[CLASSES] = str(classes)
     except ValueError as error:
         raise InputError(str(error)) from error
     write_delta(learned, out, options.values)
@@ -157,7 +183,7 @@ def train_sparse(
     name = "accuracy" if given.classes else "mean squared error"
     return SparseResult(
         delta, tuner.parts.count, out.stat().st_size, name, base, full, sparse, (first_history, second_history),
-        tuple(notes),
+        (*loaded.notes, *samples.notes), tuple(stops),
     )  # fmt: skip
 
 
@@ -183,15 +209,36 @@ class SparseCompanion:
         """Nothing to load."""
 
 
-def _make_tuner(module: nn.Module, options: SparseOptions, seed: int) -> SparseFineTuner:
-    base = None
+def _read(data: object, loaded: LoadedModel, options: SparseOptions) -> tuple[Samples, TrainingData]:
+    """Labelled samples for ``loaded``; text in batches as long as their longest."""
+    text = loaded.text
+    samples = load_samples(data, labelled=True, parameters=loaded.parameters, text=text, length=options.length)
+    masked = text is not None and _MASK in text.inputs and len(samples.inputs) == len(text.inputs)
+    return samples, TrainingData.of(samples, text.inputs.index(_MASK) if text and masked else None)
+
+
+def _new_classes(loaded: LoadedModel, data: TrainingData) -> int | None:
+    """Classes for which a Hugging Face folder's encoder needs a new head; None: it has one, or takes none."""
+    if loaded.text is None or not data.classes or is_classifier(loaded.module):
+        return None
+    if loaded.text.causal:
+        raise InputError(
+            f"{loaded.source} predicts the next token, and its texts are cut from running text; labelled texts need an "
+            "encoder"
+        )
+    return int(data.labels.max()) + 1
+
+
+def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> SparseFineTuner:
+    module, base = loaded.module, None
     if options.sources:
         hashes = tensor_hashes(base_tensors(module))
         apply_deltas(module, {str(path): read_delta(path) for path in options.sources}, heads=False)
     try:
         tuner = SparseFineTuner(
-            module, density=options.density, k=options.k, criterion=options.criterion, head=options.head,
-            frozen=options.frozen, train_norms=options.train_norms, l1=options.l1, seed=seed,
+            module, density=options.density, k=options.k, criterion=options.criterion,
+            head=(*options.head, *loaded.head), frozen=options.frozen, train_norms=options.train_norms, l1=options.l1,
+            seed=seed,
         )  # fmt: skip
         if options.sources:
             if options.train_norms:
@@ -223,7 +270,7 @@ def _check_labels(module: nn.Module, data: TrainingData, source: str) -> None:
     """Refuse labels that the model has no output for, before a criterion says so in its own words."""
     inputs, some = data.take(torch.arange(min(2, len(data))))
     try:
-        outputs = first(module(*inputs))
+        outputs = data.output(module, inputs)
     except Exception as error:
         raise InputError(f"the model does not take the samples of {source}: {error}") from error
     if not data.classes:

@@ -12,7 +12,7 @@ checkpoint to both, and leave out the phases that are over:
     sparse = SparseCallback(model, density=0.05, head=("classifier",), resume="out/checkpoint-40")
     Trainer(..., callbacks=[sparse]).train(resume_from_checkpoint="out/checkpoint-40")
 
-``transformers`` and ``accelerate`` are needed, and imported, by this module and compress.training.trainer alone.
+Needs ``transformers`` and ``accelerate``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,13 +32,10 @@ from compress.errors import InputError
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.delta import SparseDelta
 from compress.sparse.tuner import SparseFineTuner
+from compress.training.callback import PenaltyCallback
 
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ImportError(
-        "compress.training.sparse_trainer is for the Hugging Face Trainer: pip install transformers accelerate"
-    ) from error
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["SparseCallback"]
 
@@ -47,7 +43,7 @@ _FILE = "sparse.safetensors"
 _HEADER = "compress.sparse"
 
 
-class SparseCallback(TrainerCallback):
+class SparseCallback(PenaltyCallback):
     """Trains ``model`` with :class:`~compress.sparse.tuner.SparseFineTuner` inside ``Trainer``.
 
     After every optimisation step what is not trained has the bits it had at the start. The L1 penalty's gradient is
@@ -71,11 +67,9 @@ class SparseCallback(TrainerCallback):
     def __init__(self, model: nn.Module, *, resume: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         if "sources" in settings:
             raise ValueError("sources change by step, which a Trainer does not say; use a loop of your own")
+        super().__init__()
         self.tuner = SparseFineTuner(model, **settings)
-        self.penalty = 0.0
-        self.stopped: str | None = None
         self._start = base_hash(tensor_hashes(base_tensors(model)))
-        self._step = 0
         self._open = False
         if resume is not None:
             self._continue(Path(resume))
@@ -93,7 +87,7 @@ class SparseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Refuse what would train something else than it seems."""
-        _check_arguments(args)
+        self.check_start(args, state, {})
         if given["model"] is not self.tuner.module:
             raise InputError("SparseCallback was made for another model than the Trainer's; give it the same object")
         trained = {**self.tuner.parts.maskable, **self.tuner.parts.dense}
@@ -101,40 +95,15 @@ class SparseCallback(TrainerCallback):
         for name, each in trained.items():
             if id(each) not in held:
                 raise InputError(f"the optimizer does not hold {name}; leave the optimizer to the Trainer")
-        if state.global_step != self._step:
-            raise InputError(
-                f"the Trainer starts at step {state.global_step}, SparseCallback at step {self._step}: name one "
-                "checkpoint to both, SparseCallback(model, resume=FOLDER) and train(resume_from_checkpoint=FOLDER)"
-            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mask gradients until the optimizer's step; before every one of them, not before every batch."""
         self.tuner.begin_step()
         self._open = True
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Add the penalty's gradient; a loss scaler's factor was taken out as the Trainer clipped."""
-        parameters = [each for each in given["model"].parameters() if each.grad is not None]
-        # Half precision scales its loss: a step that overflows is skipped, which is nothing to stop for.
-        if not args.fp16 and not all(bool(each.grad.isfinite().all()) for each in parameters):
-            for each in given["model"].parameters():
-                each.grad = None
-            self.stopped = (
-                f"the gradient was not finite in step {state.global_step + 1}: the model is as it was after step "
-                f"{state.global_step}; try a smaller learning rate"
-            )
-            control.should_training_stop = True
-            return
-        penalty = self.tuner.penalty()
-        self.penalty = float(penalty.detach())
-        if not penalty.requires_grad:
-            return
-        found = torch.autograd.grad(penalty, parameters, allow_unused=True)
-        for each, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                each.grad += gradient
+    def compute_penalty(self) -> Tensor:
+        """The L1 distance from the start, weighted as the phase has it."""
+        return self.tuner.penalty()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What is not trained goes back, bit for bit, before anything is evaluated or saved."""
@@ -184,17 +153,3 @@ class SparseCallback(TrainerCallback):
             except ValueError as error:
                 raise InputError(f"{path}: {error}") from error
         self._step = step
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse ways of training in which a parameter is not all in one place, or not the optimizer's own."""
-    reasons = {
-        "several processes": args.world_size > 1,
-        "deepspeed": bool(args.deepspeed),
-        "fsdp": bool(args.fsdp),
-    }
-    for name, given in reasons.items():
-        if given:
-            raise InputError(f"SparseCallback does not go with {name}, which splits parameters; train in one process")
-    if args.fp16 and not args.max_grad_norm:
-        raise InputError("SparseCallback with fp16 needs max_grad_norm above 0, which takes the loss's scale out")

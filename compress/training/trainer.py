@@ -10,7 +10,7 @@ To go on from a checkpoint, name it to both: ranks have to be cut before the Tra
     maestro = MaestroCallback(model, penalty=1e-3, resume="out/checkpoint-40")
     Trainer(..., callbacks=[maestro]).train(resume_from_checkpoint="out/checkpoint-40")
 
-``transformers`` and ``accelerate`` are needed, and imported, by this module alone.
+Needs ``transformers`` and ``accelerate``.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.errors import InputError
 from compress.lowrank.decompose import decomposed_layers
 from compress.lowrank.maestro import Maestro
+from compress.training.callback import PenaltyCallback
 
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ImportError as error:
-    raise ImportError(
-        "compress.training.trainer is for the Hugging Face Trainer: pip install transformers accelerate"
-    ) from error
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["MaestroCallback"]
 
 _FILE = "maestro.json"
+# Parameters are replaced as ranks shrink, and ranks are drawn every step.
+_REFUSED = {
+    "load_best_model_at_end": "an earlier checkpoint may have larger ranks; resume from it instead",
+    "torch_compile": "every rank that is drawn would be compiled anew",
+}
 
 
-class MaestroCallback(TrainerCallback):
+class MaestroCallback(PenaltyCallback):
     """Trains ``model`` with :class:`~compress.lowrank.maestro.Maestro` inside a ``Trainer``.
 
     Each optimisation step, however many batches its gradient is gathered from, has one draw of ranks; the penalty's
@@ -62,10 +63,9 @@ class MaestroCallback(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, *, resume: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+        super().__init__()
         self.maestro = Maestro(model, **settings)
-        self.stopped: str | None = None
         self._settings = {name: list(each) if isinstance(each, tuple) else each for name, each in settings.items()}
-        self._step = 0
         self._drawn: dict[str, int] = {}
         if resume is not None:
             self._continue(Path(resume))
@@ -78,7 +78,7 @@ class MaestroCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Refuse what would train something else than it seems."""
-        _check_arguments(args)
+        self.check_start(args, state, _REFUSED)
         layers = self.maestro.layers
         if decomposed_layers(given["model"]) != layers:
             raise InputError("MaestroCallback was made for another model than the Trainer's; give it the same object")
@@ -88,11 +88,6 @@ class MaestroCallback(TrainerCallback):
                 raise InputError(
                     f"the optimizer does not hold the factors of {name}: make MaestroCallback before the optimizer"
                 )
-        if state.global_step != self._step:
-            raise InputError(
-                f"the Trainer starts at step {state.global_step}, MaestroCallback at step {self._step}: name one "
-                "checkpoint to both, MaestroCallback(model, resume=FOLDER) and train(resume_from_checkpoint=FOLDER)"
-            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cut the layers as drawn until the optimizer's step; before every one of them, not before every batch."""
@@ -100,29 +95,9 @@ class MaestroCallback(TrainerCallback):
         for name, rank in self._drawn.items():
             self.maestro.layers[name].active = rank
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Add the penalty's gradient; a loss scaler's factor was taken out as the Trainer clipped."""
-        gradients = [each.grad for each in given["model"].parameters() if each.grad is not None]
-        # Half precision scales its loss: a step that overflows is skipped, which is nothing to stop for.
-        if not args.fp16 and not all(bool(each.isfinite().all()) for each in gradients):
-            for each in given["model"].parameters():
-                each.grad = None
-            self.stopped = (
-                f"the gradient was not finite in step {state.global_step + 1}: the model is as it was after step "
-                f"{state.global_step}; try a smaller learning rate"
-            )
-            control.should_training_stop = True
-            return
-        factors = [each for layer in self.maestro.layers.values() for each in (layer.up, layer.down)]
-        factors = [each for each in factors if each.requires_grad and each.numel()]
-        penalty = self.maestro.penalty()
-        if not penalty.requires_grad:
-            return
-        for factor, gradient in zip(factors, torch.autograd.grad(penalty, factors, allow_unused=True), strict=True):
-            if gradient is not None:
-                factor.grad = gradient if factor.grad is None else factor.grad + gradient
+    def compute_penalty(self) -> Tensor:
+        """Maestro's, of the ranks drawn."""
+        return self.maestro.penalty()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Whole again: what is evaluated or saved next is not cut."""
@@ -174,23 +149,3 @@ class MaestroCallback(TrainerCallback):
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
         self._step = step
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse ways of training in which parameters cannot be replaced as ranks shrink, or ranks not set every step."""
-    reasons = {
-        "several processes": args.world_size > 1,
-        "deepspeed": bool(args.deepspeed),
-        "fsdp": bool(args.fsdp),
-        "load_best_model_at_end": bool(args.load_best_model_at_end),
-        "torch_compile": bool(args.torch_compile),
-    }
-    for name, given in reasons.items():
-        if given:
-            why = {
-                "load_best_model_at_end": "an earlier checkpoint may have larger ranks; resume from it instead",
-                "torch_compile": "every rank that is drawn would be compiled anew",
-            }.get(name, "what they keep of parameters does not follow ranks that shrink; train in one process")
-            raise InputError(f"MaestroCallback does not go with {name}: {why}")
-    if args.fp16 and not args.max_grad_norm:
-        raise InputError("MaestroCallback with fp16 needs max_grad_norm above 0, which takes the loss's scale out")

@@ -62,6 +62,9 @@ def test_train_says_what_came_of_it(forks: Forks, folder: Path) -> None:
     assert "Written to told.safetensors: 130 of 2,976 entries (4.37 %), " in run.stdout
     assert "replaced whole: 5.bias, 5.weight" in run.stdout or "replaced whole: 5.weight, 5.bias" in run.stdout
     assert "accuracy: base 0." in run.stdout
+    assert "Apply it: compress sparse apply base.pt told.safetensors -o base-task.pt" in run.stdout
+    modes = [(folder / name).stat().st_mode for name in ("told.safetensors", "base.pt")]
+    assert modes[0] == modes[1]  # a file to hand on is no secret
     assert (folder / "told.safetensors").read_bytes() == (folder / "one.safetensors").read_bytes()
 
 
@@ -69,7 +72,7 @@ def test_apply_and_revert(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "sparse", "apply", "base.pt", "plain.safetensors", "one.safetensors", "-o", "both.pt")
     assert run.returncode == 0, run.stderr
     assert "in more than one delta" in run.stdout
-    assert "both.undo.safetensors takes it back: compress sparse revert both.pt -o base.pt" in run.stdout
+    assert "both.undo.safetensors takes it back: compress sparse revert both.pt -o base-again.pt" in run.stdout
     turned = ("one.safetensors", "plain.safetensors", "-o", "turned.pt", "-q", "--max-overlap", 1)
     run = forks.run(folder, "sparse", "merge", "base.pt", *turned)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

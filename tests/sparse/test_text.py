@@ -1,0 +1,125 @@
+"""``train_sparse`` on a Hugging Face folder: a new head, padding cut off, dropout that resumes, and application."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.checkpoint import load_model
+from compress.deltas import apply, compose, restore
+from compress.errors import InputError
+from compress.sparse.deltafile import read_delta
+from compress.training.loop import Recipe, TrainingData, evaluate
+from compress.training.sparse import SparseOptions, SparseResult, train_sparse
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from tests.test_huggingface import WORDS, bert, llama, save_tokenizer  # type: ignore[import-not-found]  # noqa: E402
+
+RECIPE = Recipe(epochs=2, batch=16, rate=3e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
+HEAD = {"classifier.weight", "classifier.bias"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder without a head, and texts of 2 to 20 words: two classes of them, and three."""
+    place = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    bert(1).save_pretrained(place / "bert")
+    save_tokenizer(place / "bert", WORDS, ends=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, classes in (("two", 2), ("three", 3)):
+        lines = ["sentence\tlabel"]
+        for number in range(96):
+            words = torch.randint(0, 16, (2 + number % 19,), generator=generator) + 16 * (number % classes)
+            lines.append(" ".join(WORDS[each] for each in words.tolist()) + f"\t{number % classes}")
+        (place / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return place
+
+
+def train(folder: Path, out: Path, data: str = "two", **given: object) -> SparseResult:
+    path = str(folder / f"{data}.tsv")
+    options = SparseOptions(density=0.2, values="fp32")
+    return train_sparse(folder / "bert", path, out, test=path, options=options, recipe=RECIPE, **given)  # type: ignore[arg-type]
+
+
+def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: Path) -> None:
+    result = train(folder, tmp_path / "task.safetensors", sparse_epochs=10, sparse_rate=2e-2)
+    assert result.sparse is not None
+    assert result.sparse > 0.9
+    assert set(result.delta.dense) == HEAD
+    assert any("a new head for 2 classes" in note for note in result.notes)
+    apply(folder / "bert", [tmp_path / "task.safetensors"], tmp_path / "task")
+    assert json.loads((tmp_path / "task" / "config.json").read_text())["architectures"] == [
+        "BertForSequenceClassification"
+    ]
+    loaded = load_model(tmp_path / "task")
+    assert loaded.text is not None
+    texts, labels = zip(*(line.split("\t") for line in (folder / "two.tsv").read_text().split("\n")[1:-1]), strict=True)
+    inputs = tuple(loaded.text.encode(texts).values())
+    assert evaluate(loaded.module, TrainingData(inputs, torch.tensor([int(each) for each in labels]))) == result.sparse
+    restore(tmp_path / "task", tmp_path / "again")
+    before, after = (load_model(path).module.state_dict() for path in (folder / "bert", tmp_path / "again"))
+    assert all(torch.equal(each, after[f"bert.{name}"]) for name, each in before.items())
+
+
+def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_path: Path) -> None:
+    deltas = [tmp_path / f"{name}.safetensors" for name in ("two", "three")]
+    for each in deltas:
+        train(folder, each, each.stem, sparse_epochs=1)
+    assert read_delta(deltas[0]).base == read_delta(deltas[1]).base
+    compose(deltas, tmp_path / "both.safetensors", head=str(deltas[1]))
+    apply(folder / "bert", [tmp_path / "both.safetensors"], tmp_path / "composed")
+    apply(folder / "bert", deltas, tmp_path / "added", head=str(deltas[1]))
+    first, second = (load_model(tmp_path / name).module.state_dict() for name in ("composed", "added"))
+    assert first["classifier.weight"].shape == (3, 32)
+    assert all(torch.allclose(each, second[name], atol=1e-6) for name, each in first.items())
+    done = apply(folder / "bert", deltas, tmp_path / "headless", heads=False)
+    assert "classifier.bias, classifier.weight is new and untrained, as no delta's head was taken" in done.notes
+
+
+def test_a_killed_run_with_dropout_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "whole.safetensors", sparse_epochs=2)
+
+    class Killed(Exception):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if "full" in what and done > 0.8 * total:
+            raise Killed
+
+    with contextlib.suppress(Killed):
+        train(folder, tmp_path / "killed.safetensors", sparse_epochs=2, progress=kill)
+    torch.rand(3)  # whatever else happens to torch's own generator
+    train(folder, tmp_path / "killed.safetensors", sparse_epochs=2)
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "killed.safetensors").read_bytes()
+
+
+def test_batches_end_with_their_longest_text() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
+    data = TrainingData((mask * 7, mask), torch.zeros(3, dtype=torch.int64), ("input_ids", "attention_mask"), 1)
+    inputs, labels = data.take(torch.tensor([1, 0]))
+    assert [each.shape for each in inputs] == [(2, 2), (2, 2)]
+    assert len(labels) == 2
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "never.safetensors"
+    (tmp_path / "plain.txt").write_text("w1 w2\n")
+    with pytest.raises(InputError, match=r"plain\.txt has no labels; give a \.tsv or \.csv with a column label"):
+        train_sparse(folder / "bert", str(tmp_path / "plain.txt"), out)
+    llama(1).save_pretrained(tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama", WORDS, ends=False)
+    with pytest.raises(InputError, match="predicts the next token"):
+        train_sparse(tmp_path / "llama", str(folder / "two.tsv"), out)
+    with pytest.raises(InputError, match=r"--sparse-lr 0: a number above 0"):
+        train_sparse(folder / "bert", str(folder / "two.tsv"), out, sparse_rate=0.0)
+    with pytest.raises(InputError, match=r"--length 65: .* takes 2 to 64 tokens"):
+        train_sparse(folder / "bert", str(folder / "two.tsv"), out, options=SparseOptions(length=65))
+    with pytest.raises(InputError, match="is no Hugging Face folder, which alone gets a new head"):
+        load_model(tmp_path / "plain.pt", classes=2)
