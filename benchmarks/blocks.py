@@ -130,12 +130,12 @@ def table(case: Case, rows: list[dict[str, Any]]) -> str:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     for key, same in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], _mean(item[1], "accuracy"))):
         accuracies = [row["accuracy"] for row in same]
-        error = statistics.stdev(accuracies) / len(same) ** 0.5 if len(same) > 1 else float("nan")
+        error = f" ± {statistics.stdev(accuracies) / len(same) ** 0.5:.2f}" if len(same) > 1 else ""
         gap = statistics.mean(row["agreement"] - row["agreement_unseen"] for row in same)
         setting, samples, method, iterations = key
         lines.append(
             f"| {setting} | {samples} | {method} | {iterations or 'default'} | {len(same)} "
-            f"| {_mean(same, 'accuracy'):.2f} ± {error:.2f} | {gap:.1f} | {_mean(same, 'processor_seconds'):.0f} |"
+            f"| {_mean(same, 'accuracy'):.2f}{error} | {gap:.1f} | {_mean(same, 'processor_seconds'):.0f} |"
         )
     return "\n".join(lines) + "\n"
 
