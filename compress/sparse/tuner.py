@@ -98,7 +98,7 @@ class SparseFineTuner:
         self.pattern, self.rounds = pattern, rounds
         self.k = count_entries(self.parts.maskable, criterion, density, k, pattern)
         if not 1 <= rounds <= max(1, self.k) or (rounds > 1 and (criterion != "change" or pattern is not None)):
-            raise ValueError(f"rounds {rounds}: 1 to k of the criterion change, and 1 of others and with a pattern")
+            raise ValueError(f"rounds {rounds}: with the criterion change and no pattern 1 to k, else 1")
         self.mask: dict[str, Tensor] | None = None
         self._round, self._earlier = 0, dict[str, Tensor]()
         self._gathered = dict[str, Tensor]()

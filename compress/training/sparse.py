@@ -143,7 +143,7 @@ def train_sparse(
     loaded = read_model(model, factory=options.factory, allow=options.allow)
     samples, given = _read(data, loaded, options)
     held, judged = (_read(each, loaded, options)[1] if each is not None else None for each in (test, dev))
-    classes = _new_classes(loaded, given)
+    classes = _new_classes(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
     module = loaded.module
@@ -159,33 +159,34 @@ def train_sparse(
 
     notes, stops = [*loaded.notes, *samples.notes], list[str]()
 
-    def phase(name: str, its: Recipe, earlier: object) -> tuple[Epoch, ...]:
+    def phase(kind: str, turn: int, its: Recipe, earlier: object) -> tuple[Epoch, ...]:
+        number = f" {turn + 1}" if options.rounds > 1 else ""
+        name = f"{kind} phase{number}"
         history, stopped = fit(
             module, given, its, companion=SparseCompanion(tuner), judge=judge_by(judged) if judged else None,
-            checkpoint=work / f"{name}.pt", fingerprint=repr((*start, name, earlier)),
-            progress=lambda done, total, loss: progress(f"{name} phase, loss {loss:.4f}", done, total),
+            checkpoint=work / f"{kind}{number}.pt", fingerprint=repr((*start, name, earlier)),
+            progress=lambda done, total, loss: progress(f"{name}, loss {loss:.4f}", done, total),
         )  # fmt: skip
         if stopped and not history:
-            raise InputError(f"{name} phase: {stopped}")
-        stops.extend([f"{name} phase stopped early: {stopped}"] if stopped else [])
+            raise InputError(f"{name}: {stopped}")
+        stops.extend([f"{name} stopped early: {stopped}"] if stopped else [])
         if judged is not None:
-            notes.append(f"{name} phase: of {len(history)} epochs number {best_epoch(history)} was best on {dev}")
+            notes.append(f"{name}: of {len(history)} epochs number {best_epoch(history)} was best on {dev}")
         return tuple(history)
 
     full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
         for turn in range(options.rounds):
-            number = f" {turn + 1}" if options.rounds > 1 else ""
             if turn:
                 tuner.reopen()
             if options.criterion == "change" and tuner.k:
                 # What comes later in a run depends on the recipes of everything before.
-                first_history += phase(f"full{number}", recipe, second if turn else None)
+                first_history += phase("full", turn, recipe, second if turn else None)
                 full = _measured(module, held)
             elif options.criterion in BY_GRADIENT:
                 _gather(tuner, given, recipe.batch)
             tuner.select()
-            second_history += phase(f"sparse{number}", second, recipe)
+            second_history += phase("sparse", turn, second, recipe)
         learned = tuner.delta()
         if classes is not None:
             learned.notes[CLASSES] = str(classes)
@@ -232,7 +233,7 @@ def _read(data: object, loaded: LoadedModel, options: SparseOptions) -> tuple[Sa
     return samples, TrainingData.of(samples, text.inputs.index(_MASK) if text and masked else None)
 
 
-def _new_classes(loaded: LoadedModel, data: TrainingData) -> int | None:
+def _new_classes(loaded: LoadedModel, data: TrainingData, source: str) -> int | None:
     """Classes for which a Hugging Face folder's encoder needs a new head; None: it has one, or takes none."""
     if loaded.text is None or not data.classes or is_classifier(loaded.module):
         return None
@@ -241,7 +242,10 @@ def _new_classes(loaded: LoadedModel, data: TrainingData) -> int | None:
             f"{loaded.source} predicts the next token, and its texts are cut from running text; labelled texts need an "
             "encoder"
         )
-    return int(data.labels.max()) + 1
+    least, most = int(data.labels.min()), int(data.labels.max())
+    if least < 0 or most < 1:
+        raise InputError(f"{source} has classes {least} to {most}; a new head needs them numbered from 0, two at least")
+    return most + 1
 
 
 def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> SparseFineTuner:
