@@ -158,35 +158,19 @@ def train_sparse(
         shutil.rmtree(work, ignore_errors=True)
 
     notes, stops = [*loaded.notes, *samples.notes], list[str]()
-
-    def phase(kind: str, turn: int, its: Recipe, earlier: object) -> tuple[Epoch, ...]:
-        number = f" {turn + 1}" if options.rounds > 1 else ""
-        name = f"{kind} phase{number}"
-        history, stopped = fit(
-            module, given, its, companion=SparseCompanion(tuner), judge=judge_by(judged) if judged else None,
-            checkpoint=work / f"{kind}{number}.pt", fingerprint=repr((*start, name, earlier)),
-            progress=lambda done, total, loss: progress(f"{name}, loss {loss:.4f}", done, total),
-        )  # fmt: skip
-        if stopped and not history:
-            raise InputError(f"{name}: {stopped}")
-        stops.extend([f"{name} stopped early: {stopped}"] if stopped else [])
-        if judged is not None:
-            notes.append(f"{name}: of {len(history)} epochs number {best_epoch(history)} was best on {dev}")
-        return tuple(history)
-
+    phases = _Phases(tuner, given, judged, work, start, options.rounds, progress, notes, stops)
     full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
         for turn in range(options.rounds):
             if turn:
                 tuner.reopen()
             if options.criterion == "change" and tuner.k:
-                # What comes later in a run depends on the recipes of everything before.
-                first_history += phase("full", turn, recipe, second if turn else None)
+                first_history += phases.train("full", turn, recipe, second if turn else None)
                 full = _measured(module, held)
             elif options.criterion in BY_GRADIENT:
                 _gather(tuner, given, recipe.batch)
             tuner.select()
-            second_history += phase("sparse", turn, second, recipe)
+            second_history += phases.train("sparse", turn, second, recipe)
         learned = tuner.delta()
         if classes is not None:
             learned.notes[CLASSES] = str(classes)
@@ -201,6 +185,44 @@ def train_sparse(
         delta, tuner.parts.count, out.stat().st_size, name, base, full, sparse, (first_history, second_history),
         tuple(notes), tuple(stops),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """What the phases of a run share; ``notes`` and ``stops`` grow as they are trained."""
+
+    tuner: SparseFineTuner
+    data: TrainingData
+    judged: TrainingData | None
+    work: Path
+    identity: object
+    rounds: int
+    progress: Progress
+    notes: list[str]
+    stops: list[str]
+
+    def train(self, kind: str, turn: int, recipe: Recipe, earlier: Recipe | None) -> tuple[Epoch, ...]:
+        """Go through one phase, from its checkpoint if there is one; its epochs.
+
+        Args:
+            earlier: the recipe of the phase before, on which this one depends too.
+        """
+        number = f" {turn + 1}" if self.rounds > 1 else ""
+        name = f"{kind} phase{number}"
+        history, stopped = fit(
+            self.tuner.module, self.data, recipe, companion=SparseCompanion(self.tuner),
+            judge=judge_by(self.judged) if self.judged else None, checkpoint=self.work / f"{kind}{number}.pt",
+            fingerprint=repr((self.identity, name, earlier)),
+            progress=lambda done, total, loss: self.progress(f"{name}, loss {loss:.4f}", done, total),
+        )  # fmt: skip
+        if stopped and not history:
+            raise InputError(f"{name}: {stopped}")
+        if stopped:
+            self.stops.append(f"{name} stopped early: {stopped}")
+        if self.judged is not None:
+            best = best_epoch(history)
+            self.notes.append(f"{name}: of {len(history)} epochs number {best} was best on the samples of --dev")
+        return tuple(history)
 
 
 class SparseCompanion:
