@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["DATA", "ZOO", "Case", "mobilenet_v1", "resnet20", "resnet56"]
+__all__ = ["CIFAR_MEAN", "CIFAR_STD", "DATA", "ZOO", "Case", "cifar_images", "mobilenet_v1", "resnet20", "resnet56"]
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-_CIFAR_MEAN, _CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,16 @@ def _cifar(name: str, factory: Callable[[], nn.Module], file: str) -> Case:
     state = torch.load(DATA / "cifar10" / file, weights_only=True, map_location="cpu")["state_dict"]
     module = factory()
     module.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    train, _ = _cifar_images("cifar10_train_batch1.npz")
-    test, labels = _cifar_images("cifar10_test_a.npz")
+    train, _ = cifar_images("cifar10_train_batch1.npz")
+    test, labels = cifar_images("cifar10_test_a.npz")
     return _case(name, module, train, test, labels)
 
 
-def _cifar_images(file: str) -> tuple[Tensor, Tensor]:
+def cifar_images(file: str) -> tuple[Tensor, Tensor]:
+    """Normalised images [N, 3, 32, 32] and labels [N] of a file in the folder ``cifar10``."""
     stored = np.load(DATA / "cifar10" / file)
     images = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (_CIFAR_MEAN, _CIFAR_STD))
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
     return ((images - mean) / std).contiguous(), torch.from_numpy(stored["labels"].astype(np.int64))
 
 

@@ -10,6 +10,7 @@ import typer
 from compress.cli.inputs import Allow, Factory, Length, numbers
 from compress.cli.options import takes
 from compress.cli.progress import ProgressBar
+from compress.errors import InputError
 
 if TYPE_CHECKING:
     from compress.deltas import Composed
@@ -54,6 +55,9 @@ def train(
     ],
     out: OutDelta,
     test: Annotated[str | None, typer.Option(help="Labelled samples: the metric is measured on them")] = None,
+    dev: Annotated[
+        str | None, typer.Option(help="Labelled samples, others: the epoch best on them is kept, of each phase")
+    ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of all maskable entries that may change  [default: 0.01]")
     ] = None,
@@ -64,8 +68,13 @@ def train(
     frozen: Annotated[list[str] | None, typer.Option(help="Layer or parameter that stays; several times")] = None,
     train_norms: Annotated[bool, typer.Option("--train-norms", help="Train norms, stored whole, too")] = False,
     criterion: Annotated[
-        str, typer.Option(help="change (after full fine-tuning); as baselines random, magnitude, bitfit")
+        str,
+        typer.Option(help="change (after full fine-tuning); snip, gradient; as baselines random, magnitude, bitfit"),
     ] = "change",
+    rounds: Annotated[int, typer.Option(help="Times through both phases, each selecting a part of the entries")] = 1,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="N of every M neighbours may change, instead; no faster")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Times through the data in the full phase")] = 3,
     sparse_epochs: Annotated[int, typer.Option(help="The same in the sparse phase")] = 10,
     lr: Annotated[
@@ -103,7 +112,8 @@ def train(
     from compress.training.sparse import SparseOptions, train_sparse
 
     options = SparseOptions(
-        density=density, k=k, criterion=criterion, head=tuple(head or ()), frozen=tuple(frozen or ()),
+        density=density, k=k, criterion=criterion, rounds=rounds, pattern=_pattern(pattern),
+        head=tuple(head or ()), frozen=tuple(frozen or ()),
         train_norms=train_norms, l1=(l1, sparse_l1), sources=tuple(source or ()), values=values, factory=factory,
         allow=tuple(allow or ()), length=length, overwrite=overwrite,
     )  # fmt: skip
@@ -114,7 +124,7 @@ def train(
     )  # fmt: skip
     with ProgressBar(enabled=not quiet) as bar:
         result = train_sparse(
-            model, data, out, test=test, options=options, recipe=recipe, sparse_epochs=sparse_epochs,
+            model, data, out, test=test, dev=dev, options=options, recipe=recipe, sparse_epochs=sparse_epochs,
             sparse_rate=sparse_lr, progress=bar.update,
         )  # fmt: skip
     for stop in result.stops:
@@ -286,6 +296,16 @@ def _report(result: SparseResult, model: str, out: Path) -> None:
         full = f"fully fine-tuned {result.full:.4f}, " if result.full is not None else ""
         _print(f"{result.metric_name}: base {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
     _print(f"Apply it: compress sparse apply {model} {out} -o {_beside(Path(model), 'task')}")
+
+
+def _pattern(text: str | None) -> tuple[int, int] | None:
+    """``"2:4"`` as numbers."""
+    if text is None:
+        return None
+    n, _, m = text.partition(":")
+    if not (n.isdigit() and m.isdigit()):
+        raise InputError(f"--pattern {text}: two numbers are needed, as in 2:4")
+    return int(n), int(m)
 
 
 def _beside(model: Path, word: str) -> Path:

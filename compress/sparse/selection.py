@@ -1,4 +1,4 @@
-"""The K largest of scores that never lie in memory together, exactly, with ties in order.
+"""The K largest of scores that never lie in memory together, exactly, with ties in order; and N of every M.
 
 A float that is not negative orders as its bits do. Three passes over the scores, a chunk at a time: a histogram of the
 upper 16 bits finds the bin of the K-th largest, one of the lower 16 bits within that bin its exact value, and the third
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "Chunk", "top_k"]
+__all__ = ["CHUNK", "Chunk", "count_n_of_m", "top_k", "top_n_of_m"]
 
 CHUNK = 1 << 22
 _HALF = 1 << 16
@@ -57,6 +57,34 @@ def top_k(chunks: Callable[[], Iterable[Chunk]], k: int) -> dict[str, Tensor]:
         lower += torch.bincount(inside & (_HALF - 1), minlength=_HALF).cpu()
     low, more = _kth(lower, k - above)
     return _take(chunks(), (high << 16) | low, k - above - more)
+
+
+def top_n_of_m(chunks: Callable[[], Iterable[Chunk]], n: int, m: int) -> dict[str, Tensor]:
+    """Flat indices, int64 and increasing, of the ``n`` largest scores of every ``m`` neighbours, by tensor.
+
+    Neighbours are counted from a tensor's first entry; a last group may be shorter. Ties go to the lower index.
+
+    Args:
+        chunks: as for :func:`top_k`, all but a tensor's last of a length that ``m`` divides.
+
+    Raises:
+        ValueError: a score is below 0 or not finite.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, start, scores in chunks():
+        if not bool(((scores >= 0) & (scores < float("inf"))).all()):
+            raise ValueError(f"{name}: a score is below 0 or not finite, so nothing is selected")
+        groups = torch.full((-(-len(scores) // m), m), -1.0)  # below every score: padding is selected last
+        groups.view(-1)[: len(scores)] = scores.cpu()
+        chosen = groups.argsort(stable=True, dim=1, descending=True)[:, :n]
+        flat = (chosen + m * torch.arange(len(groups))[:, None]).reshape(-1).sort().values
+        found.setdefault(name, []).append(flat[flat < len(scores)] + start)
+    return {name: torch.cat(each) for name, each in found.items()}
+
+
+def count_n_of_m(size: int, n: int, m: int) -> int:
+    """Entries that :func:`top_n_of_m` selects of a tensor with ``size``."""
+    return size // m * n + min(n, size % m)
 
 
 def _kth(counts: Tensor, k: int) -> tuple[int, int]:

@@ -24,14 +24,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
-from compress.sparse.criteria import CRITERIA, UNTRAINED, bias_count, given_scores, scores_of
+from compress.sparse.criteria import (
+    BY_GRADIENT,
+    CRITERIA,
+    UNTRAINED,
+    count_entries,
+    given_scores,
+    scores_of,
+    with_earlier,
+)
 from compress.sparse.delta import SparseDelta, SparseTensor, put, take
 from compress.sparse.parts import divide, keeping_statistics
-from compress.sparse.selection import top_k
+from compress.sparse.selection import top_k, top_n_of_m
 
 __all__ = ["SparseFineTuner"]
-
-_DENSITY = 0.01
 
 
 class SparseFineTuner:
@@ -40,7 +46,12 @@ class SparseFineTuner:
     Args:
         density: share of the maskable entries that are selected, rounded down; 0.01 if ``k`` is not given either.
         k: how many, instead.
-        criterion: see :mod:`compress.sparse.criteria`. All but ``change`` may select without a full phase.
+        criterion: see :mod:`compress.sparse.criteria`. All but ``change`` select without a full phase; ``snip`` and
+            ``gradient`` by what :meth:`gather` has added up.
+        rounds: times that both phases are gone through, each selecting an equal part of ``k``; the next begins with
+            :meth:`reopen`.
+        pattern: (n, m): n of every m neighbours in a tensor are selected, instead of ``k`` of all; m a power of two.
+            For research: nothing runs faster for it.
         head, frozen, train_norms: see :func:`~compress.sparse.parts.divide`. Norms that stay keep their running
             statistics too.
         l1: weights of the L1 distance from the start in the full and in the sparse phase: l1 / N * sum |p - p0|, N all
@@ -66,6 +77,8 @@ class SparseFineTuner:
         density: float | None = None,
         k: int | None = None,
         criterion: str = "change",
+        rounds: int = 1,
+        pattern: tuple[int, int] | None = None,
         head: Sequence[str] = (),
         frozen: Sequence[str] = (),
         train_norms: bool = False,
@@ -82,8 +95,13 @@ class SparseFineTuner:
         self.parts = divide(module, head=head, frozen=frozen, train_norms=train_norms)
         if not self.parts.maskable:
             raise ValueError("no parameter is left to select from: all are frozen, in the head or in norms")
-        self.k = self._count(density, k)
+        self.pattern, self.rounds = pattern, rounds
+        self.k = count_entries(self.parts.maskable, criterion, density, k, pattern)
+        if not 1 <= rounds <= max(1, self.k) or (rounds > 1 and (criterion != "change" or pattern is not None)):
+            raise ValueError(f"rounds {rounds}: with the criterion change and no pattern 1 to k, else 1")
         self.mask: dict[str, Tensor] | None = None
+        self._round, self._earlier = 0, dict[str, Tensor]()
+        self._gathered = dict[str, Tensor]()
         self._l1, self._penalised = l1, {**self.parts.maskable, **(self.parts.dense if l1_everywhere else {})}
         self._total = sum(each.numel() for each in module.parameters())
         self._parameters = dict(module.named_parameters())
@@ -178,6 +196,8 @@ class SparseFineTuner:
     def select(self, scores: Mapping[str, Tensor] | None = None) -> None:
         """Choose the mask, exactly ``k`` entries over all maskable parameters, and begin the sparse phase.
 
+        With ``rounds``, of round r exactly k r // rounds, those of earlier rounds among them.
+
         Parameters, head and buffers go back to where they were at the start. Ties go to the earlier parameter, then to
         the lower index.
 
@@ -185,20 +205,52 @@ class SparseFineTuner:
             scores: of one's own, instead of the criterion's: by maskable parameter, of its shape, none below 0.
 
         Raises:
-            ValueError: it was called before, nothing has been trained yet, or a weight or score is not finite.
+            ValueError: it was called before, nothing has been trained or gathered yet, or a weight or score is not
+                finite.
         """
         if self.mask is not None:
             raise ValueError("the mask is chosen already")
         now = {name: each.detach() for name, each in self.parts.maskable.items()}
         if scores is not None:
             chunks = given_scores(scores, self._start_of(now))
+        elif self.criterion in BY_GRADIENT:
+            if not self._gathered:
+                raise ValueError(f"{self.criterion} scores gradients: call gather() after backward, before select()")
+            chunks = scores_of(self.criterion, self._gathered, self._start, self.seed)
         else:
             chunks = scores_of(self.criterion, now, self._start, self.seed)
             if self.criterion not in UNTRAINED and self.k and self._unmoved(now):
                 raise ValueError("no maskable parameter has changed: train before select()")
-        mask = top_k(chunks, self.k)
+        if self.pattern is not None:
+            mask = top_n_of_m(chunks, *self.pattern)
+        else:
+            mask = top_k(with_earlier(chunks, self._earlier), self.k * (self._round + 1) // self.rounds)
         self.mask = {name: index.to(now[name].device) for name, index in mask.items()}
+        self._gathered = {}
         self.rewind()
+
+    def reopen(self) -> None:
+        """Begin the next round with a full phase, from where the sparse phase has come to.
+
+        Raises:
+            ValueError: there is no mask yet, or this was the last round.
+        """
+        if self.mask is None or self._round + 1 >= self.rounds:
+            raise ValueError(f"round {self._round + 1} of {self.rounds} is not over, or the last")
+        self._earlier, self.mask = self.mask, None
+        self._round += 1
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add up the gradients there are, for ``snip`` and ``gradient``: after backward, nothing trained yet.
+
+        Gradients of a mean over a batch count as often as they are gathered; weight the loss by the batch's size where
+        batches differ.
+        """
+        for name, each in self.parts.maskable.items():
+            sum_ = self._gathered.setdefault(name, torch.zeros_like(each))
+            if each.grad is not None:
+                sum_ += each.grad
 
     def use_mask(self, mask: Mapping[str, Tensor]) -> None:
         """Take a mask that was chosen before, instead of :meth:`select`, to go on in the sparse phase.
@@ -216,6 +268,8 @@ class SparseFineTuner:
             inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < size)
             if not inside or not bool((index.diff() > 0).all()):
                 raise ValueError(f"{name}: indices must increase within its {size:,} entries")
+        if self.rounds > 1:
+            raise ValueError("a mask that was chosen before does not say its round; use rounds=1")
         if (count := sum(map(len, mask.values()))) != self.k:
             raise ValueError(f"the mask has {count:,} entries, not {self.k:,}")
         self.mask = {name: index.to(self.parts.maskable[name].device) for name, index in mask.items()}
@@ -237,6 +291,8 @@ class SparseFineTuner:
         """
         if self.mask is None:
             raise ValueError("the mask is not chosen yet: call select() after the full phase, and train again")
+        if self._round + 1 < self.rounds:
+            raise ValueError(f"round {self._round + 1} of {self.rounds} is not the last: call reopen()")
         self._follow()
         tensors, dense = {}, {}
         for name, each in self._parameters.items():
@@ -266,24 +322,6 @@ class SparseFineTuner:
 
     def _start_of(self, names: Mapping[str, object]) -> dict[str, Tensor]:
         return {name: self._start[name] if name in self._start else self._buffers[name] for name in names}
-
-    def _count(self, density: float | None, k: int | None) -> int:
-        if density is not None and k is not None:
-            raise ValueError("give density or k, not both")
-        if self.criterion == "bitfit":
-            if density is not None or k is not None:
-                raise ValueError("bitfit selects all biases; density and k do not go with it")
-            if not (count := bias_count(self.parts.maskable)):
-                raise ValueError("bitfit: no maskable parameter is a bias")
-            return count
-        if k is None:
-            density = _DENSITY if density is None else density
-            if not 0 <= density <= 1:
-                raise ValueError(f"density {density:g}: a share between 0 and 1")
-            k = int(density * self.parts.count + 1e-6)  # 0.29 * 100 is below 29
-        if not 0 <= k <= self.parts.count:
-            raise ValueError(f"k {k:,}: {self.parts.count:,} entries can be selected, allowed are 0 to all of them")
-        return k
 
     def _unmoved(self, now: Mapping[str, Tensor]) -> bool:
         return all(torch.equal(each, self._start[name]) for name, each in now.items())

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from compress.cache import digest
 from compress.calib.samples import Samples
 from compress.errors import InputError
 
-__all__ = ["Companion", "Epoch", "Recipe", "TrainingData", "criterion_of", "evaluate", "fit"]
+__all__ = ["Companion", "Epoch", "Recipe", "TrainingData", "best_epoch", "criterion_of", "evaluate", "fit"]
 
 _EVALUATED = 256
 
@@ -124,6 +124,11 @@ class TrainingData:
             yield self.take(index)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 over inputs and labels."""
+        return Samples(self.inputs, self.labels, "", (), self.names).fingerprint
+
+    @property
     def classes(self) -> bool:
         """Whether labels are classes."""
         return not self.labels.is_floating_point()
@@ -131,12 +136,13 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to; ``notes`` are the companion's sentences."""
+    """What one epoch came to; ``notes`` are the companion's sentences, ``judged`` what the judge said of it."""
 
     number: int
     loss: float
     rate: float
     notes: tuple[str, ...] = ()
+    judged: float | None = None
 
 
 class Companion(Protocol):
@@ -190,6 +196,11 @@ class _State:
     optimizer: dict[str, Any]
     companion: dict[str, Any]
     history: list[Epoch] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    def beaten(self, judged: float) -> bool:
+        """Whether ``judged`` is better than every epoch so far."""
+        return all(judged > each.judged for each in self.history if each.judged is not None)
 
 
 def criterion_of(data: TrainingData) -> Callable[[Tensor, Tensor], Tensor]:
@@ -228,6 +239,7 @@ def fit(
     recipe: Recipe,
     *,
     companion: Companion | None = None,
+    judge: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
     fingerprint: str = "",
     progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
@@ -235,7 +247,8 @@ def fit(
     """Train ``module`` in place.
 
     Args:
-        companion: what a technique adds.
+        companion: what a technique adds; with ``judge`` one that leaves all shapes as they are.
+        judge: called after every epoch; the module is left as it was after the one judged highest, the first of equals.
         checkpoint: written after every epoch, whole or not at all; a run that finds one of the same ``fingerprint`` and
             recipe goes on from it, to the same bytes.
         progress: batches done, of all, and the last loss.
@@ -261,16 +274,34 @@ def fit(
             loss, broken = _train_epoch(module, data, recipe, optimizer, companion, epoch, progress)
             if broken:
                 _restore(module, optimizer, companion, good)
+                kept = _take_best(module, good)
                 return good.history, (
-                    f"{broken} of epoch {epoch + 1}: the model is as it was after epoch {good.epoch}; try a smaller "
-                    "--lr"
+                    f"{broken} of epoch {epoch + 1}: the model is as it was after epoch {kept}; try a smaller --lr"
                 )
             notes = companion.end_epoch(optimizer)
-            history.append(Epoch(epoch + 1, loss, optimizer.param_groups[0]["lr"], notes))
-            good = _snapshot(epoch + 1, module, optimizer, companion, history)
+            judged = judge(module) if judge is not None else None
+            best = copy.deepcopy(module.state_dict()) if judged is not None and good.beaten(judged) else good.best
+            history.append(Epoch(epoch + 1, loss, optimizer.param_groups[0]["lr"], notes, judged))
+            good = _snapshot(epoch + 1, module, optimizer, companion, history, best)
             if checkpoint is not None:
                 _write(checkpoint, good, recipe, fingerprint)
+    _take_best(module, good)
     return history, None
+
+
+def best_epoch(history: Sequence[Epoch]) -> int:
+    """Number of the epoch judged highest, the first of equals; of the last where none was judged; 0 of none."""
+    judged = [each for each in history if each.judged is not None]
+    if judged:
+        return max(judged, key=lambda each: each.judged or 0.0).number
+    return history[-1].number if history else 0
+
+
+def _take_best(module: nn.Module, state: _State) -> int:
+    """Leave ``module`` as it was after the best epoch; its number."""
+    if state.best is not None:
+        module.load_state_dict(state.best)
+    return best_epoch(state.history)
 
 
 def _train_epoch(
@@ -312,10 +343,15 @@ def _finite(module: nn.Module) -> bool:
 
 
 def _snapshot(
-    epoch: int, module: nn.Module, optimizer: Optimizer, companion: Companion, history: list[Epoch]
+    epoch: int,
+    module: nn.Module,
+    optimizer: Optimizer,
+    companion: Companion,
+    history: list[Epoch],
+    best: dict[str, Any] | None = None,
 ) -> _State:
     parts = copy.deepcopy((module.state_dict(), optimizer.state_dict(), companion.state_dict()))
-    return _State(epoch, *parts, list(history))
+    return _State(epoch, *parts, list(history), best)
 
 
 def _restore(module: nn.Module, optimizer: Optimizer, companion: Companion, state: _State) -> None:
@@ -341,7 +377,7 @@ def _continued(
             "choose another --out, or throw it away with --overwrite"
         )
     history = [Epoch(**{**each, "notes": tuple(each["notes"])}) for each in found["history"]]
-    state = _State(found["epoch"], found["module"], found["optimizer"], found["companion"], history)
+    state = _State(found["epoch"], found["module"], found["optimizer"], found["companion"], history, found.get("best"))
     _restore(module, optimizer, companion, state)
     return state
 

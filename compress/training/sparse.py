@@ -22,11 +22,11 @@ from compress.huggingface import is_classifier
 from compress.intake import ModelLike, read_model
 from compress.sparse.application import apply_deltas, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
-from compress.sparse.criteria import UNTRAINED
+from compress.sparse.criteria import BY_GRADIENT
 from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.deltafile import VALUES, read_delta, write_delta
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Epoch, Recipe, TrainingData, evaluate, fit
+from compress.training.loop import Epoch, Recipe, TrainingData, best_epoch, criterion_of, evaluate, fit
 
 __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
 
@@ -41,7 +41,8 @@ class SparseOptions:
     """What is selected, from what, and how it is stored.
 
     Attributes:
-        density, k, criterion, head, frozen, train_norms, l1: see :class:`~compress.sparse.tuner.SparseFineTuner`.
+        density, k, criterion, rounds, pattern, head, frozen, train_norms, l1: see
+            :class:`~compress.sparse.tuner.SparseFineTuner`.
         sources: delta files that are added to the base first; the delta that comes out is one to the base itself. Their
             heads are left out.
         values: see :func:`~compress.sparse.deltafile.write_delta`.
@@ -54,6 +55,8 @@ class SparseOptions:
     density: float | None = None
     k: int | None = None
     criterion: str = "change"
+    rounds: int = 1
+    pattern: tuple[int, int] | None = None
     head: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     train_norms: bool = False
@@ -106,6 +109,7 @@ def train_sparse(
     out: Path,
     *,
     test: object | None = None,
+    dev: object | None = None,
     options: SparseOptions = SparseOptions(),
     recipe: Recipe = FULL,
     sparse_epochs: int = 10,
@@ -120,6 +124,7 @@ def train_sparse(
     Args:
         data: labelled samples: classes as whole numbers, or numbers to predict; text for Hugging Face folders.
         test: labelled samples; the metric is measured on them.
+        dev: labelled samples, others than ``test``'s: of each phase the epoch that is best on them is kept.
         recipe: of the full phase; the sparse one has the same, but for ``sparse_epochs``, ``sparse_rate`` (None: the
             same rate), and a new optimizer.
 
@@ -137,40 +142,35 @@ def train_sparse(
         raise InputError(f"--sparse-lr {second.rate:g}: a number above 0")
     loaded = read_model(model, factory=options.factory, allow=options.allow)
     samples, given = _read(data, loaded, options)
-    held = _read(test, loaded, options)[1] if test is not None else None
-    classes = _new_classes(loaded, given)
+    held, judged = (_read(each, loaded, options)[1] if each is not None else None for each in (test, dev))
+    classes = _new_classes(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
     module = loaded.module
-    for each, source in ((given, samples.source), (held, str(test))):
+    for each, source in ((given, samples.source), (held, str(test)), (judged, str(dev))):
         if each is not None:
             _check_labels(module, each, source)
     base = _measured(module, held)
     tuner = _make_tuner(loaded, options, recipe.seed)
-    start = (options.identity(loaded), samples.fingerprint, tuner.k)
+    start = (options.identity(loaded), samples.fingerprint, tuner.k, judged and judged.digest)
     work = out.with_name(f".{out.name}.work")
     if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
 
-    def phase(name: str, its: Recipe) -> tuple[tuple[Epoch, ...], str | None]:
-        history, stopped = fit(
-            module, given, its, companion=SparseCompanion(tuner), checkpoint=work / f"{name}.pt",
-            fingerprint=repr((*start, name, recipe)),
-            progress=lambda done, total, loss: progress(f"{name} phase, loss {loss:.4f}", done, total),
-        )  # fmt: skip
-        if stopped and not history:
-            raise InputError(f"{name} phase: {stopped}")
-        return tuple(history), stopped and f"{name} phase stopped early: {stopped}"
-
-    full, first_history, stops = None, tuple[Epoch, ...](), list[str]()
-    if options.criterion not in UNTRAINED and tuner.k:
-        first_history, stopped = phase("full", recipe)
-        stops += [stopped] if stopped else []
-        full = _measured(module, held)
+    notes, stops = [*loaded.notes, *samples.notes], list[str]()
+    phases = _Phases(tuner, given, judged, work, start, options.rounds, progress, notes, stops)
+    full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
-        tuner.select()
-        second_history, stopped = phase("sparse", second)
-        stops += [stopped] if stopped else []
+        for turn in range(options.rounds):
+            if turn:
+                tuner.reopen()
+            if options.criterion == "change" and tuner.k:
+                first_history += phases.train("full", turn, recipe, second if turn else None)
+                full = _measured(module, held)
+            elif options.criterion in BY_GRADIENT:
+                _gather(tuner, given, recipe.batch)
+            tuner.select()
+            second_history += phases.train("sparse", turn, second, recipe)
         learned = tuner.delta()
         if classes is not None:
             learned.notes[CLASSES] = str(classes)
@@ -183,8 +183,46 @@ def train_sparse(
     name = "accuracy" if given.classes else "mean squared error"
     return SparseResult(
         delta, tuner.parts.count, out.stat().st_size, name, base, full, sparse, (first_history, second_history),
-        (*loaded.notes, *samples.notes), tuple(stops),
+        tuple(notes), tuple(stops),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """What the phases of a run share; ``notes`` and ``stops`` grow as they are trained."""
+
+    tuner: SparseFineTuner
+    data: TrainingData
+    judged: TrainingData | None
+    work: Path
+    identity: object
+    rounds: int
+    progress: Progress
+    notes: list[str]
+    stops: list[str]
+
+    def train(self, kind: str, turn: int, recipe: Recipe, earlier: Recipe | None) -> tuple[Epoch, ...]:
+        """Go through one phase, from its checkpoint if there is one; its epochs.
+
+        Args:
+            earlier: the recipe of the phase before, on which this one depends too.
+        """
+        number = f" {turn + 1}" if self.rounds > 1 else ""
+        name = f"{kind} phase{number}"
+        history, stopped = fit(
+            self.tuner.module, self.data, recipe, companion=SparseCompanion(self.tuner),
+            judge=judge_by(self.judged) if self.judged else None, checkpoint=self.work / f"{kind}{number}.pt",
+            fingerprint=repr((self.identity, name, earlier)),
+            progress=lambda done, total, loss: self.progress(f"{name}, loss {loss:.4f}", done, total),
+        )  # fmt: skip
+        if stopped and not history:
+            raise InputError(f"{name}: {stopped}")
+        if stopped:
+            self.stops.append(f"{name} stopped early: {stopped}")
+        if self.judged is not None:
+            best = best_epoch(history)
+            self.notes.append(f"{name}: of {len(history)} epochs number {best} was best on the samples of --dev")
+        return tuple(history)
 
 
 class SparseCompanion:
@@ -217,7 +255,7 @@ def _read(data: object, loaded: LoadedModel, options: SparseOptions) -> tuple[Sa
     return samples, TrainingData.of(samples, text.inputs.index(_MASK) if text and masked else None)
 
 
-def _new_classes(loaded: LoadedModel, data: TrainingData) -> int | None:
+def _new_classes(loaded: LoadedModel, data: TrainingData, source: str) -> int | None:
     """Classes for which a Hugging Face folder's encoder needs a new head; None: it has one, or takes none."""
     if loaded.text is None or not data.classes or is_classifier(loaded.module):
         return None
@@ -226,7 +264,10 @@ def _new_classes(loaded: LoadedModel, data: TrainingData) -> int | None:
             f"{loaded.source} predicts the next token, and its texts are cut from running text; labelled texts need an "
             "encoder"
         )
-    return int(data.labels.max()) + 1
+    least, most = int(data.labels.min()), int(data.labels.max())
+    if least < 0 or most < 1:
+        raise InputError(f"{source} has classes {least} to {most}; a new head needs them numbered from 0, two at least")
+    return most + 1
 
 
 def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> SparseFineTuner:
@@ -237,6 +278,7 @@ def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> Spars
     try:
         tuner = SparseFineTuner(
             module, density=options.density, k=options.k, criterion=options.criterion,
+            rounds=options.rounds, pattern=options.pattern,
             head=(*options.head, *loaded.head), frozen=options.frozen, train_norms=options.train_norms, l1=options.l1,
             seed=seed,
         )  # fmt: skip
@@ -248,6 +290,23 @@ def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> Spars
     except ValueError as error:
         raise InputError(str(error)) from error
     return tuner
+
+
+def judge_by(data: TrainingData) -> Callable[[nn.Module], float]:
+    """The loop's judge: the accuracy on ``data``, or minus the squared error."""
+    sign = 1 if data.classes else -1
+    return lambda module: sign * evaluate(module, data)
+
+
+def _gather(tuner: SparseFineTuner, data: TrainingData, batch: int) -> None:
+    """The gradient of the summed loss over all ``data``, in evaluation mode, where dropout adds no chance."""
+    criterion = criterion_of(data)
+    tuner.module.eval()
+    for inputs, labels in data.batches(batch):
+        tuner.module.zero_grad(set_to_none=True)
+        (criterion(data.output(tuner.module, inputs), labels) * len(labels)).backward()
+        tuner.gather()
+    tuner.module.zero_grad(set_to_none=True)
 
 
 def _measured(module: nn.Module, held: TrainingData | None) -> float | None:

@@ -199,7 +199,10 @@ REFUSED = {
     "number": (("merge", "base.pt", "one.safetensors", "--weights", "half"), "--weights 'half': numbers separated"),
     "bases": (("compose", "one.safetensors", "otherone.safetensors"), "are for different bases"),
     "k": (("train", "base.pt", "--data", "one.npz", "--k", "9999999"), "k 9,999,999: 3,123 entries can be selected"),
-    "criterion": (("train", "base.pt", "--data", "one.npz", "--criterion", "luck"), "known are change, random"),
+    "criterion": (
+        ("train", "base.pt", "--data", "one.npz", "--criterion", "luck"),
+        "known are change, snip, gradient, random",
+    ),
     "values": (("train", "base.pt", "--data", "one.npz", "--values", "int4", "--epochs", "1"), "known are fp64, fp32"),
     "labels": (("train", "base.pt", "--data", "x.npz"), "labels"),
     "existing": (("merge", "base.pt", "one.safetensors", "-o", "other.pt"), "other.pt exists already"),

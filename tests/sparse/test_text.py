@@ -113,6 +113,9 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("w1 w2\n")
     with pytest.raises(InputError, match=r"plain\.txt has no labels; give a \.tsv or \.csv with a column label"):
         train_sparse(folder / "bert", str(tmp_path / "plain.txt"), out)
+    (tmp_path / "odd.tsv").write_text("sentence\tlabel\nw1\t-1\nw2\t0\n")
+    with pytest.raises(InputError, match=r"odd\.tsv has classes -1 to 0; a new head needs them numbered from 0"):
+        train_sparse(folder / "bert", str(tmp_path / "odd.tsv"), out)
     llama(1).save_pretrained(tmp_path / "llama")
     save_tokenizer(tmp_path / "llama", WORDS, ends=False)
     with pytest.raises(InputError, match="predicts the next token"):

@@ -241,7 +241,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many": ({"k": 10**6}, r"k 1,000,000: 362 entries can be selected"),
     "density": ({"density": 1.5}, "density 1.5: a share between 0 and 1"),
     "both": ({"density": 0.5, "k": 3}, "give density or k, not both"),
-    "criterion": ({"criterion": "luck"}, "criterion 'luck': known are change, random, magnitude, bitfit"),
+    "criterion": (
+        {"criterion": "luck"},
+        "criterion 'luck': known are change, snip, gradient, random, magnitude, bitfit",
+    ),
     "pattern": ({"head": ("classifier",)}, "'classifier' is the name of no parameter or module"),
     "bitfit": ({"criterion": "bitfit", "k": 3}, "bitfit selects all biases"),
     "l1": ({"l1": (-1.0, 0.0)}, "two finite numbers"),
