@@ -260,7 +260,7 @@ def test_a_continued_walk_ends_in_the_same_place(method: str, tmp_path: Path) ->
     plan = make_plan(intake, Options(method=method, iterations=20), samples)
     with pytest.raises(Stopped):
         apply_plan(intake.traced.copy(), plan, samples.inputs, ResumeStore(tmp_path / "part", "same"), stop)
-    assert ResumeStore(tmp_path / "part", "same").found == 3
+    assert len(list((tmp_path / "part").glob("*.safetensors"))) == 3
     continued = calibrated(intake, x, tmp_path / "part", method=method)
     assert continued.layers == whole.layers
     wanted, got = whole.model.module.state_dict(), continued.model.module.state_dict()

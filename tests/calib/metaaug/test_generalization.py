@@ -18,7 +18,7 @@ from compress.intake import take_in
 from compress.options import Options
 from compress.planning import make_plan
 
-SEEDS = 3
+SEEDS = 2
 IMAGES = 16
 
 
