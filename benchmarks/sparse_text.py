@@ -211,7 +211,7 @@ def table(result: dict[str, Any]) -> str:
         "# Sparse fine-tuning: all-MiniLM-L6-v2 on SST-2",
         "",
         f"`{result['command']}`: {result['environment']['cpu']}. Accuracy in percent on the 872 sentences of the test "
-        f"part (one of them is 0.1; the standard error of 90 % is 1.0), after {full + sparse} epochs of {sentences:,} "
+        f"part (one of them is 0.1; the standard error of 80 % is 1.4), after {full + sparse} epochs of {sentences:,} "
         "sentences and phrases (LT-SFT: "
         f"{full} in full, then {sparse}). Learning rates, not tuned: {FULL_RATE:g} in full, masks {rates}, LoRA "
         f"{LORA_RATE:g}, the head alone {HEAD_RATE:g}. LoRA is the benchmark's own, not PEFT's.",
