@@ -279,7 +279,7 @@ class Distiller:
         progress("training networks on the set", state.iteration, self.settings.iterations)
         score = self._judge.accuracy(state.images, self.labels, state.rate)
         if state.best is None or score >= max(state.scores.values()):
-            state.best, state.best_rate, state.best_iteration = state.images, state.rate, state.iteration
+            state.best, state.best_rate, state.best_iteration = state.images.clone(), state.rate, state.iteration
         state.scores[state.iteration] = score
 
     def _continued(self) -> _State:
