@@ -212,16 +212,20 @@ def require_learned(
     """The last epoch's accuracy on ``x``.
 
     Raises:
-        InputError: it is less than a fifth of the way from the largest class's share to 1: noise to match.
+        InputError: it is less than a fifth of the way to 1, from what guessing the largest class or the expert's own
+            random start gives: there would be noise to match.
     """
-    accuracy = float((network.logits(trajectory[-1], x).argmax(1) == labels).double().mean())
-    chance = float(torch.bincount(labels, minlength=classes).max()) / len(labels)
+    before, accuracy = (
+        float((network.logits(theta, x).argmax(1) == labels).double().mean()) for theta in trajectory[[0, -1]]
+    )
+    chance = max(float(torch.bincount(labels, minlength=classes).max()) / len(labels), before)
     needed = chance + _LEARNED * (1 - chance)
     if accuracy < needed:
         raise InputError(
             f"expert {number + 1} did not learn: {100 * accuracy:.1f} % of its own training images are right after "
-            f"{len(trajectory) - 1} epochs, guessing gives {100 * chance:.1f} %, and {100 * needed:.1f} % are needed "
-            "for a trajectory worth matching; check the labels, or change --expert-lr or --expert-epochs"
+            f"{len(trajectory) - 1} epochs, guessing or its random start gives {100 * chance:.1f} %, and "
+            f"{100 * needed:.1f} % are needed for a trajectory worth matching; check the labels, or change --expert-lr "
+            "or --expert-epochs"
         )
     return accuracy
 
