@@ -26,10 +26,10 @@ from compress.distill.penalty import gradient_penalty
 from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
 
-__all__ = ["ExpertSettings", "Experts", "clipping_factor", "require_learned", "train_expert"]
+__all__ = ["ExpertSettings", "Experts", "accuracy_of", "clipping_factor", "require_learned", "train_expert"]
 
 _RAMP, _RAMP_STEP = 10, 0.05
-_LEARNED = 0.2
+_LEARNED, _SAME_ACCURACY = 0.2, 0.01
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,20 @@ class Experts:
         for number in range(self.settings.count):
             path = self.path(number)
             if path.exists():
-                trajectory = self.read(number)
+                trajectory, claimed = self.read(number)
             else:
+                claimed = None
                 trajectory = train_expert(
                     self.network, self._x, self._labels, self.settings, number, self.identity,
                     partial=path.with_suffix(".partial"), progress=progress,
                 )  # fmt: skip
-            accuracies.append(require_learned(self.network, trajectory, self._x, self._labels, self._classes, number))
-            if not path.exists():
-                write_tensors(path, {"trajectory": trajectory}, self.identity)
+            if claimed is not None:
+                self._require_same(path, trajectory, claimed)
+            accuracy = require_learned(self.network, trajectory, self._x, self._labels, self._classes, number)
+            if claimed is None:
+                write_tensors(path, {"trajectory": trajectory}, {**self.identity, "accuracy": repr(accuracy)})
                 path.with_suffix(".partial").unlink(missing_ok=True)
+            accuracies.append(accuracy)
             progress("experts", (number + 1) * self.settings.epochs, self.settings.count * self.settings.epochs)
         return accuracies
 
@@ -141,20 +145,35 @@ class Experts:
         """Of expert ``number``."""
         return self.folder / f"expert-{number:03}.safetensors"
 
-    def read(self, number: int) -> Tensor:
-        """Trajectory [epochs + 1, P] of expert ``number``.
+    def read(self, number: int) -> tuple[Tensor, float]:
+        """Trajectory [epochs + 1, P] of expert ``number``, and its accuracy when it was trained.
 
         Raises:
             InputError: the file is damaged or another network's, data's or recipe's.
         """
         tensors, told = read_tensors(self.path(number))
         _require_own(self.path(number), told, self.identity)
-        return tensors["trajectory"]
+        return tensors["trajectory"], float(told["accuracy"])
 
     def rows(self, number: int, first: int, last: int) -> Tensor:
         """Parameters [last - first, P] after epochs ``first`` to ``last`` - 1; the rest of the file is not read."""
         with safetensors.safe_open(self.path(number), framework="pt") as file:
             return file.get_slice("trajectory")[first:last]
+
+    def _require_same(self, path: Path, trajectory: Tensor, claimed: float) -> None:
+        """Names and shapes of parameters say nothing about a forward() that was edited since."""
+        accuracy = accuracy_of(self.network, trajectory[-1], self._x, self._labels)
+        if abs(claimed - accuracy) > _SAME_ACCURACY:
+            raise InputError(
+                f"{path} is a trajectory of another network: it says that {100 * claimed:.1f} % of the images were "
+                f"right, and this one of the same parameters gives {100 * accuracy:.1f} %; give another --expert-folder, or "
+                "delete it"
+            )
+
+
+def accuracy_of(network: FlatNetwork, theta: Tensor, x: Tensor, labels: Tensor) -> float:
+    """Share of ``x`` [N, C, H, W] that ``theta`` [P] gives the class of in ``labels`` [N]."""
+    return float((network.logits(theta, x).argmax(1) == labels).double().mean())
 
 
 def train_expert(
@@ -215,9 +234,7 @@ def require_learned(
         InputError: it is less than a fifth of the way to 1, from what guessing the largest class or the expert's own
             random start gives: there would be noise to match.
     """
-    before, accuracy = (
-        float((network.logits(theta, x).argmax(1) == labels).double().mean()) for theta in trajectory[[0, -1]]
-    )
+    before, accuracy = (accuracy_of(network, trajectory[place], x, labels) for place in (0, -1))
     chance = max(float(torch.bincount(labels, minlength=classes).max()) / len(labels), before)
     needed = chance + _LEARNED * (1 - chance)
     if accuracy < needed:

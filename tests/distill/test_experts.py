@@ -87,7 +87,7 @@ def test_killed_in_an_epoch_and_continued_to_the_same_bytes(tmp_path: Path) -> N
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     more = experts(tmp_path / "killed", replace(SETTINGS, count=3))
     assert more.train()[:2] == accuracies
-    assert torch.equal(more.rows(1, 1, 3), more.read(1)[1:3])
+    assert torch.equal(more.rows(1, 1, 3), more.read(1)[0][1:3])
 
 
 def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
@@ -99,6 +99,13 @@ def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=rf"expert-000\.safetensors is a trajectory of {what} .*--expert-folder"):
             other.train()
+    # The same parameters in a network that computes something else.
+    edited = FlatNetwork(lambda: nn.Sequential(*convnet(1, 2, (4, 4), width=4, depth=1).children()))
+    plain = Experts(tmp_path / "own", edited, *bright_or_dark(), 2, SETTINGS, "d")
+    plain.train()
+    edited._module.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
+    with pytest.raises(InputError, match=r"another network: it says that .* % of the images were right, and this one"):
+        plain.train()
     (tmp_path / "expert-000.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match=r"expert-000\.safetensors is truncated"):
         experts(tmp_path).train()

@@ -83,6 +83,36 @@ def test_recomputed_is_unrolled(network: FlatNetwork, steps: int) -> None:
     torch.testing.assert_close(a.images, b.images, rtol=1e-8, atol=1e-12)
 
 
+class Held:
+    """A tensor that autograd keeps, counted while it is kept."""
+
+    now = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        Held.now += self.bytes
+        Held.most = max(Held.most, Held.now)
+
+    def __del__(self) -> None:
+        Held.now -= self.bytes
+
+
+def peak(network: FlatNetwork, gradients: str, steps: int) -> int:
+    """Most bytes that graphs keep at a time."""
+    images, labels, episode = task(network, steps)
+    Held.most = Held.now
+    before = Held.now
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        Student(network).outcome(images, labels, 0.01, episode, gradients)
+    return Held.most - before
+
+
+def test_recomputed_keeps_one_steps_graph(network: FlatNetwork) -> None:
+    assert peak(network, "recomputed", 40) < 1.2 * peak(network, "recomputed", 8)
+    assert peak(network, "unrolled", 40) > 4 * peak(network, "unrolled", 8)
+    assert peak(network, "recomputed", 40) < peak(network, "unrolled", 8) / 4
+
+
 def test_balanced_factor_has_the_published_values() -> None:
     wanted = {0: 1 / 1.796, 9: 1 / 1.365, 10: 1.292, 19: 1.760}
     assert {epoch: balanced_factor(epoch, 20) for epoch in wanted} == pytest.approx(wanted, abs=1e-3)
