@@ -166,8 +166,8 @@ class Experts:
         if abs(claimed - accuracy) > _SAME_ACCURACY:
             raise InputError(
                 f"{path} is a trajectory of another network: it says that {100 * claimed:.1f} % of the images were "
-                f"right, and this one of the same parameters gives {100 * accuracy:.1f} %; give another --expert-folder, or "
-                "delete it"
+                f"right, and this one of the same parameters gives {100 * accuracy:.1f} %; give another "
+                "--expert-folder, or delete it"
             )
 
 
