@@ -57,7 +57,10 @@ def distill(
     lr_step: Annotated[
         float | None, typer.Option(help="The same of the student's step size", rich_help_panel=_MATCHING)
     ] = None,
-    step_size: Annotated[float, typer.Option(help="The student's at the start", rich_help_panel=_MATCHING)] = 0.01,
+    step_size: Annotated[
+        float | None,
+        typer.Option(help="The student's at the start  [default: of a few, the best]", rich_help_panel=_MATCHING),
+    ] = None,
     intermediate: Annotated[
         str,
         typer.Option(

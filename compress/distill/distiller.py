@@ -28,8 +28,9 @@ from compress.errors import InputError
 
 __all__ = ["DistillSettings", "Distilled", "Distiller"]
 
-_LEAST_RATE = 1e-5
-_PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.02, 0.01
+_LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
+_PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
+_TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class DistillSettings:
         steps: N, the student's steps. ahead: M, epochs of the expert they are to cover.
         last: T+; students start at the expert's epochs 0 to T+ - 1.
         batch: synthetic images a step; None for all.
-        rate: a at the start; it is learned.
-        rate_images, rate_rate: step sizes of the outer loop for images and a, with momentum 0.5. None: such that the
-            first steps move images by 0.02 of a standard deviation and a by 1 %. The published ones (100 to 10,000;
-            1e-6 to 1e-4) differ by data set, images a class and N, as gradients do.
+        rate: a at the start; it is learned. None: of a few, that with the least loss at the start. With one too large
+            students overshoot, a collapses, and with it all gradients of images.
+        rate_images, rate_rate: step sizes of the outer loop for images and a, with momentum 0.5. None: the first steps
+            move images by 0.05 of a standard deviation and a by 2 %. The published ones (100 to 10,000; 1e-6 to 1e-4)
+            differ by data set, images a class and N, as gradients do.
         representative, beta, balance, perturbation, momentum: AST's parts; see :mod:`compress.distill.episode`.
         looks: how often the set is judged, apart from the start; 0 keeps the last iterate unjudged.
         model_weight: length of the step on the model's terms, of that on the trajectories'.
@@ -56,7 +58,7 @@ class DistillSettings:
     ahead: int = 2
     last: int = 10
     batch: int | None = None
-    rate: float = 0.01
+    rate: float | None = None
     rate_images: float | None = None
     rate_rate: float | None = None
     momentum: float = 0.9
@@ -72,8 +74,9 @@ class DistillSettings:
 
     def mtt(self) -> DistillSettings:
         """The same without AST's parts: MTT's student is plain SGD, whose fitting step size is ten times as large."""
+        rate = None if self.rate is None else 10 * self.rate
         return replace(
-            self, representative=False, beta="none", balance=False, perturbation=0.0, momentum=0.0, rate=10 * self.rate
+            self, representative=False, beta="none", balance=False, perturbation=0.0, momentum=0.0, rate=rate
         )
 
     def check(self, epochs: int) -> None:
@@ -109,7 +112,8 @@ class Distilled:
     """What came out.
 
     Attributes:
-        images: [n, C, H, W], in the standardised form. rate: learned step size.
+        images: [n, C, H, W], in the standardised form.
+        rate: step size to train on them with: the learned one, or a usual one where networks became better with it.
         iteration: which iterate it is; 0 for the real images of the start.
         scores: accuracy by iteration judged.
         losses: L_out of every iteration. matching: L_TM of every iteration.
@@ -249,25 +253,34 @@ class Distiller:
         state.iteration += 1
         return None
 
-    def _outer_rates(self) -> tuple[float, float]:
-        """Step sizes for the images and for a: those given, or by the first iterations' gradients."""
-        settings = self.settings
+    def _rates(self) -> tuple[float, float, float]:
+        """a, and the outer step sizes for images and for a: those given, or by the first iterations at the start."""
+        settings, episodes = self.settings, [self.episode(number) for number in range(_PROBED)]
+        rate = settings.rate
+        if rate is None:
+            tried = [each if settings.momentum else 10 * each for each in _TRIED]
+            losses = [
+                sum(self._student.losses(self._start, self.labels, each, episode)[0] for episode in episodes)
+                for each in tried
+            ]
+            finite = [each if math.isfinite(each) else math.inf for each in losses]
+            rate = tried[finite.index(min(finite))]
         if settings.rate_images is not None and settings.rate_rate is not None:
-            return settings.rate_images, settings.rate_rate
+            return rate, settings.rate_images, settings.rate_rate
         outcomes = [
-            self._student.outcome(self._start, self.labels, settings.rate, self.episode(number), settings.gradients)
-            for number in range(_PROBED)
+            self._student.outcome(self._start, self.labels, rate, episode, settings.gradients) for episode in episodes
         ]
         pixels = sum(float(each.images.square().mean().sqrt()) for each in outcomes) / _PROBED
         change = sum(abs(each.rate) for each in outcomes) / _PROBED
         if not (0 < pixels < math.inf and 0 < change < math.inf):
             raise InputError(
-                f"gradients of images are {pixels:.3g}, of the step size {change:.3g}: students do not "
-                "move or blow up; try another --step-size"
+                f"gradients of images are {pixels:.3g}, of step size {change:.3g}: students stand still or blow up; "
+                "try another --step-size"
             )
         return (
+            rate,
             _FIRST_MOVE / pixels if settings.rate_images is None else settings.rate_images,
-            _FIRST_CHANGE * settings.rate / change if settings.rate_rate is None else settings.rate_rate,
+            _FIRST_CHANGE * rate / change if settings.rate_rate is None else settings.rate_rate,
         )
 
     def _looks_at(self, iteration: int) -> bool:
@@ -277,14 +290,17 @@ class Distiller:
     def _look(self, state: _State, progress: Callable[[str, int, int], None]) -> None:
         assert self._judge is not None
         progress("training networks on the set", state.iteration, self.settings.iterations)
-        score = self._judge.accuracy(state.images, self.labels, state.rate)
+        # The step size of the start was searched for short students, not for training: a usual one is tried beside it,
+        # so that the real images are not called worse for it.
+        usual = _USUAL_RATE if self.settings.momentum else 10 * _USUAL_RATE
+        score, rate = max((self._judge.accuracy(state.images, self.labels, each), each) for each in (state.rate, usual))
         if state.best is None or score >= max(state.scores.values()):
-            state.best, state.best_rate, state.best_iteration = state.images.clone(), state.rate, state.iteration
+            state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
         state.scores[state.iteration] = score
 
     def _continued(self) -> _State:
         if self._file is None or not self._file.exists():
-            return _State(self._start.clone(), torch.zeros_like(self._start), self.settings.rate, *self._outer_rates())
+            return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
         tensors, strings = read_tensors(self._file)
         if strings.get("run") != self.fingerprint:
             raise InputError(

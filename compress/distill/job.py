@@ -34,6 +34,7 @@ __all__ = ["DistillOptions", "distill"]
 Progress = Callable[[str, int, int], None]
 
 _JUDGED = 1000
+_WHITENED = 12_288
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def distill(
     if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
 
+    if options.zca and x[0].numel() > _WHITENED:
+        raise InputError(
+            f"--zca: images of {x[0].numel():,} values need a matrix of that many squared; {_WHITENED:,} at most"
+        )
     network = FlatNetwork(_factory(options, x, classes))
     standardisation = Standardisation.of(x, whiten=options.zca)
     z = standardisation.apply(x)
@@ -123,10 +128,12 @@ def distill(
     low, high = float(x.min()), float(x.max())
     some = torch.randperm(len(z), generator=Generator().manual_seed(settings.seed))
     some = some[~torch.isin(some, start)][:_JUDGED]
-    judge = Judge(
-        network, z[some], labels[some], options.nets, options.judge_steps, settings.momentum, settings.augmentations,
-        settings.seed,
-    )  # fmt: skip
+    judge = None
+    if len(some):
+        judge = Judge(
+            network, z[some], labels[some], options.nets, options.judge_steps, settings.momentum,
+            settings.augmentations, settings.seed,
+        )  # fmt: skip
     clock = _Clock(progress)
     distiller = Distiller(
         experts, z[start], labels[start], settings, judge=judge, terms=terms, state=work / "state.safetensors",
@@ -212,7 +219,9 @@ def _factory(options: DistillOptions, x: Tensor, classes: int) -> Callable[[], n
 
 def _notes(found: Distilled, terms: ModelTerms | None, judged: int) -> list[str]:
     notes = [f"sets were judged on {judged} training images that are not among the start's"]
-    if found.iteration == 0:
+    if not found.scores:
+        notes = ["no set was judged: the last one was kept"]
+    elif found.iteration == 0:
         notes.append("no iterate was better than the real images of the start, which are what was written")
     if found.stopped:
         notes.append(f"stopped early: {found.stopped}")

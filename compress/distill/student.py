@@ -76,6 +76,15 @@ class Student:
         way = self.recomputed if gradients == "recomputed" else self.unrolled
         return way(images, labels, rate, episode)
 
+    def losses(self, images: Tensor, labels: Tensor, rate: float, episode: Episode) -> tuple[float, float]:
+        """L_out and L_TM alone."""
+        theta, velocity, terms = episode.start, torch.zeros_like(episode.start), list[float]()
+        for step in range(episode.steps + 1):
+            terms += _terms(theta, episode, step)
+            if step < episode.steps:
+                theta, velocity = self._advance(theta, velocity, images, labels, rate, episode, step)
+        return math.fsum(terms), terms[-1]
+
     def unrolled(self, images: Tensor, labels: Tensor, rate: float, episode: Episode) -> Outcome:
         """See :meth:`outcome`; all steps in one graph."""
         images = images.detach().requires_grad_()
@@ -105,11 +114,7 @@ class Student:
         adjoint, adjoint_velocity = torch.zeros_like(theta), torch.zeros_like(theta)
         total, change = torch.zeros_like(images), 0.0
         for step in range(episode.steps + 1):
-            terms += [
-                each.weight * float((theta - each.target).square().sum())
-                for each in episode.checkpoints
-                if each.step == step
-            ]
+            terms += _terms(theta, episode, step)
             if step % stride == 0:
                 kept[step] = (theta, velocity)
             if step < episode.steps:
@@ -155,6 +160,13 @@ class Student:
         loss = episode.scale * F.cross_entropy(self.network(theta, x), labels[chosen])
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=keep)
         return gradient + self.decay * theta if self.decay else gradient
+
+
+def _terms(theta: Tensor, episode: Episode, step: int) -> list[float]:
+    """What ``theta`` [P] adds to the loss after ``step`` steps."""
+    return [
+        each.weight * float((theta - each.target).square().sum()) for each in episode.checkpoints if each.step == step
+    ]
 
 
 def _generator(seed: int, step: int) -> Generator:

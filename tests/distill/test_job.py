@@ -96,6 +96,12 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
 
 
+def test_nothing_left_to_judge_on(tmp_path: Path, cache: Path) -> None:
+    report = run(tmp_path / "all", cache, settings={"each": 20, "iterations": 1})
+    assert (report.iteration, report.scores) == (1, {})
+    assert any("no set was judged" in note for note in report.notes)
+
+
 def test_mtt_is_ast_without_its_parts(tmp_path: Path, cache: Path) -> None:
     report = run(tmp_path / "mtt", cache, method="mtt", expert_folder=cache / "mtt", settings={"rate": 0.005})
     used = report.settings["distillation"]

@@ -63,6 +63,7 @@ def test_hyper_gradient_against_central_differences(
         return student.outcome(images, labels, rate, episode, gradients).loss
 
     outcome = student.outcome(images, labels, rate, episode, gradients)
+    assert student.losses(images, labels, rate, episode) == pytest.approx((outcome.loss, outcome.matching), rel=1e-12)
     for place in ((0, 0, 3, 3), (4, 0, 5, 2)):
         up, down = images.clone(), images.clone()
         up[place] += small
