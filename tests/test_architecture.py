@@ -32,6 +32,7 @@ LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "int
     "deltas",
     "streaming",
     "training",
+    "distill",
     "skeleton",
     "latency",
     "search",
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": BELOW_6,
     # Commands call the API; the rest are the light tables and records that parsing and printing need.
     "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training", "deltas"}
-    | {"registry", "methods", "formats", "targets", "allocation"},
+    | {"distill", "registry", "methods", "formats", "targets", "allocation"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "options"},
 }

@@ -12,6 +12,7 @@ from compress.cli.allocate import allocate
 from compress.cli.apply import apply
 from compress.cli.bench import bench
 from compress.cli.diff import diff
+from compress.cli.distill import distill
 from compress.cli.export import export
 from compress.cli.inspect import inspect
 from compress.cli.lowrank import app as lowrank
@@ -56,7 +57,7 @@ def _root(
     """Compress PyTorch models and deploy them. No network, no telemetry."""
 
 
-for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench, stream):
+for verb in (quantize, allocate, apply, sweep, diff, inspect, export, verify, bench, stream, distill):
     app.command(no_args_is_help=True)(verb)
 app.add_typer(lowrank, name="lowrank")
 app.add_typer(sparse, name="sparse")

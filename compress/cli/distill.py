@@ -1,0 +1,160 @@
+"""``compress distill``: a few synthetic images a class that train, and calibrate, in the place of many real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli.inputs import Allow, Mean, Std, numbers
+from compress.cli.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from compress.distill.folder import DistillReport
+
+__all__ = ["distill"]
+
+_EXPERTS, _MATCHING, _MODEL = "Experts", "Matching", "Suiting a model"
+
+
+def distill(
+    data: Annotated[str, typer.Argument(help="Labelled images: .npz with images and labels, or as --calib elsewhere")],
+    classes: Annotated[int, typer.Option(help="Classes; labels are 0 to one less")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write")],
+    ipc: Annotated[int, typer.Option("--ipc", help="Images a class")] = 1,
+    iterations: Annotated[int, typer.Option(help="Steps of the outer loop")] = 500,
+    method: Annotated[str, typer.Option(help="ast, or mtt: without AST's parts")] = "ast",
+    augment: Annotated[
+        str, typer.Option(help="all, none, or some of color, crop, cutout, flip, scale, rotate")
+    ] = "color,crop,cutout,scale,rotate",
+    zca: Annotated[bool, typer.Option("--zca", help="Whiten images first")] = False,
+    network: Annotated[
+        str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Network to match  [default: a ConvNet]")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Channels of the ConvNet")] = 32,
+    depth: Annotated[int, typer.Option(help="Its blocks, each of which halves the image")] = 3,
+    experts: Annotated[int, typer.Option(help="How many", rich_help_panel=_EXPERTS)] = 5,
+    expert_epochs: Annotated[int, typer.Option(help="Times through the data", rich_help_panel=_EXPERTS)] = 20,
+    expert_batch: Annotated[int, typer.Option(help="Images a step", rich_help_panel=_EXPERTS)] = 256,
+    expert_lr: Annotated[
+        float, typer.Option("--expert-lr", help="With momentum; ten times it without", rich_help_panel=_EXPERTS)
+    ] = 0.01,
+    penalty: Annotated[float, typer.Option(help="Weight of the gradient penalty", rich_help_panel=_EXPERTS)] = 2.0,
+    expert_folder: Annotated[
+        Path | None, typer.Option(help="Where they are kept  [default: in the user's cache]", rich_help_panel=_EXPERTS)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a student", rich_help_panel=_MATCHING)] = 20,
+    ahead: Annotated[int, typer.Option(help="Epochs of an expert it is to cover", rich_help_panel=_MATCHING)] = 2,
+    start_epochs: Annotated[
+        int, typer.Option(help="It starts in one of an expert's first epochs, so many", rich_help_panel=_MATCHING)
+    ] = 10,
+    batch: Annotated[int | None, typer.Option(help="Images a step  [default: all]", rich_help_panel=_MATCHING)] = None,
+    lr_images: Annotated[
+        float | None,
+        typer.Option(help="Outer step size of images  [default: by their first gradients]", rich_help_panel=_MATCHING),
+    ] = None,
+    lr_step: Annotated[
+        float | None, typer.Option(help="The same of the student's step size", rich_help_panel=_MATCHING)
+    ] = None,
+    step_size: Annotated[
+        float | None,
+        typer.Option(help="The student's at the start  [default: of a few, the best]", rich_help_panel=_MATCHING),
+    ] = None,
+    intermediate: Annotated[
+        str,
+        typer.Option(
+            help="Weights of intermediate terms: aggregate (1), adaptive (i/M), none", rich_help_panel=_MATCHING
+        ),
+    ] = "aggregate",
+    perturbation: Annotated[float, typer.Option(help="Of starts, relative", rich_help_panel=_MATCHING)] = 1.0,
+    balance: Annotated[
+        bool, typer.Option("--balance/--no-balance", help="Gentler at early epochs", rich_help_panel=_MATCHING)
+    ] = True,
+    representative: Annotated[
+        bool,
+        typer.Option("--representative/--random", help="Begin with cluster centres' images", rich_help_panel=_MATCHING),
+    ] = True,
+    gradients: Annotated[
+        str, typer.Option(help="recomputed (flat memory) or unrolled; both exact", rich_help_panel=_MATCHING)
+    ] = "recomputed",
+    looks: Annotated[
+        int, typer.Option(help="Times networks are trained on the set, to keep the best", rich_help_panel=_MATCHING)
+    ] = 4,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model file: match its BatchNorm statistics and logits too", rich_help_panel=_MODEL),
+    ] = None,
+    model_weight: Annotated[
+        float, typer.Option(help="Step on these terms, of that on trajectories", rich_help_panel=_MODEL)
+    ] = 1.0,
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY", help="Where the file holds weights only", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    allow: Allow = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table")] = False,
+) -> None:
+    """Distil labelled images into a handful that --calib takes (AST, trajectory matching).
+
+    Example: [bold]compress distill train.npz --classes 10 --ipc 10 -o small[/]
+
+    Stopped with Ctrl-C, it keeps its state and a preview in the hidden folder .OUT.work; the same command goes on.
+    """
+    from compress.distill.augment import parse_augmentations
+    from compress.distill.distiller import DistillSettings
+    from compress.distill.experts import ExpertSettings
+    from compress.distill.job import DistillOptions
+    from compress.distill.job import distill as distill_data
+
+    settings = DistillSettings(
+        each=ipc, iterations=iterations, steps=steps, ahead=ahead, last=start_epochs, batch=batch, rate=step_size,
+        rate_images=lr_images, rate_rate=lr_step, representative=representative, beta=intermediate, balance=balance,
+        perturbation=perturbation, augmentations=parse_augmentations(augment), gradients=gradients, looks=looks,
+        model_weight=model_weight, seed=seed,
+    )  # fmt: skip
+    recipe = ExpertSettings(
+        count=experts, epochs=expert_epochs, batch=expert_batch, rate=expert_lr, penalty=penalty
+    )  # fmt: skip
+    options = DistillOptions(
+        settings=settings, experts=recipe, method=method, network=network, width=width, depth=depth,
+        expert_folder=expert_folder, zca=zca, model=model, factory=factory, allow=tuple(allow or ()),
+        mean=numbers(mean, "--mean"), std=numbers(std, "--std"), overwrite=overwrite,
+    )  # fmt: skip
+    with ProgressBar(enabled=not quiet) as bar:
+        report = distill_data(data, out, classes=classes, options=options, progress=bar.update)
+    if json:
+        print(report.model_dump_json(indent=2))
+    elif not quiet:
+        _print(report, out)
+
+
+def _print(report: DistillReport, out: Path) -> None:
+    from statistics import median
+
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for note in report.notes:
+        console.print(f"- {note}")
+    scores = ", ".join(f"{100 * score:.1f} % at {number}" for number, score in sorted(report.scores.items()))
+    console.print(
+        f"Experts: {', '.join(f'{100 * each:.1f} %' for each in report.expert_accuracies)} of their own images"
+    )
+    if scores:
+        console.print(f"Networks trained on the set, by iteration: {scores}; kept is {report.iteration}")
+    near = report.neighbours
+    console.print(
+        f"Nearest real images: at {min(near.distances):.3f} or more, median {median(near.distances):.3f}; real ones "
+        f"among each other {near.typical:.3f}. Of {len(near.distances)}, {near.nearest_is_start} are nearest to what "
+        f"they began as, {near.nearer_than_typical} nearer to a real image than real ones are to each other."
+    )
+    console.print(f"Written to {out}: {report.classes * report.each} images, step size {report.step_size:.4g}.")
+    console.print(f"Calibrate with it: compress quantize MODEL --calib {out}/distilled.npz")

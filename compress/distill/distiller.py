@@ -1,0 +1,321 @@
+"""The outer loop: images and the student's step size learned so that students end where experts went.
+
+Algorithm 1 of AST (arXiv 2310.10541); with ``DistillSettings.mtt()`` that of MTT (arXiv 2203.11932). The state is a
+file, written every few iterations; what is random in an iteration comes from its number, so that a killed run ends in
+the same bytes.
+The set that is kept is the best of a few looks at it along the way, the real images it began with among them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from compress.cache import digest
+from compress.distill.episode import BETAS, Episode, balanced_factor, checkpoints, inner_batches, perturb
+from compress.distill.experts import Experts
+from compress.distill.judge import Judge
+from compress.distill.model_terms import ModelTerms
+from compress.distill.student import GRADIENTS, Student
+from compress.distill.tensorfile import read_tensors, write_tensors
+from compress.errors import InputError
+
+__all__ = ["DistillSettings", "Distilled", "Distiller"]
+
+_LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
+_PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
+_TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a set is distilled; defaults are AST's in kind, its numbers are of METHODS 5(b) scaled to small data.
+
+    Attributes:
+        each: images a class.
+        steps: N, the student's steps. ahead: M, epochs of the expert they are to cover.
+        last: T+; students start at the expert's epochs 0 to T+ - 1.
+        batch: synthetic images a step; None for all.
+        rate: a at the start; it is learned. None: of a few, that with the least loss at the start. With one too large
+            students overshoot, a collapses, and with it all gradients of images.
+        rate_images, rate_rate: step sizes of the outer loop for images and a, with momentum 0.5. None: the first steps
+            move images by 0.05 of a standard deviation and a by 2 %. The published ones (100 to 10,000; 1e-6 to 1e-4)
+            differ by data set, images a class and N, as gradients do.
+        representative, beta, balance, perturbation, momentum: AST's parts; see :mod:`compress.distill.episode`.
+        looks: how often the set is judged, apart from the start; 0 keeps the last iterate unjudged.
+        model_weight: length of the step on the model's terms, of that on the trajectories'.
+    """
+
+    each: int = 1
+    iterations: int = 500
+    steps: int = 20
+    ahead: int = 2
+    last: int = 10
+    batch: int | None = None
+    rate: float | None = None
+    rate_images: float | None = None
+    rate_rate: float | None = None
+    momentum: float = 0.9
+    representative: bool = True
+    beta: str = "aggregate"
+    balance: bool = True
+    perturbation: float = 1.0
+    augmentations: tuple[str, ...] = ()
+    gradients: str = "recomputed"
+    looks: int = 4
+    model_weight: float = 1.0
+    seed: int = 0
+
+    def mtt(self) -> DistillSettings:
+        """The same without AST's parts: MTT's student is plain SGD, whose fitting step size is ten times as large."""
+        rate = None if self.rate is None else 10 * self.rate
+        return replace(
+            self, representative=False, beta="none", balance=False, perturbation=0.0, momentum=0.0, rate=rate
+        )
+
+    def check(self, epochs: int) -> None:
+        """Refuse what cannot be with experts of ``epochs`` epochs.
+
+        Raises:
+            InputError: with the option's name.
+        """
+        least = {"--ipc": (self.each, 1), "--iterations": (self.iterations, 1), "--steps": (self.steps, 1)}
+        least |= {"--ahead": (self.ahead, 1), "--start-epochs": (self.last, 1)}
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise InputError(f"{name} {value}: at least {minimum}")
+        if self.steps < self.ahead:
+            raise InputError(f"--steps {self.steps} --ahead {self.ahead}: at least one student step for an epoch")
+        if self.last + self.ahead - 1 > epochs:
+            raise InputError(
+                f"--start-epochs {self.last} --ahead {self.ahead}: students would be compared with epoch "
+                f"{self.last + self.ahead - 1}, and experts have {epochs}; give --expert-epochs or fewer of the others"
+            )
+        numbers = {"--lr-images": self.rate_images, "--lr-step": self.rate_rate, "--step-size": self.rate}
+        for name, number in numbers.items():
+            if number is not None and not 0 < number < math.inf:
+                raise InputError(f"{name} {number:g}: a number above 0")
+        if self.beta not in BETAS:
+            raise InputError(f"--intermediate {self.beta}: known are {', '.join(BETAS)}")
+        if self.gradients not in GRADIENTS:
+            raise InputError(f"--gradients {self.gradients}: known are {', '.join(GRADIENTS)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """What came out.
+
+    Attributes:
+        images: [n, C, H, W], in the standardised form.
+        rate: step size to train on them with: the learned one, or a usual one where networks became better with it.
+        iteration: which iterate it is; 0 for the real images of the start.
+        scores: accuracy by iteration judged.
+        losses: L_out of every iteration. matching: L_TM of every iteration.
+        stopped: why the loop ended early, or None.
+    """
+
+    images: Tensor
+    rate: float
+    iteration: int
+    scores: dict[int, float]
+    losses: list[float]
+    matching: list[float]
+    stopped: str | None = None
+
+
+@dataclass(eq=False)
+class _State:
+    """Everything that decides how a run goes on."""
+
+    images: Tensor
+    velocity: Tensor
+    rate: float
+    rate_images: float
+    rate_rate: float
+    rate_velocity: float = 0.0
+    iteration: int = 0
+    losses: list[float] = field(default_factory=list)
+    matching: list[float] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+    best: Tensor | None = None
+    best_rate: float = 0.0
+    best_iteration: int = 0
+
+
+class Distiller:
+    """Distils from ``experts``, which are trained.
+
+    Args:
+        start: real images to begin with, standardised [n, C, H, W]. labels: their classes [n].
+        judge: None to keep the last iterate.
+        terms: of a model that the set is to suit.
+        state: file to go on from, and to write.
+        every: iterations between two writes, and two calls of ``show``.
+        show: called with the images as they are.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        start: Tensor,
+        labels: Tensor,
+        settings: DistillSettings,
+        *,
+        judge: Judge | None = None,
+        terms: ModelTerms | None = None,
+        state: Path | None = None,
+        every: int = 25,
+        show: Callable[[Tensor], None] = lambda images: None,
+    ) -> None:
+        settings.check(experts.settings.epochs)
+        self.experts, self.labels, self.settings = experts, labels, settings
+        self._start, self._judge, self._terms = start, judge, terms
+        self._file, self._every, self._show = state, every, show
+        self._student = Student(experts.network, settings.momentum, augmentations=settings.augmentations)
+        self.fingerprint = digest(
+            [asdict(settings), experts.identity, experts.settings.count, terms.fingerprint if terms else "", every]
+        )
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Distilled:
+        """All iterations, from where the state's file stands.
+
+        Raises:
+            InputError: the file is another run's.
+        """
+        state, stopped = self._continued(), None
+        settings, saved = self.settings, state.iteration
+        while True:
+            if self._looks_at(state.iteration) and state.iteration not in state.scores:
+                self._look(state, progress)
+            due = state.iteration % self._every == 0 and state.iteration > saved
+            if due or state.iteration == settings.iterations:
+                self._write(state)
+                self._show(state.images)
+            if state.iteration == settings.iterations:
+                break
+            stopped = self._iterate(state)
+            if stopped:
+                break
+            progress(f"distilling, loss {state.losses[-1]:.3f}", state.iteration, settings.iterations)
+        images, rate, iteration = state.images, state.rate, state.iteration
+        if state.best is not None:
+            images, rate, iteration = state.best, state.best_rate, state.best_iteration
+        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped)
+
+    def episode(self, iteration: int) -> Episode:
+        """What iteration ``iteration`` matches; the same at every call."""
+        settings, count = self.settings, self.experts.settings.count
+        generator = Generator().manual_seed(settings.seed * 1_000_003 + iteration)
+        order = torch.randperm(count, generator=Generator().manual_seed(settings.seed + iteration // count))
+        expert = int(order[iteration % count])
+        epoch = int(torch.randint(settings.last, (), generator=generator))
+        rows = self.experts.rows(expert, epoch, epoch + settings.ahead + 1)
+        parts = perturb(self.experts.network.parts(rows[0]), settings.perturbation, generator)
+        start = torch.cat([each.reshape(-1) for each in parts])
+        batches = inner_batches(len(self.labels), settings.batch or len(self.labels), settings.steps, generator)
+        return Episode(
+            start,
+            checkpoints(start, list(rows[1:]), settings.steps, settings.beta),
+            batches,
+            balanced_factor(epoch, settings.last) if settings.balance else 1.0,
+            settings.seed * 1_000_003 + iteration,
+        )
+
+    def _iterate(self, state: _State) -> str | None:
+        """One outer step; a sentence if there can be no more."""
+        settings = self.settings
+        outcome = self._student.outcome(
+            state.images, self.labels, state.rate, self.episode(state.iteration), settings.gradients
+        )
+        gradient = outcome.images
+        if not (math.isfinite(outcome.loss) and bool(gradient.isfinite().all()) and math.isfinite(outcome.rate)):
+            return (
+                f"the loss was {outcome.loss} at iteration {state.iteration + 1}, step size {state.rate:.3g}; try a "
+                "smaller --lr-images, --lr-step or --step-size"
+            )
+        if self._terms is not None:
+            extra = self._terms.gradient(state.images, self.labels)
+            # The two have no common unit: the model's terms get a step of the same length, times a weight.
+            gradient = gradient + settings.model_weight * gradient.norm() / extra.norm().clamp(min=1e-12) * extra
+        state.velocity = 0.5 * state.velocity + gradient
+        state.images = state.images - state.rate_images * state.velocity
+        state.rate_velocity = 0.5 * state.rate_velocity + outcome.rate
+        # A step size of 0 or less would let students stand still or climb, from where no gradient leads back.
+        state.rate = max(state.rate - state.rate_rate * state.rate_velocity, _LEAST_RATE)
+        state.losses.append(outcome.loss)
+        state.matching.append(outcome.matching)
+        state.iteration += 1
+        return None
+
+    def _rates(self) -> tuple[float, float, float]:
+        """a, and the outer step sizes for images and for a: those given, or by the first iterations at the start."""
+        settings, episodes = self.settings, [self.episode(number) for number in range(_PROBED)]
+        rate = settings.rate
+        if rate is None:
+            tried = [each if settings.momentum else 10 * each for each in _TRIED]
+            losses = [
+                sum(self._student.losses(self._start, self.labels, each, episode)[0] for episode in episodes)
+                for each in tried
+            ]
+            finite = [each if math.isfinite(each) else math.inf for each in losses]
+            rate = tried[finite.index(min(finite))]
+        if settings.rate_images is not None and settings.rate_rate is not None:
+            return rate, settings.rate_images, settings.rate_rate
+        outcomes = [
+            self._student.outcome(self._start, self.labels, rate, episode, settings.gradients) for episode in episodes
+        ]
+        pixels = sum(float(each.images.square().mean().sqrt()) for each in outcomes) / _PROBED
+        change = sum(abs(each.rate) for each in outcomes) / _PROBED
+        if not (0 < pixels < math.inf and 0 < change < math.inf):
+            raise InputError(
+                f"gradients of images are {pixels:.3g}, of step size {change:.3g}: students stand still or blow up; "
+                "try another --step-size"
+            )
+        return (
+            rate,
+            _FIRST_MOVE / pixels if settings.rate_images is None else settings.rate_images,
+            _FIRST_CHANGE * rate / change if settings.rate_rate is None else settings.rate_rate,
+        )
+
+    def _looks_at(self, iteration: int) -> bool:
+        looks, whole = self.settings.looks, self.settings.iterations
+        return self._judge is not None and looks > 0 and iteration in {whole * n // looks for n in range(looks + 1)}
+
+    def _look(self, state: _State, progress: Callable[[str, int, int], None]) -> None:
+        assert self._judge is not None
+        progress("training networks on the set", state.iteration, self.settings.iterations)
+        # The step size of the start was searched for short students, not for training: a usual one is tried beside it,
+        # so that the real images are not called worse for it.
+        usual = _USUAL_RATE if self.settings.momentum else 10 * _USUAL_RATE
+        score, rate = max((self._judge.accuracy(state.images, self.labels, each), each) for each in (state.rate, usual))
+        if state.best is None or score >= max(state.scores.values()):
+            state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
+        state.scores[state.iteration] = score
+
+    def _continued(self) -> _State:
+        if self._file is None or not self._file.exists():
+            return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+        tensors, strings = read_tensors(self._file)
+        if strings.get("run") != self.fingerprint:
+            raise InputError(
+                f"{self._file.parent} holds the state of another run (network, data or options); finish that one, "
+                "choose another --out, or throw it away with --overwrite"
+            )
+        told = json.loads(strings["state"])
+        told["scores"] = {int(number): score for number, score in told["scores"].items()}
+        return _State(tensors["images"], tensors["velocity"], best=tensors.get("best"), **told)
+
+    def _write(self, state: _State) -> None:
+        if self._file is None:
+            return
+        tensors = {"images": state.images, "velocity": state.velocity}
+        tensors |= {"best": state.best} if state.best is not None else {}
+        # JSON keeps a float's every bit.
+        told = {name: value for name, value in vars(state).items() if name not in ("images", "velocity", "best")}
+        write_tensors(self._file, tensors, {"run": self.fingerprint, "state": json.dumps(told)})

@@ -1,0 +1,98 @@
+"""What distillation writes: a folder with the set, a sheet to look at, and a report.
+
+``distilled.npz`` is plain NumPy: ``images`` [n, C, H, W] float32 as the model takes them (so that ``--calib`` takes the
+file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``), ``mean`` and
+``std`` [C] (the network of distillation saw (images - mean) / std), ``provenance``, a hash of data, network, experts
+and settings. With ZCA ``whitening.safetensors`` holds what came after that.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from compress.artifact import check_free
+from compress.distill.neighbours import Neighbours
+from compress.distill.sheet import write_sheet
+from compress.distill.standardisation import Standardisation
+from compress.distill.tensorfile import write_tensors
+from compress.errors import InputError
+from compress.machine import Environment
+from compress.records import Record
+
+__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "write_folder"]
+
+SET_FILE, REPORT_FILE = "distilled.npz", "distill.json"
+
+
+class DistillReport(Record):
+    """How a set came about and what it is worth."""
+
+    schema_version: int = 1
+    classes: int
+    each: int = Field(description="images a class")
+    method: str = Field(description="ast or mtt")
+    provenance: str
+    step_size: float
+    iteration: int = Field(description="the iterate that was kept; 0: the real images of the start")
+    scores: dict[int, float] = Field(description="accuracy on real training images of networks trained on the set")
+    losses: tuple[float, ...] = Field(description="L_out by iteration")
+    matching: tuple[float, ...] = Field(description="L_TM by iteration")
+    expert_accuracies: tuple[float, ...] = Field(description="on their own training images")
+    seconds_per_100: float | None = Field(description="of this run's iterations, judging left out; None: all were done")
+    neighbours: Neighbours
+    settings: dict[str, object]
+    notes: tuple[str, ...] = ()
+    environment: Environment
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Refuse what is there, before any work is done.
+
+    Raises:
+        InputError: ``out`` exists, or is to be replaced and is not a folder that distillation wrote.
+    """
+    check_free(out, overwrite)
+    if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
+        raise InputError(f"{out} is not a folder that `compress distill` has written, so --overwrite leaves it alone")
+
+
+def write_folder(
+    out: Path,
+    images: Tensor,
+    labels: Tensor,
+    momentum: float,
+    standardisation: Standardisation,
+    report: DistillReport,
+    low: float,
+    high: float,
+) -> None:
+    """Write ``out``, whole or not at all, in the place of what was there; ``images`` as the model takes them."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    np.savez(
+        partial / SET_FILE,
+        images=images.numpy().astype(np.float32),
+        labels=labels.numpy().astype(np.int64),
+        step_size=np.float32(report.step_size),
+        momentum=np.float32(momentum),
+        mean=standardisation.mean.numpy(),
+        std=standardisation.std.numpy(),
+        provenance=np.array(report.provenance),
+    )
+    if standardisation.matrix is not None:
+        assert standardisation.centre is not None
+        assert standardisation.inverse is not None
+        whitening = {"centre": standardisation.centre, "matrix": standardisation.matrix}
+        write_tensors(partial / "whitening.safetensors", {**whitening, "inverse": standardisation.inverse}, {})
+    write_sheet(partial / "distilled.png", images, report.each, low, high)
+    (partial / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)

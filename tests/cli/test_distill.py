@@ -1,0 +1,99 @@
+"""``compress distill`` as a user runs it: a set that ``--calib`` takes, Ctrl-C and on, refusals with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
+
+SMALL = ("--width", 4, "--depth", 1, "--experts", 2, "--expert-epochs", 3, "--expert-batch", 8, "--expert-lr", 0.05)
+ARGUMENTS = ("--classes", 3, "--ipc", 2, *SMALL, "--steps", 4, "--start-epochs", 2, "--augment", "crop")
+
+
+@pytest.fixture(scope="module")
+def folder(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train.npz``: images of bars in three classes, of the shape that ``model.pt`` takes."""
+    place = Path(shutil.copytree(workplace, tmp_path_factory.mktemp("distill") / "place"))
+    labels = np.arange(60) % 3
+    images = 0.5 * np.random.default_rng(0).standard_normal((60, 1, 8, 8)).astype(np.float32)
+    for number in range(3):
+        images[labels == number, :, 2 * number : 2 * number + 3] += 1
+    np.savez(place / "train.npz", images=images, labels=labels)
+    return place
+
+
+def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
+    more = ("--iterations", 20, "--looks", 0, "--model", "model.pt", "-o", "small")
+    run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more)
+    assert run.returncode == 0, run.stderr
+    assert "Written to small: 6 images, step size" in run.stdout
+    assert "Nearest real images: at " in run.stdout
+    report = json.loads((folder / "small" / "distill.json").read_text())
+    assert len(report["losses"]) == 20
+    assert len(report["neighbours"]["distances"]) == 6
+    arguments = ("quantize", "model.pt", "--calib", "small/distilled.npz", "--method", "mse", "--dry-run")
+    calibrated = forks.run(folder, *arguments)
+    assert calibrated.returncode == 0, calibrated.stderr
+
+    again = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more)
+    assert again.returncode == 2
+    assert "small exists already" in again.stderr
+    told = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more, "--overwrite", "--json")
+    assert json.loads(told.stdout)["provenance"] == report["provenance"]
+
+
+def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
+    arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1500, "--looks", 0)
+    process = subprocess.Popen(
+        command(*arguments, "-o", "stopped"), cwd=folder, env=environment(folder), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    work, deadline = folder / ".stopped.work", time.monotonic() + 120
+    while not (work / "preview.png").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said == "error: stopped; what is finished is kept, and the same command continues with it\n"
+    assert not (folder / "stopped").exists()
+    assert sorted(each.name for each in work.iterdir()) == ["preview.png", "state.safetensors"]
+
+    refused = forks.run(folder, *arguments, "--seed", 1, "-o", "stopped")
+    assert refused.returncode == 2
+    assert "holds the state of another run" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--classes", 2), "labels go from 0 to 2; with --classes 2 they are 0 to 1"),
+        (("--ipc", 21), "--ipc 21 images a class are asked for, and class 0 has 20"),
+        (("--expert-lr", 1e-9), "expert 1 did not learn"),
+        (("--augment", "blur"), "--augment blur: known are color, crop"),
+        (("--depth", 4), "--depth 4: 8 x 8 pixels are 1 x 1 after 3 blocks"),
+        (("--network", "nets:make"), "keeps running statistics"),
+    ],
+)
+def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], message: str) -> None:
+    run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *change, "-o", "refused")
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert not (folder / "refused").exists()
+
+
+def test_trajectories_of_another_network(forks: Forks, folder: Path) -> None:
+    arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1, "--looks", 0, "--expert-folder", "experts")
+    assert forks.run(folder, *arguments, "-q", "-o", "first").returncode == 0
+    run = forks.run(folder, *arguments, "--width", 5, "-o", "second")
+    assert run.returncode == 2
+    assert "expert-000.safetensors is a trajectory of another network" in run.stderr

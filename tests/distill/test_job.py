@@ -1,0 +1,215 @@
+"""The whole way: a folder that --calib takes, killed runs to the same bytes, a model's own terms, refusals by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+from compress.calib.samples import load_samples
+from compress.distill.distiller import DistillSettings
+from compress.distill.experts import ExpertSettings
+from compress.distill.folder import DistillReport
+from compress.distill.job import DistillOptions, distill
+from compress.distill.model_terms import ModelTerms
+from compress.distill.neighbours import find_neighbours
+from compress.distill.standardisation import Standardisation
+from compress.errors import InputError
+
+SETTINGS = DistillSettings(each=2, iterations=6, steps=4, last=2, looks=2, augmentations=("crop", "flip"))
+EXPERTS = ExpertSettings(count=2, epochs=3, batch=8, rate=0.05)
+
+
+def arrays() -> dict[str, np.ndarray]:
+    labels = np.arange(60) % 3
+    images = np.random.default_rng(0).standard_normal((60, 1, 8, 8), np.float32)
+    for number in range(3):
+        images[labels == number, :, 2 * number : 2 * number + 3] += 2
+    return {"images": 0.25 * images + 0.5, "labels": labels}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+def run(out: Path, cache: Path, data: Any = None, progress: Any = None, **given: Any) -> DistillReport:
+    options = DistillOptions(
+        settings=replace(SETTINGS, **given.pop("settings", {})), experts=EXPERTS, width=4, depth=2,
+        expert_folder=given.pop("expert_folder", cache / "ast"), nets=1, judge_steps=10, every=2, **given,
+    )  # fmt: skip
+    return distill(data or arrays(), out, classes=3, options=options, progress=progress or (lambda *_: None))
+
+
+def test_folder_that_calib_takes(tmp_path: Path, cache: Path) -> None:
+    report = run(tmp_path / "out", cache)
+    folder = tmp_path / "out"
+    assert sorted(each.name for each in folder.iterdir()) == ["distill.json", "distilled.npz", "distilled.png"]
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    samples = load_samples(folder / "distilled.npz", labelled=True)
+    assert samples.inputs[0].shape == (6, 1, 8, 8)
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    with np.load(folder / "distilled.npz") as held:
+        assert str(held["provenance"]) == report.provenance
+        assert float(held["step_size"]) == pytest.approx(report.step_size)
+        assert held["mean"] == pytest.approx(arrays()["images"].mean(), abs=1e-5)
+    with PIL.Image.open(folder / "distilled.png") as sheet:
+        assert sheet.size == (2 * 64 + 2, 3 * 64 + 2 * 2)
+    assert json.loads((folder / "distill.json").read_text())["iteration"] == report.iteration
+    assert sorted(report.scores) == [0, 3, 6]
+    assert report.scores[report.iteration] == max(report.scores.values())
+    assert len(report.losses) == len(report.matching) == 6
+    # Same seed, same bytes; another seed, another set.
+    run(tmp_path / "again", cache)
+    run(tmp_path / "other", cache, settings={"seed": 1}, expert_folder=cache / "other")
+    first, again, other = ((tmp_path / name / "distilled.npz").read_bytes() for name in ("out", "again", "other"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, stop: int) -> None:
+    run(tmp_path / "whole", cache, settings={"looks": 0})
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling") and done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", cache, progress=kill, settings={"looks": 0})
+    assert not (tmp_path / "killed").exists()
+    if stop > 2:
+        work = tmp_path / ".killed.work"
+        assert sorted(each.name for each in work.iterdir()) == ["preview.png", "state.safetensors"]
+        with pytest.raises(InputError, match="holds the state of another run"):
+            run(tmp_path / "killed", cache, settings={"looks": 0, "steps": 5})
+    report = run(tmp_path / "killed", cache, settings={"looks": 0})
+    assert report.iteration == 6
+    names = ("distilled.npz", "distilled.png")
+    assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
+
+
+def test_nothing_left_to_judge_on(tmp_path: Path, cache: Path) -> None:
+    report = run(tmp_path / "all", cache, settings={"each": 20, "iterations": 1})
+    assert (report.iteration, report.scores) == (1, {})
+    assert any("no set was judged" in note for note in report.notes)
+
+
+def test_mtt_is_ast_without_its_parts(tmp_path: Path, cache: Path) -> None:
+    report = run(tmp_path / "mtt", cache, method="mtt", expert_folder=cache / "mtt", settings={"rate": 0.005})
+    used = report.settings["distillation"]
+    assert isinstance(used, dict)
+    assert (used["momentum"], used["beta"], used["balance"], used["perturbation"]) == (0.0, "none", False, 0.0)
+    assert (used["representative"], used["rate"]) == (False, 0.05)
+    # One term alone: what is minimised is what MTT minimises.
+    assert report.losses == report.matching
+
+
+def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
+    losses = [
+        run(tmp_path / f"{number}", cache, settings={"iterations": 1, "looks": 0, **change}).losses[0]
+        for number, change in enumerate(
+            ({}, {"beta": "none"}, {"balance": False}, {"perturbation": 0.0}, {"representative": False})
+        )
+    ]
+    assert len(set(losses)) == 5
+
+
+def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+    x, labels = torch.from_numpy(arrays()["images"]), torch.from_numpy(arrays()["labels"])
+    model(x)
+    model.eval()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    terms = ModelTerms(model, x, labels, 3, Standardisation.of(x))
+    standard = Standardisation.of(x).apply(x)
+    with torch.no_grad():
+        statistics, logits = terms.values(standard, labels)
+        noise = terms.values(torch.randn_like(standard), labels)[0]
+    assert float(statistics) < 1e-3  # the data that made the statistics fits them
+    assert float(logits) < 1e-8
+    assert float(noise) > 10 * float(statistics)
+
+    settings = {"iterations": 30, "looks": 0, "model_weight": 4.0}
+    run(tmp_path / "plain", cache, settings=settings)
+    report = run(tmp_path / "suited", cache, settings=settings, model=model)
+    with torch.no_grad():
+        plain, suited = (
+            sum(map(float, terms.values(Standardisation.of(x).apply(held.inputs[0]), torch.arange(6) // 2)))
+            for held in (load_samples(tmp_path / name / "distilled.npz") for name in ("plain", "suited"))
+        )
+    assert suited < plain
+    assert not any("BatchNorm" in note for note in report.notes)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    without = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    assert any("no BatchNorm" in note for note in run(tmp_path / "logits", cache, model=without).notes)
+
+
+def test_whitening_goes_back(tmp_path: Path, cache: Path) -> None:
+    x = torch.from_numpy(arrays()["images"])
+    whitened = Standardisation.of(x, whiten=True)
+    z = whitened.apply(x)
+    torch.testing.assert_close(whitened.invert(z), x, rtol=1e-4, atol=1e-4)
+    variances = torch.linalg.eigvalsh(z.flatten(1).T.cov(correction=0))
+    assert float(variances.max()) <= 1.0
+    run(tmp_path / "zca", cache, zca=True, expert_folder=cache / "zca")
+    assert (tmp_path / "zca" / "whitening.safetensors").exists()
+
+
+def test_neighbours_name_copies() -> None:
+    real = torch.from_numpy(arrays()["images"])
+    found = find_neighbours(torch.stack([real[5], real[7] + 9]), torch.tensor([5, 7]), real)
+    assert found.nearest[0] == 5
+    assert found.distances[0] == found.to_start[0] == 0.0
+    assert found.to_start[1] == pytest.approx(9.0, rel=1e-4)
+    assert (found.nearest_is_start, found.nearer_than_typical) in ((1, 1), (2, 1))
+    assert 0 < found.typical < found.distances[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"each": 21}}, "--ipc 21 images a class are asked for, and class 0 has 20"),
+        ({"data": {"images": arrays()["images"]}}, "no labels"),
+        ({"data": {"images": np.zeros((6, 4), np.float32), "labels": np.arange(6) % 3}}, r"images \[N, C, H, W\]"),
+        ({"settings": {"last": 9}}, "--start-epochs 9 --ahead 2: .* epoch 10, and experts have 3"),
+        ({"settings": {"steps": 1}}, "--steps 1 --ahead 2"),
+        ({"settings": {"beta": "some"}}, "--intermediate some: known are aggregate"),
+        ({"settings": {"rate_images": -1.0}}, "--lr-images -1: a number above 0"),
+        ({"method": "mt"}, "--method mt: known are ast, mtt"),
+    ],
+)
+def test_refusals(tmp_path: Path, cache: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(tmp_path / "out", cache, **change)
+
+
+def test_images_that_blow_up_leave_the_best_so_far(tmp_path: Path, cache: Path) -> None:
+    report = run(tmp_path / "far", cache, settings={"rate_images": 1e30})
+    assert report.iteration == 0
+    assert any("stopped early: the loss was" in note for note in report.notes)
+    assert np.isfinite(np.load(tmp_path / "far" / "distilled.npz")["images"]).all()
+
+
+def test_what_is_there_is_not_replaced_unasked(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        run(tmp_path / "out", cache)
+    with pytest.raises(InputError, match="not a folder that `compress distill` has written"):
+        run(tmp_path / "out", cache, overwrite=True)
