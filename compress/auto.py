@@ -48,7 +48,7 @@ def settle_method(intake: Intake, options: Options, samples: Samples | None) -> 
     steps = _steps(name) if options.iterations is None else options.iterations
     if options.minutes is not None and options.iterations is None:
         affordable = _affordable(name, intake, options.minutes)
-        why += f"; {options.minutes:g} minutes allow for about {affordable} steps each"
+        why += f"; --minutes {options.minutes:g} allows for about {affordable} steps each"
         if name == _BLOCK_WISE and affordable < _FEWEST_STEPS:
             name, steps = _LAYER_WISE, _steps(_LAYER_WISE)
             affordable = _affordable(name, intake, options.minutes)
