@@ -146,6 +146,7 @@ def measure(arguments: argparse.Namespace) -> None:
             result["sets"][f"{name}/{seed}"] = told(done, judge, labels[start], settings, seconds)
             print(name, seed, result["sets"][f"{name}/{seed}"]["accuracy"], flush=True)
             keep()
+    keep()  # a run that found everything there already writes the tables, too
 
 
 def told(done: Distilled, judge: Judge, labels: Tensor, settings: DistillSettings, seconds: float) -> dict[str, Any]:
