@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.problem import ActivationGrid, Effort, LayerProblem, RowSource, Solution
+from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.quant.grid import mse_grid, quantize
 from compress.records import QuantOption
 
 __all__ = ["PARALLEL", "SEQUENTIAL", "AdaQuant", "evaluation_rows"]
 
-_BATCH = 32
 _LEAST_BATCH = 4
 # A convolution's output positions are its equations: a large map needs fewer images for as many.
 _POSITIONS = 32 * 1024
@@ -54,7 +53,7 @@ class AdaQuant:
         assert problem.targets is not None
         parameters = _Parameters(problem, option)
         positions = problem.targets.take(torch.zeros(1, dtype=torch.long)).numel() // len(problem.weight)
-        batch = min(max(_POSITIONS // max(positions, 1), _LEAST_BATCH), _BATCH)
+        batch = min(max(_POSITIONS // max(positions, 1), _LEAST_BATCH), STEP_SAMPLES)
         evaluated = evaluation_rows(problem.inputs, problem.targets, _EVALUATED_BATCHES * batch)
         best, best_loss = parameters.solution(), _loss_of(parameters, problem, evaluated)
         start_loss = best_loss

@@ -13,14 +13,14 @@ from torch import Tensor, fx
 from compress.calib.blocks import Block, find_blocks
 from compress.calib.importance import Importance
 from compress.calib.metaaug.augmentation import Augmentation
-from compress.calib.reconstruction import BATCH, BlockMethod, BlockProblem, BlockSolution, reconstruct
+from compress.calib.reconstruction import BlockMethod, BlockProblem, BlockSolution, reconstruct
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
 from compress.graph.layers import is_stored, layer_calls, tied_tables
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.rewrite import layer_bias, set_bias, set_grid, set_weight
 from compress.methods import METHODS
-from compress.problem import ActivationGrid, Effort, Solution
+from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, Solution
 from compress.records import Plan
 from compress.registry import resolve
 from compress.weights import QuantizedWeight
@@ -100,7 +100,7 @@ class BlockWalk:
                 ahead,
                 reference,
                 len(self.walk.inputs[0]),
-                BATCH if self.model.dynamic_batch else len(self.model.example[0]),
+                STEP_SAMPLES if self.model.dynamic_batch else len(self.model.example[0]),
                 self._weights(layers),
                 self._grids(block),
                 self._biases(layers) if method.learn_biases else {},

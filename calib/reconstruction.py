@@ -35,7 +35,6 @@ from compress.weights import QuantizedWeight
 
 __all__ = [
     "ADAROUND",
-    "BATCH",
     "BRECQ",
     "GENIE",
     "QDROP",
@@ -46,16 +45,14 @@ __all__ = [
     "reconstruct",
 ]
 
-BATCH = 32
-"""Samples a step, where the graph does not fix its batch."""
-
 _EVALUATED = 128
 _CHECKS = 10
 _PATIENCE = 3  # checks without a better iterate, once all codes are decided
 _DECIDED = 0.01
 _WARM_UP = 0.2
 _BETA = (20.0, 2.0)
-# 20,000 steps of 1e-3 is what is published: as far in fewer, larger ones, but no further than this a step.
+# 20,000 steps of 1e-3 are published. Fewer, larger ones have to go half as far again: at as far, codes were left
+# undecided (ResNet-20, W2A4); but no further than this a step.
 _RATE_CODES, _LARGEST_RATE = 30.0, 0.05
 _RATE_SCALE = 2e-3  # relative
 _RATE_GRID = 1e-2  # relative

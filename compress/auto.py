@@ -14,11 +14,11 @@ import torch
 from compress.cache import remembered
 from compress.calib.samples import Samples
 from compress.errors import InputError
-from compress.estimate import STEP_SAMPLES, pass_seconds
+from compress.estimate import pass_seconds
 from compress.intake import Intake
 from compress.methods import METHODS
 from compress.options import Options
-from compress.problem import Method
+from compress.problem import STEP_SAMPLES, Method
 from compress.registry import resolve
 
 __all__ = ["AUTO", "settle_method"]

@@ -12,13 +12,11 @@ from compress.calib.blocks import find_blocks
 from compress.graph.layers import node_sizes
 from compress.graph.traced import TracedModel
 from compress.methods import METHODS
+from compress.problem import STEP_SAMPLES
 from compress.records import Plan
 from compress.registry import resolve
 
-__all__ = ["STEP_SAMPLES", "Estimate", "estimate", "pass_seconds"]
-
-STEP_SAMPLES = 32
-"""Samples that an optimisation step takes."""
+__all__ = ["Estimate", "estimate", "pass_seconds"]
 
 _FRONTIER_BATCH = 64
 # Measured on ResNet-20 and MobileNetV1: the walk costs about four forward passes of every sample (both graphs, with

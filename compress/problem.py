@@ -16,7 +16,10 @@ from torch import Tensor
 from compress.records import QuantOption
 from compress.weights import QuantizedWeight
 
-__all__ = ["ActivationGrid", "Effort", "LayerProblem", "Method", "RowSource", "Solution"]
+__all__ = ["STEP_SAMPLES", "ActivationGrid", "Effort", "LayerProblem", "Method", "RowSource", "Solution"]
+
+STEP_SAMPLES = 32
+"""Samples that an optimisation step takes, where neither the graph's batch nor large maps call for another number."""
 
 
 class RowSource(Protocol):
@@ -112,7 +115,7 @@ class Method(Protocol):
     """Optimisation steps where nothing else is asked for; 0 for methods that take none."""
 
     step_cost: float
-    """What one such step takes, all layers together, in passes of 32 samples through the float model."""
+    """What one such step takes, all layers together, in passes of ``STEP_SAMPLES`` through the float model."""
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize one layer."""

@@ -24,6 +24,7 @@ Base = Annotated[Path, typer.Argument(help="The base model: a file, or a Hugging
 Deltas = Annotated[list[Path], typer.Argument(help="Delta files; several are added up")]
 OutModel = Annotated[Path, typer.Option("--out", "-o", help="Model to write, in the base's form")]
 OutDelta = Annotated[Path, typer.Option("--out", "-o", help="Delta file to write")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Apply to a base that is not the deltas' own")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is there")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only")]
 
@@ -139,7 +140,7 @@ def apply(
     base: Base,
     deltas: Deltas,
     out: OutModel,
-    any_base: Annotated[bool, typer.Option("--any-base", help="Apply to a base that is not the deltas' own")] = False,
+    any_base: AnyBase = False,
     factory: Factory = None,
     allow: Allow = None,
     **given: Any,
@@ -157,7 +158,7 @@ def merge(
     base: Base,
     deltas: Deltas,
     out: OutModel,
-    any_base: Annotated[bool, typer.Option("--any-base", help="Apply to a base that is not the deltas' own")] = False,
+    any_base: AnyBase = False,
     factory: Factory = None,
     allow: Allow = None,
     **given: Any,

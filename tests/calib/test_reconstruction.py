@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from compress.calib import block_walk, reconstruction
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples, load_samples
+from compress.calib.soft import SoftWeight
 from compress.compression import Compressed, apply_plan
 from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
+from compress.quant.grid import mse_grid, quantize
 from compress.records import QuantOption, Split
 from tests.calib.test_blocks import Residual  # type: ignore[import-not-found]
 from tests.calib.test_tokens import Encoder  # type: ignore[import-not-found]
@@ -112,6 +115,36 @@ def test_a_loss_that_is_not_finite_keeps_the_start_and_says_so(
     done = carried(intake, samples, "genie", ResumeStore(tmp_path / "b", "b"))
     assert all("not finite at step 0" in (result.note or "") for result in done.layers)
     assert torch.equal(done.model.tensor("head.weight_packed"), rounded.model.tensor("head.weight_packed"))
+
+
+@pytest.mark.parametrize(("decided", "checks"), [(True, 3), (False, 10)])
+def test_a_block_ends_early_once_its_codes_are_decided_and_nothing_gets_better(
+    decided: bool, checks: int, intake: Intake, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, steps = reconstruction.LearnedBlock, []
+    plain = block.loss
+
+    def counted(self: reconstruction.LearnedBlock, index: Tensor) -> Tensor:
+        steps.append(self.problem.block.output)
+        return plain(self, index)
+
+    monkeypatch.setattr(block, "loss", counted)
+    monkeypatch.setattr(block, "hard_error", lambda self, index: 0.5)
+    monkeypatch.setattr(block, "decided", lambda self: decided)
+    done = carried(intake, samples, "genie", ResumeStore(tmp_path / "a", "a"), iterations=40)
+    assert {steps.count(output) for output in set(steps)} == {4 * checks}
+    assert all("nothing better than rounding" in (result.note or "") for result in done.layers)
+
+
+def test_codes_are_decided_once_none_is_between_two() -> None:
+    weight = torch.tensor([[0.3, -0.6, 0.45]])
+    start = quantize(weight, *mse_grid(weight, 2, True), 2)
+    soft = SoftWeight(weight, start, learn_scale=False)
+    learned = SimpleNamespace(weights={"a": soft})
+    assert not reconstruction.LearnedBlock.decided(learned)  # type: ignore[arg-type]
+    with torch.no_grad():
+        soft.logits.copy_(torch.tensor([[9.0, -9.0, 9.0]]))
+    assert reconstruction.LearnedBlock.decided(learned)  # type: ignore[arg-type]
 
 
 def test_fewer_samples_than_a_batch_and_constant_ones(intake: Intake, tmp_path: Path) -> None:
