@@ -95,7 +95,10 @@ class Augmentation:
                 kept.append(block.input)
                 ahead.advance(block.input)
             reference.advance(block.output, keep=tuple(kept))
-            yield replace(problem, ahead=ahead, reference=reference, samples=len(together[0])), note
+            # As many originals a step as without copies (published are 64 images instead of 32).
+            batch = problem.batch * (2 if self.walk.model.dynamic_batch else 1)
+            doubled = replace(problem, ahead=ahead, reference=reference, samples=len(together[0]), batch=batch)
+            yield doubled, note
         finally:
             ahead.close()
             reference.close()
