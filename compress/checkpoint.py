@@ -186,13 +186,13 @@ def _kind(file: Path) -> str:
     return "torch"
 
 
-def read_safely(file: Path, allow: Sequence[str] = ()) -> object:
-    """What torch.save wrote, without running code from the file.
+def read_safely(file: Path, allow: Sequence[str] = (), stand_ins: Sequence[_Entry] = ()) -> object:
+    """What torch.save wrote, without running code from the file; ``stand_ins`` are called instead of what it names.
 
     Raises:
         InputError: the file is damaged, or needs names that are neither torch.nn's layers nor allowed.
     """
-    entries = [entry for entry in map(_layer, _LAYER_PARTS) if entry is not None]
+    entries = [*stand_ins, *(entry for entry in map(_layer, _LAYER_PARTS) if entry is not None)]
     needed = _globals(file, entries)
     for name in needed:
         if (entry := _layer(name)) is not None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors.torch
-import torch
-
 from compress.artifact import check_free
 from compress.checkpoint import LoadedModel, fingerprint, load_model
 from compress.errors import InputError
-from compress.huggingface import is_classifier, is_pretrained, save_pretrained
+from compress.huggingface import is_classifier, is_pretrained
+from compress.modelfile import check_target, save_like
 from compress.records import Record
-from compress.sparse.application import Applied, apply_deltas, revert
+from compress.sparse.application import Applied, apply_deltas, choose_head, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.delta import CLASSES, Overlap, SparseDelta, measure_overlap, sum_deltas
 from compress.sparse.deltafile import VALUES, read_delta, read_undo, values_format, write_delta, write_undo
-from compress.sparse.reference import read_reference, write_reference
+from compress.sparse.reference import REFERENCE_FILE, read_reference, write_reference
 
 __all__ = [
     "Composed",
@@ -32,7 +29,9 @@ __all__ = [
     "inspect",
     "load_with_deltas",
     "open_delta",
+    "open_deltas",
     "restore",
+    "unbound",
     "undo_path",
 ]
 
@@ -89,9 +88,29 @@ def open_delta(path: str | os.PathLike[str]) -> SparseDelta:
     return read_reference(given) if given.is_dir() or given.suffix == _REFERENCE else read_delta(given)
 
 
+def open_deltas(paths: Sequence[str | os.PathLike[str]]) -> dict[str, SparseDelta]:
+    """Several by path, in their order.
+
+    Raises:
+        InputError: as :func:`open_delta`, or one is given twice.
+    """
+    named: dict[str, SparseDelta] = {}
+    for path in map(str, paths):
+        if path in named:
+            raise InputError(f"{path} is given twice; give it once, with a weight")
+        named[path] = open_delta(path)
+    return named
+
+
+def unbound(deltas: Mapping[str, SparseDelta]) -> tuple[str, ...]:
+    """Sentences about those that name no base."""
+    found = [path for path, one in deltas.items() if one.base is None]
+    return tuple(f"{path} does not say which base it is for: not checked" for path in found)
+
+
 def undo_path(model: Path) -> Path:
-    """Where :func:`apply` keeps what the model was before."""
-    return model.with_name(f"{model.stem}.undo.safetensors")
+    """Where :func:`apply` keeps what the model was before; the whole name, so that no two models share one."""
+    return model.with_name(f"{model.name}.undo.safetensors")
 
 
 def load_with_deltas(
@@ -111,18 +130,13 @@ def load_with_deltas(
     Raises:
         InputError: see :func:`~compress.sparse.application.apply_deltas`; or the same delta is given twice.
     """
-    named: dict[str, SparseDelta] = {}
-    for path in map(str, deltas):
-        if path in named:
-            raise InputError(f"{path} is given twice; give it once, with a weight")
-        named[path] = open_delta(path)
+    named = open_deltas(deltas)
     base = _with_head(base, named, head)
     done = apply_deltas(base.module, named, weights, head=head, heads=heads, any_base=any_base, hashed=hashed)
     if any_base:
         notes: tuple[str, ...] = ("whether the deltas are for this base was not checked (--any-base)",)
     else:
-        unbound = [path for path, one in named.items() if one.base is None]
-        notes = tuple(f"{path} does not say which base it is for: not checked" for path in unbound)
+        notes = unbound(named)
     left = [name for name in base.head if name not in done.before.dense]
     if left:
         notes += (f"{', '.join(left)} is new and untrained, as no delta's head was taken",)
@@ -170,8 +184,9 @@ def apply(
     Raises:
         InputError: see :func:`load_with_deltas`; ``out`` is there already.
     """
-    for path in (out, *((undo_path(out),) if undo else ())):
-        check_free(path, overwrite)
+    check_target(base, out, overwrite)
+    if undo:
+        check_free(undo_path(out), overwrite)
     loaded = _load(base, factory, allow)
     loaded, done, notes = load_with_deltas(
         loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo
@@ -179,7 +194,7 @@ def apply(
     if undo:  # before the model: one that cannot be taken back is not to be there, not even for a moment
         write_undo(done.undo(loaded.module), undo_path(out))
     try:
-        _save(loaded, base, out, factory, overwrite)
+        save_like(loaded, base, out, factory=factory, overwrite=overwrite)
     except InputError:
         if undo:
             undo_path(out).unlink(missing_ok=True)
@@ -201,7 +216,7 @@ def restore(
     Raises:
         InputError: there is no undo file, or it is another model's.
     """
-    check_free(out, overwrite)
+    check_target(model, out, overwrite)
     path = undo or undo_path(model)
     if not path.is_file():
         raise InputError(
@@ -217,7 +232,7 @@ def restore(
     revert(loaded.module, record.before)
     if base_hash(tensor_hashes(base_tensors(loaded.module))) != record.base:
         raise InputError(f"{path} does not lead back to the base it names; apply the deltas to the base again")
-    _save(loaded, model, out, factory, overwrite)
+    save_like(loaded, model, out, factory=factory, overwrite=overwrite)
     return record.before.k
 
 
@@ -240,18 +255,12 @@ def compose(
         InputError: the deltas are for different bases or shapes, or two have heads and none was chosen.
     """
     check_free(out, overwrite)
-    found = {str(path): open_delta(path) for path in deltas}
-    if len(found) < len(deltas):
-        raise InputError("a delta is given twice; give it once, with a weight")
-    if head is not None and head not in found:
-        raise InputError(f"--head {head}: no such delta is composed; there are {', '.join(found)}")
+    found = open_deltas(deltas)
+    published = out.suffix == _REFERENCE
+    if published and values not in (None, "fp32"):
+        raise InputError(f"--values {values}: the published code's form has fp32 alone; leave it out, or the .bin")
     base, notes = _common_base(found)
-    chosen = {path: one for path, one in found.items() if one.dense and heads and head in (None, path)}
-    if len(chosen) > 1:
-        raise InputError(
-            f"{' and '.join(chosen)} all have a head; choose with --head {next(iter(chosen))} or --no-heads"
-        )
-    dense = next(iter(chosen.values())).dense if chosen else {}
+    dense = choose_head(found, head) if heads else {}
     try:
         tensors = sum_deltas(list(found.values()), weights)
     except ValueError as error:
@@ -259,10 +268,11 @@ def compose(
     notes += _superseded(found, dense)
     tensors = {name: each for name, each in tensors.items() if name not in dense}
     made_of = {"composed of": ", ".join(Path(path).name for path in found)}
-    classes = [one.notes[CLASSES] for one in (*chosen.values(), *found.values()) if CLASSES in one.notes]
-    made_of |= {CLASSES: classes[0]} if classes else {}
+    with_head = [one for one in found.values() if CLASSES in one.notes]
+    with_head.sort(key=lambda one: one.dense is not dense)  # the one whose head is taken first
+    made_of |= {CLASSES: with_head[0].notes[CLASSES]} if with_head else {}
     whole = SparseDelta(base.base, tensors, dense, made_of, base.without)
-    if out.suffix == _REFERENCE:
+    if published:
         write_reference(whole, out)
     else:
         write_delta(whole, out, values or _widest(deltas))
@@ -282,7 +292,7 @@ def inspect(path: Path) -> DeltaSummary:
         )
         for name, each in delta.tensors.items()
     }
-    size = path.stat().st_size if path.is_file() else sum(each.stat().st_size for each in path.iterdir())
+    size = (path / REFERENCE_FILE if path.is_dir() else path).stat().st_size
     return DeltaSummary(
         file=str(path), size_bytes=size, base=delta.base, k=delta.k, values=values_format(path) if ours else "fp32",
         tensors=tensors, dense={name: tuple(each.shape) for name, each in delta.dense.items()}, notes=delta.notes,
@@ -307,11 +317,7 @@ def _common_base(found: Mapping[str, SparseDelta]) -> tuple[SparseDelta, tuple[s
         InputError: two are for different bases.
     """
     known = {path: one for path, one in found.items() if one.base is not None}
-    if len(known) < len(found):
-        unknown = ", ".join(path for path in found if path not in known)
-        notes = [f"{unknown}: nothing says which base that is for, so it was not checked"]
-    else:
-        notes = []
+    notes = list(unbound(found))
     owners: dict[tuple[str, ...], str] = {}
     for path, one in known.items():
         first = owners.setdefault(tuple(sorted(one.without)), path)
@@ -335,32 +341,3 @@ def _load(path: Path, factory: str | None, allow: Sequence[str]) -> LoadedModel:
             f"{path} is an exported graph, which deltas are not added to; give the module it was made from"
         )
     return load_model(path, model=factory, allow=allow)
-
-
-def _save(loaded: LoadedModel, origin: Path, out: Path, factory: str | None, overwrite: bool) -> None:
-    """Write the module in the form it came in, whole or not at all."""
-    temporary = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    module = loaded.module
-    try:
-        if is_pretrained(origin):
-            shutil.rmtree(temporary, ignore_errors=True)
-            save_pretrained(module, temporary)
-            # The tokenizer, and the configuration as it was, unless a new head has changed it.
-            others = {"config.json"} if loaded.head else set()
-            for file in origin.iterdir():
-                weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
-                if file.is_file() and not weights and file.name not in others:
-                    shutil.copy2(file, temporary / file.name)
-            if overwrite:
-                shutil.rmtree(out, ignore_errors=True)
-        elif out.suffix == ".safetensors":
-            safetensors.torch.save_model(module, str(temporary))
-        else:
-            # Whoever names a factory has a class of his own, which a file must not bring along.
-            torch.save(module.state_dict() if factory else module, temporary)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {out}: {error.strerror or error}; free some space or choose another --out"
-        ) from error

@@ -30,6 +30,7 @@ LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "int
     "realize",
     "work",
     "deltas",
+    "modelfile",
     "streaming",
     "training",
     "distill",

@@ -311,7 +311,7 @@ def _pattern(text: str | None) -> tuple[int, int] | None:
 
 def _beside(model: Path, word: str) -> Path:
     """A name to suggest for what becomes of ``model``."""
-    return model.with_name(f"{model.stem}-{word}{model.suffix}")
+    return model.with_name(f"{model.name}-{word}" if model.is_dir() else f"{model.stem}-{word}{model.suffix}")
 
 
 def _print(line: str) -> None:

@@ -26,7 +26,7 @@ from compress.sparse.delta import (
 )
 from compress.sparse.deltafile import Undo
 
-__all__ = ["Applied", "apply_deltas", "revert"]
+__all__ = ["Applied", "apply_deltas", "choose_head", "revert"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,13 @@ class Applied:
     hashes: dict[str, str]
 
     def undo(self, module: nn.Module) -> Undo:
-        """To be kept beside the model that ``module``, with the deltas, is written to."""
+        """To be kept beside the model that ``module``, with the deltas, is written to.
+
+        Raises:
+            ValueError: the base was not hashed.
+        """
+        if not self.hashes:
+            raise ValueError("the base was not hashed: apply_deltas(..., hashed=True)")
         tensors = base_tensors(module)
         touched = self.before.tensors.keys() | self.before.dense.keys()
         after = self.hashes | tensor_hashes({name: tensors[name] for name in touched})
@@ -79,7 +85,7 @@ def apply_deltas(
             finite. The module is as it was.
     """
     tensors = base_tensors(module)
-    dense = _chosen_head(deltas, head) if heads else {}
+    dense = choose_head(deltas, head) if heads else {}
     for name, delta in deltas.items():  # a head that is not taken need not fit
         _check_fits(name, replace(delta, dense=dense if delta.dense is dense else {}), tensors)
     hashes = tensor_hashes(tensors) if hashed or not any_base else {}
@@ -125,6 +131,25 @@ def revert(module: nn.Module, before: SparseDelta) -> None:
             tensors[name].copy_(whole)
 
 
+def choose_head(deltas: Mapping[str, SparseDelta], head: str | None) -> dict[str, Tensor]:
+    """The dense tensors of the delta called ``head``; None: of the one that has some, none where none has.
+
+    Raises:
+        InputError: there is no such delta, or none was named and several have some.
+    """
+    if head is not None:
+        if head not in deltas:
+            raise InputError(f"--head {head}: no such delta is given; there are {', '.join(deltas)}")
+        return deltas[head].dense
+    with_head = {called: delta.dense for called, delta in deltas.items() if delta.dense}
+    if len(with_head) > 1:
+        raise InputError(
+            f"{' and '.join(with_head)} all replace a head; say whose is to be used with --head "
+            f"{next(iter(with_head))}, or keep the base's with --no-heads"
+        )
+    return next(iter(with_head.values()), {})
+
+
 def _check_fits(called: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) -> None:
     shapes = {name: each.shape for name, each in delta.tensors.items()}
     shapes |= {name: tuple(each.shape) for name, each in delta.dense.items()}
@@ -153,17 +178,3 @@ def _check_base(deltas: Mapping[str, SparseDelta], hashes: Mapping[str, str]) ->
                 f"{called} is for another base: its hash is {delta.base[:12]}, the model's {found[:12]}; give the base "
                 "it was trained on, or, if this one fits as well, --any-base"
             )
-
-
-def _chosen_head(deltas: Mapping[str, SparseDelta], head: str | None) -> dict[str, Tensor]:
-    if head is not None:
-        if head not in deltas:
-            raise InputError(f"--head {head}: no such delta is applied; there are {', '.join(deltas)}")
-        return deltas[head].dense
-    with_head = {called: delta.dense for called, delta in deltas.items() if delta.dense}
-    if len(with_head) > 1:
-        raise InputError(
-            f"{' and '.join(with_head)} all replace a head; say whose is to be used with --head "
-            f"{next(iter(with_head))}, or keep the base's with --no-heads"
-        )
-    return next(iter(with_head.values()), {})

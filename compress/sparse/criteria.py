@@ -79,7 +79,7 @@ def given_scores(scores: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> C
         for name in start:
             flat = scores[name].detach().reshape(-1)
             for begin in range(0, flat.numel(), CHUNK):
-                yield name, begin, flat[begin : begin + CHUNK].float()
+                yield name, begin, flat[begin : begin + CHUNK].float() + 0.0  # -0 is not below 0
 
     return chunks
 

@@ -1,15 +1,22 @@
 """Deltas of the published code (github.com/cambridgeltl/composable-sft): ``pytorch_diff.bin``, read and written.
 
-It is a file of torch.save: ``{"diffs": {name: {"size", "index_steps", "values"}}, "abs": {name: tensor}}``. Indices are
-flat with the *first* dimension fastest, in order, each as its distance from the one before, the first from 0; values
-are float32. Earlier versions have ``body`` and ``head``, and sparse tensors instead of the coding; they are read too.
-The form holds no hash of the base, so that nothing tells whether a delta fits.
+It is a file of torch.save (src/sft/sft.py there): ``{"diffs": {name: {"size", "index_steps", "values"}}, "abs": {name:
+tensor}}``. Indices are flat with the *first* dimension fastest, in order, each as its distance from the one before, the
+first from 0; values are those of a float tensor, float32 as a rule. ``abs`` replaces whole tensors, as a head. Earlier
+versions have ``body`` and ``head``, and sparse tensors instead of the coding; they are read too. The form holds no hash
+of the base, so that nothing tells whether a delta fits, nor which head of transformers its dense tensors are for: the
+base must have that head already.
+
+The published writer leaves numpy's integer at the head of each list of steps and Python's behind it. Such a number is
+pickled as a call of numpy's, which is replaced here by one of ours: nothing but integers can come of it. The published
+reader adds steps up in 32 bits, so that tensors of 2^31 entries and more are read here, and not written.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,33 @@ from compress.sparse.delta import SparseDelta, SparseTensor
 __all__ = ["REFERENCE_FILE", "read_reference", "write_reference"]
 
 REFERENCE_FILE = "pytorch_diff.bin"
+_MOST = (1 << 31) - 1
+
+
+class _IntegerType:
+    """``numpy.dtype`` as a pickle calls it and sets its state: ``dtype("i8", False, True)``, then (3, "<", ...)."""
+
+    def __init__(self, kind: object, *_: object) -> None:
+        if not isinstance(kind, str) or kind not in ("i1", "i2", "i4", "i8"):
+            raise ValueError(f"numpy's {kind!r} is no signed integer")
+        self.size, self.signs = int(kind[1]), ">" if sys.byteorder == "big" else "<"
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        self.signs = str(state[1])
+
+
+def _integer(kind: object, raw: object) -> int:
+    """``numpy.core.multiarray.scalar`` of an integer."""
+    if not isinstance(kind, _IntegerType) or not isinstance(raw, bytes) or len(raw) != kind.size:
+        raise ValueError("a number of numpy's is no integer")
+    return int.from_bytes(raw, "big" if kind.signs == ">" else "little", signed=True)
+
+
+_NUMPY: list[tuple[Callable[..., Any], str]] = [
+    (_IntegerType, "numpy.dtype"),
+    (_integer, "numpy.core.multiarray.scalar"),
+    (_integer, "numpy._core.multiarray.scalar"),
+]
 
 
 def read_reference(path: str | os.PathLike[str]) -> SparseDelta:
@@ -36,27 +70,37 @@ def read_reference(path: str | os.PathLike[str]) -> SparseDelta:
     file = Path(path) / REFERENCE_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InputError(f"There is no file {file}; check the path")
-    content = read_safely(file)
-    body = _part(content, "diffs", "body")
-    if body is None:
-        raise InputError(f"{file} is no delta of the published code: it has neither 'diffs' nor 'body'")
+    content = read_safely(file, stand_ins=_NUMPY)
+    body, dense = _part(content, "diffs", "body"), _part(content, "abs", "head") or {}
+    if body is None and not dense:
+        raise InputError(f"{file} is no delta of the published code: it has none of 'diffs', 'abs', 'body' and 'head'")
     tensors = {}
-    for name, each in body.items():
+    for name, each in (body or {}).items():
         try:
             tensors[name] = _decoded(each)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise InputError(f"{file}: {name} is damaged ({one_line(error)}); get it again") from error
-    dense = _part(content, "abs", "head") or {}
     for name, each in dense.items():
+        if name in tensors:
+            raise InputError(f"{file}: {name} is both added to and replaced; get it again")
         if not isinstance(each, Tensor) or not bool(each.isfinite().all()):
             raise InputError(f"{file}: {name} is damaged: a finite tensor is needed; get it again")
-    return SparseDelta(None, tensors, dict(dense), {"source": file.name})
+    return SparseDelta(None, tensors, {name: each.detach() for name, each in dense.items()}, {"source": file.name})
 
 
 def write_reference(delta: SparseDelta, path: str | os.PathLike[str]) -> Path:
-    """Write ``delta`` to ``path`` as the published code reads it, whole or not at all; values become float32."""
+    """Write ``delta`` to ``path`` as the published code reads it, whole or not at all; values become float32.
+
+    Raises:
+        InputError: a tensor is larger than the published reader can address, or there is no room.
+    """
     diffs = {}
     for name, each in delta.tensors.items():
+        if each.size > _MOST:
+            raise InputError(
+                f"{name} has {each.size:,} entries; the published form holds {_MOST:,} at most, as its reader counts "
+                "in 32 bits: give --out a name that ends in .safetensors"
+            )
         index, values = each.index.numpy(), each.values.float()
         if len(each.shape) > 1 and len(index):
             index = np.ravel_multi_index(np.unravel_index(index, each.shape), each.shape, order="F")
@@ -65,10 +109,15 @@ def write_reference(delta: SparseDelta, path: str | os.PathLike[str]) -> Path:
         steps = np.diff(index, prepend=np.int64(0)).tolist()
         diffs[name] = {"size": torch.Size(each.shape), "index_steps": steps, "values": values}
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.partial")
-    torch.save({"diffs": diffs, "abs": delta.dense}, temporary)
-    os.replace(temporary, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"diffs": diffs, "abs": delta.dense}, temporary)
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        raise InputError(f"cannot write {file}: {one_line(error)}; free some space or choose another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return file
 
 

@@ -139,8 +139,7 @@ class SparseFineTuner:
         Raises:
             ValueError: there is no such source, or the last step was not ended.
         """
-        if self._running:
-            raise ValueError("the last step was not ended")
+        self._check_ended()
         self._follow()
         if source is not None:
             if source not in self._sources:
@@ -210,6 +209,7 @@ class SparseFineTuner:
         """
         if self.mask is not None:
             raise ValueError("the mask is chosen already")
+        self._check_ended()
         now = {name: each.detach() for name, each in self.parts.maskable.items()}
         if scores is not None:
             chunks = given_scores(scores, self._start_of(now))
@@ -277,6 +277,7 @@ class SparseFineTuner:
     @torch.no_grad()
     def rewind(self) -> None:
         """Parameters and buffers as they were at the start, gradients gone."""
+        self._check_ended()
         for name, each in self._parameters.items():
             each.copy_(self._start[name])
             each.grad = None
@@ -293,6 +294,7 @@ class SparseFineTuner:
             raise ValueError("the mask is not chosen yet: call select() after the full phase, and train again")
         if self._round + 1 < self.rounds:
             raise ValueError(f"round {self._round + 1} of {self.rounds} is not the last: call reopen()")
+        self._check_ended()
         self._follow()
         tensors, dense = {}, {}
         for name, each in self._parameters.items():
@@ -319,6 +321,10 @@ class SparseFineTuner:
         if base is None:
             base = base_hash(tensor_hashes(self._start_of(stored)), dense)
         return SparseDelta(base, tensors, dense, notes, tuple(dense))
+
+    def _check_ended(self) -> None:
+        if self._running:
+            raise ValueError("a step has begun and not ended: a source may be added, and gradients are masked")
 
     def _start_of(self, names: Mapping[str, object]) -> dict[str, Tensor]:
         return {name: self._start[name] if name in self._start else self._buffers[name] for name in names}
@@ -348,6 +354,8 @@ class SparseFineTuner:
                 self._start[name] = self._start[name].to(each.device)
                 if self.mask is not None and name in self.mask:
                     self.mask[name] = self.mask[name].to(each.device)
+        for name, buffer in self.module.named_buffers():
+            self._buffers[name] = self._buffers[name].to(buffer.device)
 
 
 def _evaluating(layer: nn.Module, _: object) -> None:

@@ -56,6 +56,8 @@ class Recipe:
                 raise InputError(f"{name} {value}: at least {least}")
         if not (math.isfinite(self.rate) and self.rate > 0):
             raise InputError(f"--lr {self.rate:g}: a number above 0")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"--weight-decay {self.weight_decay:g}: a number, 0 or above")
         if self.schedule not in ("cosine", "linear", "steps", "constant"):
             raise InputError(f"--schedule {self.schedule}: known are cosine, linear, steps, constant")
         if self.optimizer not in ("sgd", "adamw"):

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from compress.artifact import check_free
 from compress.calib.samples import Samples, load_samples
 from compress.checkpoint import LoadedModel, load_model
+from compress.deltas import open_delta, open_deltas, unbound
 from compress.errors import InputError
 from compress.huggingface import is_classifier
 from compress.intake import ModelLike, read_model
@@ -70,7 +71,7 @@ class SparseOptions:
 
     def identity(self, loaded: LoadedModel) -> str:
         """What decides what a run on ``loaded`` learns, for its checkpoints: contents of files, not their names."""
-        sources = [read_delta(path).digest for path in self.sources]
+        sources = [open_delta(path).digest for path in self.sources]
         plain = replace(self, sources=(), overwrite=False, values="", factory=None, allow=())
         return repr((loaded.fingerprint, plain, sources))
 
@@ -157,7 +158,8 @@ def train_sparse(
     if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
 
-    notes, stops = [*loaded.notes, *samples.notes], list[str]()
+    notes = [*loaded.notes, *samples.notes, *unbound(open_deltas(options.sources))]
+    stops = list[str]()
     phases = _Phases(tuner, given, judged, work, start, options.rounds, progress, notes, stops)
     full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
@@ -274,7 +276,7 @@ def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> Spars
     module, base = loaded.module, None
     if options.sources:
         hashes = tensor_hashes(base_tensors(module))
-        apply_deltas(module, {str(path): read_delta(path) for path in options.sources}, heads=False)
+        apply_deltas(module, open_deltas(options.sources), heads=False)
     try:
         tuner = SparseFineTuner(
             module, density=options.density, k=options.k, criterion=options.criterion,

@@ -72,21 +72,21 @@ def test_apply_and_revert(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "sparse", "apply", "base.pt", "plain.safetensors", "one.safetensors", "-o", "both.pt")
     assert run.returncode == 0, run.stderr
     assert "in more than one delta" in run.stdout
-    assert "both.undo.safetensors takes it back: compress sparse revert both.pt -o base-again.pt" in run.stdout
+    assert "both.pt.undo.safetensors takes it back: compress sparse revert both.pt -o base-again.pt" in run.stdout
     turned = ("one.safetensors", "plain.safetensors", "-o", "turned.pt", "-q", "--max-overlap", 1)
     run = forks.run(folder, "sparse", "merge", "base.pt", *turned)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert same(state(folder / "both.pt"), state(folder / "turned.pt"))
     assert not same(state(folder / "both.pt"), state(folder / "base.pt"))
-    assert not (folder / "turned.undo.safetensors").exists()
+    assert not (folder / "turned.pt.undo.safetensors").exists()
     run = forks.run(folder, "sparse", "revert", "both.pt", "-o", "back.pt")
     assert run.returncode == 0, run.stderr
     assert same(state(folder / "back.pt"), state(folder / "base.pt"))
     run = forks.run(folder, "sparse", "revert", "turned.pt", "-o", "never.pt")
     assert run.returncode == 2
-    assert "There is no turned.undo.safetensors" in run.stderr
-    run = forks.run(folder, "sparse", "revert", "other.pt", "--undo", "both.undo.safetensors", "-o", "never.pt")
-    assert "both.undo.safetensors is for another model: the hash there is" in run.stderr
+    assert "There is no turned.pt.undo.safetensors" in run.stderr
+    run = forks.run(folder, "sparse", "revert", "other.pt", "--undo", "both.pt.undo.safetensors", "-o", "never.pt")
+    assert "both.pt.undo.safetensors is for another model: the hash there is" in run.stderr
 
 
 def test_overlap_is_warned_of(forks: Forks, folder: Path) -> None:
@@ -206,7 +206,7 @@ REFUSED = {
     "values": (("train", "base.pt", "--data", "one.npz", "--values", "int4", "--epochs", "1"), "known are fp64, fp32"),
     "labels": (("train", "base.pt", "--data", "x.npz"), "labels"),
     "existing": (("merge", "base.pt", "one.safetensors", "-o", "other.pt"), "other.pt exists already"),
-    "existing undo": (("apply", "base.pt", "one.safetensors", "-o", "x.pt"), "x.undo.safetensors exists already"),
+    "existing undo": (("apply", "base.pt", "one.safetensors", "-o", "x.pt"), "x.pt.undo.safetensors exists already"),
     "optimizer": (("train", "base.pt", "--data", "one.npz", "--optimizer", "lion"), "known are sgd, adamw"),
 }
 
@@ -214,7 +214,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     whole = (folder / "one.safetensors").read_bytes()
-    (folder / "x.undo.safetensors").write_bytes(whole)
+    (folder / "x.pt.undo.safetensors").write_bytes(whole)
     (folder / "cut.safetensors").write_bytes(whole[:-100])
     (folder / "bent.safetensors").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     if not (folder / "otherone.safetensors").exists():

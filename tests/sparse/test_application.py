@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,7 +102,7 @@ def test_the_head_is_replaced_and_chosen() -> None:
     with torch.no_grad():
         module[3].bias.fill_(9)  # another head on the same base
     apply_deltas(module, {"3": deltas["3"]})
-    with pytest.raises(InputError, match="--head 5: no such delta is applied; there are 3, 4"):
+    with pytest.raises(InputError, match="--head 5: no such delta is given; there are 3, 4"):
         apply_deltas(base, deltas, head="5")
 
 
@@ -217,3 +220,77 @@ def test_the_published_form(tmp_path: Path) -> None:
             read_reference(tmp_path / "c.bin")
     with pytest.raises(InputError, match="There is no file"):
         read_reference(tmp_path / "none.bin")
+
+
+def published(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def published_steps(index: list[int]) -> list[Any]:
+    """As the published writer has them: numpy's integer first, then Python's."""
+    steps = np.diff(np.array(index, np.int64), prepend=0)
+    return [steps[0], *steps[1:].tolist()]
+
+
+def published_coordinates(steps: list[Any], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """By hand: the first dimension fastest."""
+    found, at = [], 0
+    for step in steps:
+        at += int(step)
+        rest, place = at, []
+        for size in shape:
+            place.append(rest % size)
+            rest //= size
+        found.append(tuple(place))
+    return found
+
+
+@pytest.mark.parametrize("numpy_name", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_a_file_as_the_published_writer_leaves_it(numpy_name: bytes, tmp_path: Path) -> None:
+    """Its first step is numpy's integer, pickled as a call under numpy's name before or since version 2."""
+    shape, index = (3, 4, 5), [7, 8, 19, 58]
+    values = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    diff = {"size": torch.Size(shape), "index_steps": published_steps(index), "values": values}
+    empty = {"size": torch.Size([4]), "index_steps": [], "values": torch.empty(0)}
+    content = {"diffs": {"w": diff, "e": empty}, "abs": {"b": nn.Parameter(torch.ones(2))}}
+    path = published(tmp_path, "a.bin", content)
+    other = tmp_path / "pytorch_diff.bin"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
+        for each in old.namelist():  # zip files of torch are not compressed, and their pickles name what they call
+            new.writestr(each, re.sub(rb"numpy\._?core\.multiarray", numpy_name, old.read(each)))
+    found = read_reference(tmp_path)
+    dense = torch.zeros(shape)
+    for place, value in zip(published_coordinates(diff["index_steps"], shape), values, strict=True):
+        dense[place] = value
+    flat = torch.zeros(60)
+    put(flat, found.tensors["w"].index, found.tensors["w"].values)
+    assert torch.equal(flat.view(shape), dense)
+    assert len(found.tensors["e"].index) == 0
+    assert type(found.dense["b"]) is Tensor
+    # And ours is what its reader takes: plain lists, and coordinates by the same rule.
+    write_reference(found, tmp_path / "ours.bin")
+    ours = torch.load(tmp_path / "ours.bin", weights_only=True)
+    assert list(ours) == ["diffs", "abs"]
+    assert list(ours["diffs"]["w"]) == ["size", "index_steps", "values"]
+    assert ours["diffs"]["w"]["size"] == torch.Size(shape)
+    assert ours["diffs"]["w"]["index_steps"] == np.diff(index, prepend=0).tolist()
+    assert {type(each) for each in ours["diffs"]["w"]["index_steps"]} == {int}
+    assert torch.equal(ours["diffs"]["w"]["values"], values)
+    assert ours["diffs"]["e"]["index_steps"] == []
+
+
+def test_numbers_that_run_code_are_refused(tmp_path: Path) -> None:
+    for steps in ([np.float64(1.0)], [np.datetime64(1, "s")], [np.array([1])], [np.array([{}], object)[0]]):
+        diff = {"size": [2], "index_steps": steps, "values": torch.ones(1)}
+        with pytest.raises(InputError):
+            read_reference(published(tmp_path, "a.bin", {"diffs": {"w": diff}}))
+    only_dense = read_reference(published(tmp_path, "b.bin", {"diffs": {}, "abs": {"b": torch.ones(2)}}))
+    assert (only_dense.k, list(only_dense.dense)) == (0, ["b"])
+    diff = {"size": [2], "index_steps": [0], "values": torch.ones(1)}
+    with pytest.raises(InputError, match="w is both added to and replaced"):
+        read_reference(published(tmp_path, "c.bin", {"diffs": {"w": diff}, "abs": {"w": torch.ones(2)}}))
+    large = SparseTensor((1 << 16, 1 << 15), "float32", torch.tensor([5]), torch.ones(1))
+    with pytest.raises(InputError, match=r"w has 2,147,483,648 entries; the published form holds 2,147,483,647 at"):
+        write_reference(SparseDelta(None, {"w": large}), tmp_path / "d.bin")
+    assert not list(tmp_path.glob("*d.bin*"))

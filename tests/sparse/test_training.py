@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from compress.errors import InputError
 from compress.sparse.application import apply_deltas
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.deltafile import read_delta
+from compress.sparse.reference import write_reference
 from compress.training.loop import Recipe, TrainingData, evaluate
 from compress.training.sparse import SparseOptions, SparseResult, train_sparse
 
@@ -109,6 +111,19 @@ def test_a_task_learned_on_a_source_is_a_difference_to_the_base(tmp_path: Path) 
     assert abs(accuracy - result.sparse) < 0.01
 
 
+def test_sources_of_the_published_code_and_twice(tmp_path: Path) -> None:
+    base = net()
+    train(tmp_path / "language.safetensors", base, data=arrays(-1.0), options={"values": "fp32"})
+    write_reference(read_delta(tmp_path / "language.safetensors"), tmp_path / "pytorch_diff.bin")
+    for name in ("language.safetensors", "pytorch_diff.bin"):
+        result = train(tmp_path / f"on-{name}.safetensors", base, options={"sources": (tmp_path / name,)})
+        assert any("does not say which base" in note for note in result.notes) == name.endswith(".bin")
+    first, second = (read_delta(path) for path in sorted(tmp_path.glob("on-*")))
+    assert first.digest == second.digest
+    with pytest.raises(InputError, match=r"pytorch_diff\.bin is given twice"):
+        train(tmp_path / "never.safetensors", options={"sources": (tmp_path / "pytorch_diff.bin",) * 2})
+
+
 @pytest.mark.slow
 def test_what_moved_most_is_a_better_mask_than_chance_and_than_biases(tmp_path: Path) -> None:
     """METHODS.md, S3: 5 %, two seeds, one learning rate; benchmarks/sparse_digits.py has the whole table."""
@@ -140,6 +155,8 @@ def test_refusals(tmp_path: Path) -> None:
         train(out, options={"values": "int4"})
     with pytest.raises(InputError, match="'classifier' is the name of no parameter or module"):
         train(out, options={"head": ("classifier",)})
+    with pytest.raises(InputError, match="--weight-decay -1: a number, 0 or above"):
+        train(out, recipe=replace(RECIPE, weight_decay=-1.0))
     with pytest.raises(InputError, match="--sparse-epochs 0: at least 1"):
         train(out, sparse_epochs=0)
     with pytest.raises(InputError, match=r"full phase: the (loss was|weights were not finite).* try a smaller --lr"):

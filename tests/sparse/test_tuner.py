@@ -281,3 +281,15 @@ def test_refusals_in_training() -> None:
     embedding = nn.Sequential(nn.Embedding(3, 4, sparse=True))
     with pytest.raises(ValueError, match="0 has sparse gradients, which cannot be masked"):
         SparseFineTuner(embedding)
+
+
+def test_nothing_is_chosen_or_handed_over_within_a_step() -> None:
+    tuner = SparseFineTuner(nn.Linear(3, 2), k=2, criterion="random")
+    tuner.begin_step()
+    for act in (tuner.begin_step, tuner.select, tuner.rewind):
+        with pytest.raises(ValueError, match="a step has begun and not ended"):
+            act()
+    tuner.end_step()
+    tuner.select()
+    with tuner.step(), pytest.raises(ValueError, match="a step has begun"):
+        tuner.delta()
