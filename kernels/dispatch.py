@@ -18,7 +18,7 @@ from compress.kernels.launch import capability
 from compress.kernels.table import KERNELS
 from compress.registry import resolve
 
-__all__ = ["Call", "Choice", "Kernel", "Requires", "choose"]
+__all__ = ["Call", "Choice", "Kernel", "Requires", "choose", "has_triton"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Requires:
                 yield f"inputs are on {call.device}; it runs on GPUs"
             elif call.capability is None or call.capability < self.capability:
                 yield f"compute capability {call.capability} is below {self.capability}"
-            if not _has_triton():
+            if not has_triton():
                 yield "triton is not installed"
         if call.dtype not in self.dtypes:
             yield f"inputs of {call.dtype} are not among {', '.join(map(str, self.dtypes))}"
@@ -112,7 +112,7 @@ def choose(call: Call) -> Choice:
     refused = []
     for name, home in KERNELS[call.operator].items():
         # A kernel's module imports triton: without one, only the rows that need none can be looked at.
-        if "reference" not in home and not _has_triton():
+        if "reference" not in home and not has_triton():
             refused.append(f"{name}: triton is not installed")
             continue
         kernel: Kernel = resolve({name: home}, name, "kernel")
@@ -124,5 +124,6 @@ def choose(call: Call) -> Choice:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package that kernels are written in is installed."""
     return importlib.util.find_spec("triton") is not None

@@ -22,8 +22,8 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
     """Reference in plain PyTorch: ``x`` float32 of any shape."""
     low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
     scale = (high - low) / _TOP
-    if not bool(scale > 0):  # all zeros
-        return x.clone()
+    # All zeros: any grid keeps them. Its value is not asked for: a GPU would have to be waited for.
+    scale = torch.where(scale > 0, scale, 1.0)
     offset = torch.round((-low / scale).clamp(0, _TOP))
     codes = torch.round(x / scale).add_(offset).clamp_(0, _TOP)
     return codes.sub_(offset).mul_(scale)

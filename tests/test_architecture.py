@@ -23,7 +23,7 @@ LEVEL_0 = {"errors", "registry", "records", "options", "packing", "weights", "pr
 LEVEL_0 |= {"targets", "machine", "cache"}
 LEVEL_1 = {"checkpoint", "factory", "pt2", "huggingface", "shapes", "methods", "graph"}
 LEVEL_2 = {"quant", "calib", "kernels", "lowrank", "sparse"}
-LEVEL_4 = {"transform", "allocation", "compression", "artifact"}
+LEVEL_4 = {"transform", "allocation", "compression", "artifact", "runtime"}
 LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "intake", "estimate"} | {
     "planning",
     "auto",

@@ -1,0 +1,203 @@
+"""From an artifact's graph to one that GPUs run, with weights in the layout that kernels read.
+
+    x -- linear(dequantize_weight(codes)) -- y      becomes    packed_linear(units)         weights stay packed
+    x -- linear -- linear -- y, thin in between     becomes    lowrank_linear               one operator for both
+    packed_linear, and those two beside it, added   becomes    packed_lowrank_linear        the branch fused
+    any other stored weight or bias                 becomes    floats, once, at load time
+
+The artifact's own graph unpacks weights as it runs, in operators whose reference is the truth; the CPU runs that one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.errors import InputError
+from compress.graph.layers import is_stored, layer_name
+from compress.graph.traced import TracedModel
+from compress.kernels.dispatch import Call, choose
+from compress.kernels.lanes import LaneWeight
+from compress.weights import QuantizedWeight
+
+__all__ = ["packed_for_gpu"]
+
+aten = torch.ops.aten
+
+# Few, some and many rows: a weight that no kernel takes at any of them is kept as floats.
+_ROWS = (1, 16, 1024)
+
+
+def packed_for_gpu(
+    traced: TracedModel, capability: tuple[int, int] | None, dtype: torch.dtype | None = None
+) -> TracedModel:
+    """A copy of an artifact's graph, rewritten for a GPU of compute ``capability``, its tensors still where they were.
+
+    Args:
+        dtype: float16 or bfloat16: what linears with packed or low-rank weights multiply in; inputs are rounded to it,
+            sums are float32, and everything between such linears stays as it was. None: the inputs' own.
+
+    Raises:
+        InputError: another ``dtype``.
+    """
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        raise InputError(
+            f"dtype {dtype}: packed linears multiply in torch.float16 or torch.bfloat16, or None: as it is"
+        )
+    packed = traced.copy()
+    for node in list(packed.graph.nodes):
+        if node.op == "call_function" and str(node.target) == "compress.dequantize_bias.default":
+            parts = [packed.tensor(str(part.target)) for part in node.args]
+            _replace_by_tensor(packed, node, f"{node.args[0].target}_floats", node.target(*parts))
+    for node in packed.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        _unpack_branch(packed, node)
+    for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if is_stored(call.args[1]):
+            _pack_linear(packed, call, capability)
+    for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
+        _fuse_factors(packed, call)
+    for node in packed.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        _fuse_branch(packed, node)
+    for node in packed.graph.find_nodes(op="call_function", target=torch.ops.compress.dequantize_weight.default):
+        _unpack(packed, node)
+    if dtype is not None:
+        for operator in ("packed_linear", "lowrank_linear", "packed_lowrank_linear"):
+            target = getattr(torch.ops.compress, operator).default
+            for call in packed.graph.find_nodes(op="call_function", target=target):
+                _multiply_in(packed, call, dtype)
+    packed.finish()
+    return packed
+
+
+def _pack_linear(traced: TracedModel, call: fx.Node, capability: tuple[int, int] | None) -> None:
+    """``call`` with its weight in the kernels' layout, if a kernel takes that."""
+    stored = call.args[1]
+    bits, (outputs, inputs), group_size = stored.args[3], stored.args[4], _group_size(stored)
+    calls = (
+        Call("packed_linear", "cuda", capability, torch.float32, rows, outputs, inputs, bits, group_size)
+        for rows in _ROWS
+    )
+    if all(choose(each).name == "reference" for each in calls):
+        return
+    layer = layer_name(call)
+    names = [f"{layer}.weight_{part}" for part in ("units", "lane_scale", "lane_zero_point")]
+    if not _holds(traced, names[0]):  # a layer that is called twice is packed once
+        weight = LaneWeight.from_quantized(_quantized(traced, stored))
+        for name, part in zip(names, (weight.units, weight.scale, weight.zero_point), strict=True):
+            traced.set_tensor(name, part)
+    parts = [traced.attribute(name, before=call) for name in names]
+    bias = call.args[2] if len(call.args) > 2 else None
+    _replace(traced, call, torch.ops.compress.packed_linear.default, (call.args[0], *parts, bias, bits, group_size))
+
+
+def _fuse_factors(traced: TracedModel, up: fx.Node) -> None:
+    """``up``, a float linear, and the thin float linear without bias that it alone reads, as one operator."""
+    pair = _factors(traced, up)
+    if pair is None:
+        return
+    x, down_weight, up_weight = pair
+    bias = up.args[2] if len(up.args) > 2 else None
+    rank = traced.tensor(str(up_weight.target)).shape[1]
+    _replace(traced, up, torch.ops.compress.lowrank_linear.default, (x, up_weight, down_weight, bias, rank))
+
+
+def _factors(traced: TracedModel, up: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Input, ``down`` and ``up`` of two thin linears of which ``up`` is the second; None where it is not."""
+    down = up.args[0]
+    if down.target is not aten.linear.default or len(down.users) != 1 or any(a is not None for a in down.args[2:3]):
+        return None
+    weights = (down.args[1], up.args[1])
+    if any(weight.op != "get_attr" for weight in weights):
+        return None
+    rank, inputs = traced.tensor(str(weights[0].target)).shape
+    outputs = traced.tensor(str(weights[1].target)).shape[0]
+    return (down.args[0], *weights) if rank * (inputs + outputs) < inputs * outputs else None
+
+
+def _fuse_branch(traced: TracedModel, add: fx.Node) -> None:
+    """The sum of a packed linear and a low-rank one of the same input, as one operator."""
+    packed_op, lowrank_op = torch.ops.compress.packed_linear.default, torch.ops.compress.lowrank_linear.default
+    whole, branch = add.args[:2]
+    if len(add.args) != 2 or add.kwargs or getattr(whole, "target", None) is not packed_op:
+        return
+    if getattr(branch, "target", None) is not lowrank_op or branch.args[0] is not whole.args[0]:
+        return
+    if len(whole.users) != 1 or len(branch.users) != 1 or branch.args[3] is not None:
+        return
+    x, units, scale, zero_point, bias, bits, group_size = whole.args
+    args = (x, units, scale, zero_point, branch.args[1], branch.args[2], bias, bits, group_size)
+    _replace(traced, add, torch.ops.compress.packed_lowrank_linear.default, args)
+
+
+def _unpack_branch(traced: TracedModel, add: fx.Node) -> None:
+    """A branch's factors as floats, where they are stored in codes: fused, they cost less than kernels of their own."""
+    if len(add.args) != 2 or not all(isinstance(each, fx.Node) for each in add.args):
+        return
+    whole, up = add.args
+    if whole.target is not aten.linear.default or up.target is not aten.linear.default or not is_stored(whole.args[1]):
+        return
+    down = up.args[0]
+    if down.target is aten.linear.default and down.args[0] is whole.args[0] and len(down.users) == 1:
+        for stored in (down.args[1], up.args[1]):
+            if is_stored(stored) and len(stored.users) == 1:
+                _unpack(traced, stored)
+
+
+def _multiply_in(traced: TracedModel, call: fx.Node, dtype: torch.dtype) -> None:
+    """``call`` between two casts; factors are stored in ``dtype``, a bias too."""
+    x, *rest = call.args
+    factors = {"lowrank_linear": (0, 1, 2), "packed_linear": (3,), "packed_lowrank_linear": (3, 4, 5)}
+    for place in factors[call.target.name().split("::")[1].partition(".")[0]]:
+        if rest[place] is not None:
+            name = f"{rest[place].target}_{str(dtype).removeprefix('torch.')}"
+            traced.set_tensor(name, traced.tensor(str(rest[place].target)).to(dtype))
+            rest[place] = traced.attribute(name, before=call)
+    with traced.graph.inserting_before(call):
+        narrow = traced.graph.call_function(aten.to.dtype, (x, dtype))
+    call.args = (narrow, *rest)
+    with traced.graph.inserting_after(call):
+        wide = traced.graph.call_function(aten.to.dtype, (call, x.meta["val"].dtype))
+    wide.meta["val"] = call.meta["val"]
+    call.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+
+
+def _replace(traced: TracedModel, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    with traced.graph.inserting_before(node):
+        new = traced.graph.create_node("call_function", target, args, name=f"{node.name}_fused")
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    traced.graph.erase_node(node)
+
+
+def _replace_by_tensor(traced: TracedModel, node: fx.Node, name: str, value: Tensor) -> None:
+    traced.set_tensor(name, value)
+    node.replace_all_uses_with(traced.attribute(name, before=node))
+    traced.graph.erase_node(node)
+
+
+def _unpack(traced: TracedModel, stored: fx.Node) -> None:
+    """``stored``, a weight in codes, as floats from now on."""
+    name = str(stored.args[0].target).removesuffix("_packed")
+    _replace_by_tensor(traced, stored, f"{name}_floats", _quantized(traced, stored).dequantize())
+
+
+def _holds(traced: TracedModel, name: str) -> bool:
+    return any(name == found for found, _ in traced.module.named_buffers())
+
+
+def _group_size(stored: fx.Node) -> int:
+    """Inputs that share a grid."""
+    row = math.prod(stored.args[4][1:])
+    return (stored.args[6] if len(stored.args) > 6 else None) or row
+
+
+def _quantized(traced: TracedModel, stored: fx.Node) -> QuantizedWeight:
+    parts = {
+        part: traced.tensor(str(node.target))
+        for part, node in zip(("packed", "scale", "zero_point"), stored.args, strict=False)
+    }
+    group_size = stored.args[6] if len(stored.args) > 6 else None
+    return QuantizedWeight.from_tensors(parts, stored.args[3], tuple(stored.args[4]), group_size)
