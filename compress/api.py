@@ -36,8 +36,8 @@ from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realiz
 from compress.records import Front, LayerSpec, Plan
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity
-from compress.runtime.device import check_device, move_graph
-from compress.runtime.pack import packed_for_gpu
+from compress.runtime.device import check_device
+from compress.runtime.load import load_on
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
 from compress.search.prepare import prepare
@@ -282,13 +282,7 @@ def load(
         if dtype is not None:
             raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
         return load_elastic(path).to(check_device(device))
-    traced = load_artifact(path)
-    place = check_device(device)
-    if place.type == "cpu":
-        if dtype is not None:
-            raise InputError(f"dtype {dtype}: on the CPU an artifact runs as it was written; leave dtype out")
-        return traced.module
-    return move_graph(packed_for_gpu(traced, torch.cuda.get_device_capability(place), dtype), place)
+    return load_on(path, device, dtype).module
 
 
 def export(model: ModelLike, out: str | Path, *, overwrite: bool = False, **settings: Unpack[Settings]) -> Path:

@@ -24,7 +24,17 @@ LEVEL_0 |= {"targets", "machine", "cache"}
 LEVEL_1 = {"checkpoint", "factory", "pt2", "huggingface", "shapes", "methods", "graph"}
 LEVEL_2 = {"quant", "calib", "kernels", "lowrank", "sparse"}
 LEVEL_4 = {"transform", "allocation", "compression", "artifact", "runtime"}
-LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "intake", "estimate"} | {
+LEVEL_5 = {
+    "exporters",
+    "gate",
+    "benchmark",
+    "benchmark_alone",
+    "benchmark_folder",
+    "benchmark_session",
+    "report",
+    "intake",
+    "estimate",
+} | {
     "planning",
     "auto",
     "realize",

@@ -17,15 +17,20 @@ import torch
 from torch import Tensor, fx
 
 from compress.errors import InputError
-from compress.graph.layers import is_stored, layer_name
+from compress.graph.layers import LAYER_KINDS, TABLE, is_stored, layer_name
 from compress.graph.traced import TracedModel
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.lanes import LaneWeight
 from compress.weights import QuantizedWeight
 
-__all__ = ["packed_for_gpu"]
+__all__ = ["UNPACKED", "factor_place", "group_size_of", "packed_for_gpu", "packed_operator"]
 
 aten = torch.ops.aten
+
+# The operators that take weights in the kernels' layout, or factors.
+_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear")
+# Key of a node's notes: why its weight is no longer packed, a sentence a kernel.
+UNPACKED = "compress_unpacked"
 
 # Few, some and many rows: a weight that no kernel takes at any of them is kept as floats.
 _ROWS = (1, 16, 1024)
@@ -64,10 +69,9 @@ def packed_for_gpu(
     for node in packed.graph.find_nodes(op="call_function", target=torch.ops.compress.dequantize_weight.default):
         _unpack(packed, node)
     if dtype is not None:
-        for operator in ("packed_linear", "lowrank_linear", "packed_lowrank_linear"):
-            target = getattr(torch.ops.compress, operator).default
-            for call in packed.graph.find_nodes(op="call_function", target=target):
-                _multiply_in(packed, call, dtype)
+        for node in list(packed.graph.nodes):
+            if packed_operator(node) is not None:
+                _multiply_in(packed, node, dtype)
     packed.finish()
     return packed
 
@@ -75,12 +79,13 @@ def packed_for_gpu(
 def _pack_linear(traced: TracedModel, call: fx.Node, capability: tuple[int, int] | None) -> None:
     """``call`` with its weight in the kernels' layout, if a kernel takes that."""
     stored = call.args[1]
-    bits, (outputs, inputs), group_size = stored.args[3], stored.args[4], _group_size(stored)
-    calls = (
-        Call("packed_linear", "cuda", capability, torch.float32, rows, outputs, inputs, bits, group_size)
+    bits, (outputs, inputs), group_size = stored.args[3], stored.args[4], group_size_of(stored)
+    choices = [
+        choose(Call("packed_linear", "cuda", capability, torch.float32, rows, outputs, inputs, bits, group_size))
         for rows in _ROWS
-    )
-    if all(choose(each).name == "reference" for each in calls):
+    ]
+    if all(choice.name == "reference" for choice in choices):
+        call.meta[UNPACKED] = choices[-1].refused
         return
     layer = layer_name(call)
     names = [f"{layer}.weight_{part}" for part in ("units", "lane_scale", "lane_zero_point")]
@@ -150,7 +155,7 @@ def _multiply_in(traced: TracedModel, call: fx.Node, dtype: torch.dtype) -> None
     """``call`` between two casts; factors are stored in ``dtype``, a bias too."""
     x, *rest = call.args
     factors = {"lowrank_linear": (0, 1, 2), "packed_linear": (3,), "packed_lowrank_linear": (3, 4, 5)}
-    for place in factors[call.target.name().split("::")[1].partition(".")[0]]:
+    for place in factors[packed_operator(call)]:
         if rest[place] is not None:
             name = f"{rest[place].target}_{str(dtype).removeprefix('torch.')}"
             traced.set_tensor(name, traced.tensor(str(rest[place].target)).to(dtype))
@@ -181,6 +186,10 @@ def _replace_by_tensor(traced: TracedModel, node: fx.Node, name: str, value: Ten
 def _unpack(traced: TracedModel, stored: fx.Node) -> None:
     """``stored``, a weight in codes, as floats from now on."""
     name = str(stored.args[0].target).removesuffix("_packed")
+    for reader in stored.users:
+        kind = "embedding" if reader.target is TABLE else LAYER_KINDS.get(reader.target, str(reader.target))  # type: ignore[call-overload]
+        why = f"no kernel of {kind} takes weights in codes: they were unpacked when the model was loaded"
+        reader.meta.setdefault(UNPACKED, (why,))
     _replace_by_tensor(traced, stored, f"{name}_floats", _quantized(traced, stored).dequantize())
 
 
@@ -188,8 +197,20 @@ def _holds(traced: TracedModel, name: str) -> bool:
     return any(name == found for found, _ in traced.module.named_buffers())
 
 
-def _group_size(stored: fx.Node) -> int:
-    """Inputs that share a grid."""
+def packed_operator(node: fx.Node) -> str | None:
+    """Which of the operators over packed weights and factors ``node`` calls; None: another."""
+    namespace, _, rest = str(node.target).partition(".")
+    name = rest.partition(".")[0]
+    return name if node.op == "call_function" and namespace == "compress" and name in _PACKED else None
+
+
+def factor_place(operator: str) -> int | None:
+    """Which argument of ``operator`` is ``up`` [O, R], the second factor; None: it has none."""
+    return {"lowrank_linear": 1, "packed_lowrank_linear": 4}.get(operator)
+
+
+def group_size_of(stored: fx.Node) -> int:
+    """Weights of a row of ``stored``, a weight in codes, that share a grid."""
     row = math.prod(stored.args[4][1:])
     return (stored.args[6] if len(stored.args) > 6 else None) or row
 
