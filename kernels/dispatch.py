@@ -34,6 +34,7 @@ class Call:
         bits: of a packed weight's codes; 0 where the weight is not packed.
         group_size: inputs that share a grid; I where a row has one.
         rank: of a low-rank weight or branch; 0 without.
+        mixed: whether rows belong to different sparse deltas.
     """
 
     operator: str
@@ -46,9 +47,10 @@ class Call:
     bits: int = 0
     group_size: int = 0
     rank: int = 0
+    mixed: bool = False
 
     @classmethod
-    def on(cls, x: torch.Tensor, operator: str, **rest: int) -> Call:
+    def on(cls, x: torch.Tensor, operator: str, **rest: Any) -> Call:
         """A call on ``x`` [M, I]; ``rest`` are the fields that it does not tell."""
         return cls(operator, x.device.type, capability(x), x.dtype, rows=x.shape[0], inputs=x.shape[1], **rest)
 
@@ -62,6 +64,7 @@ class Requires:
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
     rank: int | None = None
+    mixed: bool = True
     capability: tuple[int, int] | None = (8, 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
@@ -84,13 +87,15 @@ class Requires:
             yield f"group_size {call.group_size} is not in {set(self.group_sizes)}, nor a whole row"
         if self.rank is not None and call.rank > self.rank:
             yield f"rank {call.rank} is above {self.rank}"
+        if call.mixed and not self.mixed:
+            yield "rows belong to different deltas"
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A row of the kernel table: ``run`` takes the operator's own arguments."""
 
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     requires: Requires
 
 

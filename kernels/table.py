@@ -15,6 +15,9 @@ OPERATORS = {
     "packed_linear": "compress.kernels.packed_linear:packed_linear",
     "packed_lowrank_linear": "compress.kernels.packed_linear:packed_lowrank_linear",
     "lowrank_linear": "compress.kernels.lowrank_linear:lowrank_linear",
+    "delta_linear": "compress.kernels.delta_linear:delta_linear",
+    "packed_delta_linear": "compress.kernels.delta_linear:packed_delta_linear",
+    "add_delta_": "compress.kernels.delta_linear:add_delta_",
 }
 
 # The last row of each operator is its reference in plain PyTorch, which takes everything.
@@ -29,6 +32,16 @@ KERNELS = {
         "thin_gemv": "compress.kernels.thin_gemv:KERNEL",
         "thin_dot": "compress.kernels.thin_dot:KERNEL",
         "reference": "compress.kernels.lowrank_reference:KERNEL",
+    },
+    "delta_linear": {
+        "delta_gemv": "compress.kernels.delta_product:GEMV",
+        "delta_merge": "compress.kernels.delta_product:MERGE",
+        "delta_rows": "compress.kernels.delta_product:ROWS",
+        "reference": "compress.kernels.delta_reference:KERNEL",
+    },
+    "add_delta_": {
+        "delta_add": "compress.kernels.delta_product:ADD",
+        "reference": "compress.kernels.delta_reference:ADD",
     },
 }
 

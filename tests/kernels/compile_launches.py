@@ -17,6 +17,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from compress.kernels import launch
+from compress.kernels.delta_add import delta_add
+from compress.kernels.delta_gemv import delta_gemv
+from compress.kernels.delta_rows import DeltaRows
 from compress.kernels.lanes import LaneWeight, unit_shape
 from compress.kernels.packed_dot import packed_dot
 from compress.kernels.packed_gemv import packed_gemv
@@ -100,6 +103,14 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         up, down = torch.zeros(OUTPUTS, 32, dtype=dtype), torch.zeros(32, INPUTS, dtype=dtype)
         lowrank_gemv(torch.zeros(1, INPUTS, dtype=dtype), up, down)
         lowrank_dot(torch.zeros(16, INPUTS, dtype=dtype), up, down)
+        rows += recorder.rows
+        recorder = Recorder(architecture, f"delta {dtype}")
+        JITFunction.run = recorder.method()
+        x, y = torch.zeros(4, INPUTS, dtype=dtype), torch.zeros(4, OUTPUTS, dtype=dtype)
+        delta = DeltaRows.from_flat((OUTPUTS, INPUTS), torch.arange(0, OUTPUTS * INPUTS, 20), torch.zeros(3277), dtype)
+        delta_gemv(x, y, delta, None)
+        delta_gemv(x, y, delta, torch.zeros(4, dtype=torch.int32))
+        delta_add(up.new_zeros(OUTPUTS, INPUTS), delta)
         rows += recorder.rows
     return rows
 

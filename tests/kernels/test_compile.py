@@ -44,6 +44,8 @@ def test_every_kernel_compiles(architecture: int, compiled: list[dict[str, Any]]
         "partial_sums_fwd_kernel",
         "thin_gemv_fwd_kernel",
         "thin_dot_fwd_kernel",
+        "delta_gemv_fwd_kernel",
+        "delta_add_fwd_kernel",
     }
     for row in rows:
         assert row["target"].startswith(f"sm_{architecture}"), row
