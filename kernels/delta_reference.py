@@ -30,7 +30,7 @@ def delta_reference(
 
 
 def add_reference(weight: Tensor, delta: DeltaRows, number: int = 0) -> None:
-    """Add delta ``number`` of a stack to ``weight`` [O, ...], contiguous, in place: in float64, rounded as torch does."""
+    """Add delta ``number`` of a stack to ``weight`` [O, ...], contiguous, in place; in float64, rounded once."""
     rows, columns, values = delta.rows_of(number)
     flat = weight.view(delta.outputs, delta.inputs)
     flat[rows, columns] = (flat[rows, columns].double() + values.double()).to(weight.dtype)

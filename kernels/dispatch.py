@@ -64,6 +64,7 @@ class Requires:
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
     rank: int | None = None
+    inputs: int | None = None
     mixed: bool = True
     capability: tuple[int, int] | None = (8, 0)
 
@@ -87,6 +88,8 @@ class Requires:
             yield f"group_size {call.group_size} is not in {set(self.group_sizes)}, nor a whole row"
         if self.rank is not None and call.rank > self.rank:
             yield f"rank {call.rank} is above {self.rank}"
+        if self.inputs is not None and call.inputs > self.inputs:
+            yield f"{call.inputs} inputs are above {self.inputs}: their sum may not fit into 32 bits"
         if call.mixed and not self.mixed:
             yield "rows belong to different deltas"
 

@@ -15,6 +15,8 @@ OPERATORS = {
     "packed_linear": "compress.kernels.packed_linear:packed_linear",
     "packed_lowrank_linear": "compress.kernels.packed_linear:packed_lowrank_linear",
     "lowrank_linear": "compress.kernels.lowrank_linear:lowrank_linear",
+    "int8_linear": "compress.kernels.int8_linear:int8_linear",
+    "int8_dynamic_linear": "compress.kernels.int8_linear:int8_dynamic_linear",
     "delta_linear": "compress.kernels.delta_linear:delta_linear",
     "packed_delta_linear": "compress.kernels.delta_linear:packed_delta_linear",
     "add_delta_": "compress.kernels.delta_linear:add_delta_",
@@ -32,6 +34,11 @@ KERNELS = {
         "thin_gemv": "compress.kernels.thin_gemv:KERNEL",
         "thin_dot": "compress.kernels.thin_dot:KERNEL",
         "reference": "compress.kernels.lowrank_reference:KERNEL",
+    },
+    "int8_linear": {
+        "int8_fused": "compress.kernels.int8_dot:FUSED",
+        "int8_dot": "compress.kernels.int8_dot:KERNEL",
+        "reference": "compress.kernels.int8_reference:KERNEL",
     },
     "delta_linear": {
         "delta_gemv": "compress.kernels.delta_product:GEMV",

@@ -45,6 +45,10 @@ def _layer_run(
 ) -> LayerRun:
     if operator := packed_operator(node):
         outputs, rank = y.shape[-1], 0
+        if operator in ("int8_linear", "int8_dynamic_linear"):
+            weight = node.args[3 if operator == "int8_linear" else 1]
+            name = str(weight.target).removesuffix(".weight_bytes")
+            return _chosen(name, operator, x, outputs, 8, x.shape[-1], 0, capability)
         place = factor_place(operator)
         if place is not None:
             rank = traced.tensor(str(node.args[place].target)).shape[1]
@@ -86,7 +90,8 @@ def _chosen(
 ) -> LayerRun:
     rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
     device, found = ("cuda", capability) if capability else (x.device.type, capability_of(x))
-    table = "lowrank_linear" if operator == "lowrank_linear" else "packed_linear"
+    tables = {"lowrank_linear": "lowrank_linear", "int8_linear": "int8_linear", "int8_dynamic_linear": "int8_linear"}
+    table = tables.get(operator, "packed_linear")
     call = Call(table, device, found, x.dtype, rows, outputs, inputs, bits or 0, group_size or 0, rank)
     choice = choose(call)
     return LayerRun(

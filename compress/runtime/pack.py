@@ -1,6 +1,7 @@
 """From an artifact's graph to one that GPUs run, with weights in the layout that kernels read.
 
     x -- linear(dequantize_weight(codes)) -- y      becomes    packed_linear(units)         weights stay packed
+    the same behind a quantizer, weights symmetric  becomes    int8_linear(bytes)           rounding fused
     x -- linear -- linear -- y, thin in between     becomes    lowrank_linear               one operator for both
     packed_linear, and those two beside it, added   becomes    packed_lowrank_linear        the branch fused
     any other stored weight or bias                 becomes    floats, once, at load time
@@ -20,6 +21,7 @@ from compress.errors import InputError
 from compress.graph.layers import LAYER_KINDS, TABLE, is_stored, layer_name
 from compress.graph.traced import TracedModel
 from compress.kernels.dispatch import Call, choose
+from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.lanes import LaneWeight
 from compress.weights import QuantizedWeight
 
@@ -28,7 +30,9 @@ __all__ = ["UNPACKED", "factor_place", "group_size_of", "packed_for_gpu", "packe
 aten = torch.ops.aten
 
 # The operators that take weights in the kernels' layout, or factors.
-_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear")
+_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear", "int8_linear", "int8_dynamic_linear")
+# Which arguments of those that multiply floats, behind x, are factors or a bias.
+_FLOATS = {"lowrank_linear": (0, 1, 2), "packed_linear": (3,), "packed_lowrank_linear": (3, 4, 5)}
 # Key of a node's notes: why its weight is no longer packed, a sentence a kernel.
 UNPACKED = "compress_unpacked"
 
@@ -42,8 +46,9 @@ def packed_for_gpu(
     """A copy of an artifact's graph, rewritten for a GPU of compute ``capability``, its tensors still where they were.
 
     Args:
-        dtype: float16 or bfloat16: what linears with packed or low-rank weights multiply in; inputs are rounded to it,
-            sums are float32, and everything between such linears stays as it was. None: the inputs' own.
+        dtype: float16 or bfloat16: what linears with packed or low-rank weights and float inputs multiply in; inputs
+            are rounded to it, sums are float32, and everything between such linears stays as it was. None: the inputs'
+            own.
 
     Raises:
         InputError: another ``dtype``.
@@ -60,7 +65,7 @@ def packed_for_gpu(
     for node in packed.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         _unpack_branch(packed, node)
     for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if is_stored(call.args[1]):
+        if is_stored(call.args[1]) and not _pack_bytes(packed, call, capability):
             _pack_linear(packed, call, capability)
     for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
         _fuse_factors(packed, call)
@@ -70,10 +75,45 @@ def packed_for_gpu(
         _unpack(packed, node)
     if dtype is not None:
         for node in list(packed.graph.nodes):
-            if packed_operator(node) is not None:
+            if packed_operator(node) in _FLOATS:
                 _multiply_in(packed, node, dtype)
     packed.finish()
     return packed
+
+
+def _pack_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] | None) -> bool:
+    """``call`` on bytes, where its input comes from a quantizer and a kernel takes its weight; whether it was done."""
+    stored, quantizer = call.args[1], call.args[0]
+    kind = str(quantizer.target)
+    if kind not in ("compress.fake_quantize.default", "compress.fake_quantize_dynamic.default"):
+        return False
+    weight = _quantized(traced, stored)
+    if weight.group_size is not None or not weight.symmetric:
+        return False
+    outputs, inputs = stored.args[4]
+    choices = [
+        choose(Call("int8_linear", "cuda", capability, torch.float32, rows, outputs, inputs, 8, inputs))
+        for rows in _ROWS
+    ]
+    if all(choice.name == "reference" for choice in choices):
+        call.meta[UNPACKED] = choices[-1].refused
+        return False
+    layer = layer_name(call)
+    names = [f"{layer}.weight_{part}" for part in ("bytes", "bytes_scale", "bytes_sums")]
+    if not _holds(traced, names[0]):
+        found = Int8Weight.from_quantized(weight)
+        for name, part in zip(names, (found.codes, found.scale, found.sums), strict=True):
+            traced.set_tensor(name, part)
+    parts = [traced.attribute(name, before=call) for name in names]
+    bias = call.args[2] if len(call.args) > 2 else None
+    if kind == "compress.fake_quantize.default":
+        x, scale, zero_point, bits = quantizer.args
+        args = (x, scale, zero_point, *parts, bias, bits)
+        _replace(traced, call, torch.ops.compress.int8_linear.default, args)
+    else:
+        args = (quantizer.args[0], *parts, bias, False)
+        _replace(traced, call, torch.ops.compress.int8_dynamic_linear.default, args)
+    return True
 
 
 def _pack_linear(traced: TracedModel, call: fx.Node, capability: tuple[int, int] | None) -> None:
@@ -154,8 +194,7 @@ def _unpack_branch(traced: TracedModel, add: fx.Node) -> None:
 def _multiply_in(traced: TracedModel, call: fx.Node, dtype: torch.dtype) -> None:
     """``call`` between two casts; factors are stored in ``dtype``, a bias too."""
     x, *rest = call.args
-    factors = {"lowrank_linear": (0, 1, 2), "packed_linear": (3,), "packed_lowrank_linear": (3, 4, 5)}
-    for place in factors[packed_operator(call)]:
+    for place in _FLOATS[packed_operator(call)]:
         if rest[place] is not None:
             name = f"{rest[place].target}_{str(dtype).removeprefix('torch.')}"
             traced.set_tensor(name, traced.tensor(str(rest[place].target)).to(dtype))

@@ -20,15 +20,18 @@ from compress.kernels import launch
 from compress.kernels.delta_add import delta_add
 from compress.kernels.delta_gemv import delta_gemv
 from compress.kernels.delta_rows import DeltaRows
+from compress.kernels.int8_dot import int8_dot, int8_fused
+from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.lanes import LaneWeight, unit_shape
 from compress.kernels.packed_dot import packed_dot
 from compress.kernels.packed_gemv import packed_gemv
 from compress.kernels.packed_unpack import unpack_weight
+from compress.kernels.row_grid import RowGrid
 from compress.kernels.thin_dot import lowrank_dot
 from compress.kernels.thin_gemv import lowrank_gemv
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-POINTERS |= {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
+POINTERS |= {torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 INPUTS = OUTPUTS = 256
 TILE = (128, 16, 2, 4, 3, 1)  # packed_dot's own for these outputs, but two splits, so that partial sums are added
@@ -111,6 +114,15 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         delta_gemv(x, y, delta, None)
         delta_gemv(x, y, delta, torch.zeros(4, dtype=torch.int32))
         delta_add(up.new_zeros(OUTPUTS, INPUTS), delta)
+        rows += recorder.rows
+        recorder = Recorder(architecture, f"int8 {dtype}")
+        JITFunction.run = recorder.method()
+        codes = torch.zeros(OUTPUTS, INPUTS, dtype=torch.int8)
+        weight8 = Int8Weight(codes, torch.ones(OUTPUTS), torch.zeros(OUTPUTS, dtype=torch.int32))
+        static = RowGrid("static", torch.ones(1), torch.zeros(1, dtype=torch.uint8))
+        int8_fused(x, static, weight8)
+        int8_fused(x, RowGrid("token"), weight8, torch.zeros(OUTPUTS, dtype=dtype))
+        int8_dot(torch.zeros(200, INPUTS, dtype=dtype), RowGrid("tensor"), weight8)
         rows += recorder.rows
     return rows
 

@@ -21,6 +21,7 @@ from compress.kernels.table import register_operators
 from compress.quant.grid import min_max_grid, quantize
 from compress.records import Split
 from compress.runtime.device import check_device, move_graph
+from compress.runtime.explain import explain
 from compress.runtime.pack import packed_for_gpu
 
 HOPPER = (9, 0)
@@ -110,9 +111,23 @@ def test_integer_layers_keep_their_grids(compress_quickly: Callable[..., Any]) -
     traced = compress_quickly(module.eval(), torch.randn(16, 2, 4, 4), bits=4)
     packed = packed_for_gpu(traced, HOPPER)
     assert not any(name.startswith("dequantize") for name in calls(packed))
+    assert calls(packed).count("int8_linear") == 2
+    assert calls(packed).count("fake_quantize") == calls(traced).count("fake_quantize") - 2, "rounded in the kernels"
     x = torch.randn(5, 2, 4, 4)
     with torch.no_grad():
         assert relative(packed.module(x), traced.module(x)) <= 1e-5
+
+
+def test_dynamic_layers_multiply_bytes(compress_quickly: Callable[..., Any]) -> None:
+    module = nn.Sequential(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    traced = compress_quickly(module, None, (32,), bits=8, dynamic=True)
+    packed = packed_for_gpu(traced, HOPPER)
+    assert calls(packed) == ["int8_dynamic_linear", "relu", "int8_dynamic_linear"]
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        assert relative(packed.module(x), traced.module(x)) <= 1e-5
+    rows = explain(packed, (x,), HOPPER)
+    assert [(row.layer, row.kernel, row.bits) for row in rows] == [("0", "int8_fused", 8), ("2", "int8_fused", 8)]
 
 
 @pytest.mark.parametrize("form", ["factors", "branch"])
