@@ -35,6 +35,7 @@ class Call:
         group_size: inputs that share a grid; I where a row has one.
         rank: of a low-rank weight or branch; 0 without.
         mixed: whether rows belong to different sparse deltas.
+        groups: of a convolution; ``outputs`` are those of all.
     """
 
     operator: str
@@ -48,6 +49,7 @@ class Call:
     group_size: int = 0
     rank: int = 0
     mixed: bool = False
+    groups: int = 1
 
     @classmethod
     def on(cls, x: torch.Tensor, operator: str, **rest: Any) -> Call:
@@ -66,6 +68,7 @@ class Requires:
     rank: int | None = None
     inputs: int | None = None
     mixed: bool = True
+    group_outputs: int | None = None
     capability: tuple[int, int] | None = (8, 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
@@ -90,6 +93,9 @@ class Requires:
             yield f"rank {call.rank} is above {self.rank}"
         if self.inputs is not None and call.inputs > self.inputs:
             yield f"{call.inputs} inputs are above {self.inputs}: their sum may not fit into 32 bits"
+        own = call.outputs // call.groups
+        if self.group_outputs is not None and call.groups > 1 and own < self.group_outputs:
+            yield f"{call.groups} groups of {own} outputs leave tensor cores empty, which take {self.group_outputs}"
         if call.mixed and not self.mixed:
             yield "rows belong to different deltas"
 

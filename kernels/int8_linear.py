@@ -16,7 +16,7 @@ from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.packed_linear import flat_rows
 from compress.kernels.row_grid import RowGrid
 
-__all__ = ["choose_int8", "int8_dynamic_linear", "int8_linear"]
+__all__ = ["checked_int8", "choose_int8", "int8_dynamic_linear", "int8_linear"]
 
 
 def choose_int8(x: Tensor, weight: Int8Weight) -> Choice:

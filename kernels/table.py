@@ -17,6 +17,8 @@ OPERATORS = {
     "lowrank_linear": "compress.kernels.lowrank_linear:lowrank_linear",
     "int8_linear": "compress.kernels.int8_linear:int8_linear",
     "int8_dynamic_linear": "compress.kernels.int8_linear:int8_dynamic_linear",
+    "int8_conv2d": "compress.kernels.int8_conv2d:int8_conv2d",
+    "dequantize_codes": "compress.kernels.int8_conv2d:dequantize_codes",
     "delta_linear": "compress.kernels.delta_linear:delta_linear",
     "packed_delta_linear": "compress.kernels.delta_linear:packed_delta_linear",
     "add_delta_": "compress.kernels.delta_linear:add_delta_",
@@ -39,6 +41,10 @@ KERNELS = {
         "int8_fused": "compress.kernels.int8_dot:FUSED",
         "int8_dot": "compress.kernels.int8_dot:KERNEL",
         "reference": "compress.kernels.int8_reference:KERNEL",
+    },
+    "int8_conv2d": {
+        "int8_conv": "compress.kernels.int8_conv:KERNEL",
+        "reference": "compress.kernels.conv_problem:KERNEL",
     },
     "delta_linear": {
         "delta_gemv": "compress.kernels.delta_product:GEMV",

@@ -12,7 +12,8 @@ from compress.graph.traced import TracedModel
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.launch import capability as capability_of
 from compress.records import LayerRun
-from compress.runtime.pack import UNPACKED, factor_place, group_size_of, packed_operator
+from compress.runtime.edits import UNPACKED, group_size_of
+from compress.runtime.pack import factor_place, packed_operator
 
 __all__ = ["explain"]
 
@@ -45,6 +46,12 @@ def _layer_run(
 ) -> LayerRun:
     if operator := packed_operator(node):
         outputs, rank = y.shape[-1], 0
+        if operator == "int8_conv2d":
+            outputs, *rest = traced.tensor(str(node.args[3].target)).shape
+            inputs, positions, groups = torch.Size(rest).numel(), y.numel() // outputs, node.args[11]
+            device, found = ("cuda", capability) if capability else (x.device.type, capability_of(x))
+            call = Call(operator, device, found, x.dtype, positions, outputs, inputs, 8, inputs, groups=groups)
+            return _run_of(str(node.args[3].target).removesuffix(".weight_bytes"), operator, call)
         if operator in ("int8_linear", "int8_dynamic_linear"):
             weight = node.args[3 if operator == "int8_linear" else 1]
             name = str(weight.target).removesuffix(".weight_bytes")
@@ -93,8 +100,12 @@ def _chosen(
     tables = {"lowrank_linear": "lowrank_linear", "int8_linear": "int8_linear", "int8_dynamic_linear": "int8_linear"}
     table = tables.get(operator, "packed_linear")
     call = Call(table, device, found, x.dtype, rows, outputs, inputs, bits or 0, group_size or 0, rank)
+    return _run_of(layer, operator, call)
+
+
+def _run_of(layer: str, operator: str, call: Call) -> LayerRun:
     choice = choose(call)
     return LayerRun(
-        layer=layer, operator=operator, kernel=choice.name, rows=rows, inputs=inputs, outputs=outputs, bits=bits,
-        group_size=group_size, rank=rank, refused=choice.refused,
+        layer=layer, operator=operator, kernel=choice.name, rows=call.rows, inputs=call.inputs, outputs=call.outputs,
+        bits=call.bits or None, group_size=call.group_size or None, rank=call.rank, refused=choice.refused,
     )  # fmt: skip

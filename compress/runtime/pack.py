@@ -2,6 +2,7 @@
 
     x -- linear(dequantize_weight(codes)) -- y      becomes    packed_linear(units)         weights stay packed
     the same behind a quantizer, weights symmetric  becomes    int8_linear(bytes)           rounding fused
+    convolutions there (runtime/convolutions.py)    become     int8_conv2d(bytes)           bytes passed on
     x -- linear -- linear -- y, thin in between     becomes    lowrank_linear               one operator for both
     packed_linear, and those two beside it, added   becomes    packed_lowrank_linear        the branch fused
     any other stored weight or bias                 becomes    floats, once, at load time
@@ -11,30 +12,35 @@ The artifact's own graph unpacks weights as it runs, in operators whose referenc
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from compress.errors import InputError
-from compress.graph.layers import LAYER_KINDS, TABLE, is_stored, layer_name
+from compress.graph.layers import is_stored, layer_name
 from compress.graph.traced import TracedModel
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.lanes import LaneWeight
-from compress.weights import QuantizedWeight
+from compress.runtime.convolutions import pack_convolutions
+from compress.runtime.edits import (
+    UNPACKED,
+    group_size_of,
+    holds_tensor,
+    replace_by_tensor,
+    replace_node,
+    stored_weight,
+    unpack_weight,
+)
 
-__all__ = ["UNPACKED", "factor_place", "group_size_of", "packed_for_gpu", "packed_operator"]
+__all__ = ["factor_place", "packed_for_gpu", "packed_operator"]
 
 aten = torch.ops.aten
 
 # The operators that take weights in the kernels' layout, or factors.
-_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear", "int8_linear", "int8_dynamic_linear")
+_BYTES = ("int8_linear", "int8_dynamic_linear", "int8_conv2d")
+_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear", *_BYTES)
 # Which arguments of those that multiply floats, behind x, are factors or a bias.
 _FLOATS = {"lowrank_linear": (0, 1, 2), "packed_linear": (3,), "packed_lowrank_linear": (3, 4, 5)}
-# Key of a node's notes: why its weight is no longer packed, a sentence a kernel.
-UNPACKED = "compress_unpacked"
 
 # Few, some and many rows: a weight that no kernel takes at any of them is kept as floats.
 _ROWS = (1, 16, 1024)
@@ -61,7 +67,8 @@ def packed_for_gpu(
     for node in list(packed.graph.nodes):
         if node.op == "call_function" and str(node.target) == "compress.dequantize_bias.default":
             parts = [packed.tensor(str(part.target)) for part in node.args]
-            _replace_by_tensor(packed, node, f"{node.args[0].target}_floats", node.target(*parts))
+            replace_by_tensor(packed, node, f"{node.args[0].target}_floats", node.target(*parts))
+    pack_convolutions(packed, capability)
     for node in packed.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         _unpack_branch(packed, node)
     for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -72,7 +79,7 @@ def packed_for_gpu(
     for node in packed.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         _fuse_branch(packed, node)
     for node in packed.graph.find_nodes(op="call_function", target=torch.ops.compress.dequantize_weight.default):
-        _unpack(packed, node)
+        unpack_weight(packed, node)
     if dtype is not None:
         for node in list(packed.graph.nodes):
             if packed_operator(node) in _FLOATS:
@@ -87,7 +94,7 @@ def _pack_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] 
     kind = str(quantizer.target)
     if kind not in ("compress.fake_quantize.default", "compress.fake_quantize_dynamic.default"):
         return False
-    weight = _quantized(traced, stored)
+    weight = stored_weight(traced, stored)
     if weight.group_size is not None or not weight.symmetric:
         return False
     outputs, inputs = stored.args[4]
@@ -100,7 +107,7 @@ def _pack_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] 
         return False
     layer = layer_name(call)
     names = [f"{layer}.weight_{part}" for part in ("bytes", "bytes_scale", "bytes_sums")]
-    if not _holds(traced, names[0]):
+    if not holds_tensor(traced, names[0]):
         found = Int8Weight.from_quantized(weight)
         for name, part in zip(names, (found.codes, found.scale, found.sums), strict=True):
             traced.set_tensor(name, part)
@@ -109,10 +116,10 @@ def _pack_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] 
     if kind == "compress.fake_quantize.default":
         x, scale, zero_point, bits = quantizer.args
         args = (x, scale, zero_point, *parts, bias, bits)
-        _replace(traced, call, torch.ops.compress.int8_linear.default, args)
+        replace_node(traced, call, torch.ops.compress.int8_linear.default, args)
     else:
         args = (quantizer.args[0], *parts, bias, False)
-        _replace(traced, call, torch.ops.compress.int8_dynamic_linear.default, args)
+        replace_node(traced, call, torch.ops.compress.int8_dynamic_linear.default, args)
     return True
 
 
@@ -129,13 +136,13 @@ def _pack_linear(traced: TracedModel, call: fx.Node, capability: tuple[int, int]
         return
     layer = layer_name(call)
     names = [f"{layer}.weight_{part}" for part in ("units", "lane_scale", "lane_zero_point")]
-    if not _holds(traced, names[0]):  # a layer that is called twice is packed once
-        weight = LaneWeight.from_quantized(_quantized(traced, stored))
+    if not holds_tensor(traced, names[0]):  # a layer that is called twice is packed once
+        weight = LaneWeight.from_quantized(stored_weight(traced, stored))
         for name, part in zip(names, (weight.units, weight.scale, weight.zero_point), strict=True):
             traced.set_tensor(name, part)
     parts = [traced.attribute(name, before=call) for name in names]
     bias = call.args[2] if len(call.args) > 2 else None
-    _replace(traced, call, torch.ops.compress.packed_linear.default, (call.args[0], *parts, bias, bits, group_size))
+    replace_node(traced, call, torch.ops.compress.packed_linear.default, (call.args[0], *parts, bias, bits, group_size))
 
 
 def _fuse_factors(traced: TracedModel, up: fx.Node) -> None:
@@ -146,7 +153,7 @@ def _fuse_factors(traced: TracedModel, up: fx.Node) -> None:
     x, down_weight, up_weight = pair
     bias = up.args[2] if len(up.args) > 2 else None
     rank = traced.tensor(str(up_weight.target)).shape[1]
-    _replace(traced, up, torch.ops.compress.lowrank_linear.default, (x, up_weight, down_weight, bias, rank))
+    replace_node(traced, up, torch.ops.compress.lowrank_linear.default, (x, up_weight, down_weight, bias, rank))
 
 
 def _factors(traced: TracedModel, up: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -174,7 +181,7 @@ def _fuse_branch(traced: TracedModel, add: fx.Node) -> None:
         return
     x, units, scale, zero_point, bias, bits, group_size = whole.args
     args = (x, units, scale, zero_point, branch.args[1], branch.args[2], bias, bits, group_size)
-    _replace(traced, add, torch.ops.compress.packed_lowrank_linear.default, args)
+    replace_node(traced, add, torch.ops.compress.packed_lowrank_linear.default, args)
 
 
 def _unpack_branch(traced: TracedModel, add: fx.Node) -> None:
@@ -188,7 +195,7 @@ def _unpack_branch(traced: TracedModel, add: fx.Node) -> None:
     if down.target is aten.linear.default and down.args[0] is whole.args[0] and len(down.users) == 1:
         for stored in (down.args[1], up.args[1]):
             if is_stored(stored) and len(stored.users) == 1:
-                _unpack(traced, stored)
+                unpack_weight(traced, stored)
 
 
 def _multiply_in(traced: TracedModel, call: fx.Node, dtype: torch.dtype) -> None:
@@ -208,34 +215,6 @@ def _multiply_in(traced: TracedModel, call: fx.Node, dtype: torch.dtype) -> None
     call.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
 
 
-def _replace(traced: TracedModel, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
-    with traced.graph.inserting_before(node):
-        new = traced.graph.create_node("call_function", target, args, name=f"{node.name}_fused")
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    traced.graph.erase_node(node)
-
-
-def _replace_by_tensor(traced: TracedModel, node: fx.Node, name: str, value: Tensor) -> None:
-    traced.set_tensor(name, value)
-    node.replace_all_uses_with(traced.attribute(name, before=node))
-    traced.graph.erase_node(node)
-
-
-def _unpack(traced: TracedModel, stored: fx.Node) -> None:
-    """``stored``, a weight in codes, as floats from now on."""
-    name = str(stored.args[0].target).removesuffix("_packed")
-    for reader in stored.users:
-        kind = "embedding" if reader.target is TABLE else LAYER_KINDS.get(reader.target, str(reader.target))  # type: ignore[call-overload]
-        why = f"no kernel of {kind} takes weights in codes: they were unpacked when the model was loaded"
-        reader.meta.setdefault(UNPACKED, (why,))
-    _replace_by_tensor(traced, stored, f"{name}_floats", _quantized(traced, stored).dequantize())
-
-
-def _holds(traced: TracedModel, name: str) -> bool:
-    return any(name == found for found, _ in traced.module.named_buffers())
-
-
 def packed_operator(node: fx.Node) -> str | None:
     """Which of the operators over packed weights and factors ``node`` calls; None: another."""
     namespace, _, rest = str(node.target).partition(".")
@@ -246,18 +225,3 @@ def packed_operator(node: fx.Node) -> str | None:
 def factor_place(operator: str) -> int | None:
     """Which argument of ``operator`` is ``up`` [O, R], the second factor; None: it has none."""
     return {"lowrank_linear": 1, "packed_lowrank_linear": 4}.get(operator)
-
-
-def group_size_of(stored: fx.Node) -> int:
-    """Weights of a row of ``stored``, a weight in codes, that share a grid."""
-    row = math.prod(stored.args[4][1:])
-    return (stored.args[6] if len(stored.args) > 6 else None) or row
-
-
-def _quantized(traced: TracedModel, stored: fx.Node) -> QuantizedWeight:
-    parts = {
-        part: traced.tensor(str(node.target))
-        for part, node in zip(("packed", "scale", "zero_point"), stored.args, strict=False)
-    }
-    group_size = stored.args[6] if len(stored.args) > 6 else None
-    return QuantizedWeight.from_tensors(parts, stored.args[3], tuple(stored.args[4]), group_size)

@@ -17,9 +17,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from compress.kernels import launch
+from compress.kernels.conv_problem import ConvProblem
 from compress.kernels.delta_add import delta_add
 from compress.kernels.delta_gemv import delta_gemv
 from compress.kernels.delta_rows import DeltaRows
+from compress.kernels.int8_conv import int8_conv
 from compress.kernels.int8_dot import int8_dot, int8_fused
 from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.lanes import LaneWeight, unit_shape
@@ -123,6 +125,11 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         int8_fused(x, static, weight8)
         int8_fused(x, RowGrid("token"), weight8, torch.zeros(OUTPUTS, dtype=dtype))
         int8_dot(torch.zeros(200, INPUTS, dtype=dtype), RowGrid("tensor"), weight8)
+        kernels = Int8Weight(codes.reshape(OUTPUTS, 2, 2, 64), weight8.scale, weight8.sums)
+        image = torch.zeros(1, 64, 9, 9, dtype=dtype)
+        problem = ConvProblem(static, (1, 1), (1, 1), (1, 1), 1, following=static)
+        int8_conv(image, kernels, None, problem)
+        int8_conv(image.to(torch.int8, memory_format=torch.channels_last), kernels, weight8.scale, problem)
         rows += recorder.rows
     return rows
 

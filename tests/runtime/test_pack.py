@@ -118,6 +118,55 @@ def test_integer_layers_keep_their_grids(compress_quickly: Callable[..., Any]) -
         assert relative(packed.module(x), traced.module(x)) <= 1e-5
 
 
+class Residual(nn.Module):
+    """Two convolutions in a row, a sum, a strided one, a depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first = nn.Conv2d(16, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.down = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.second(torch.relu(self.first(x))))
+        x = torch.relu(self.depthwise(torch.relu(self.down(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_convolutions_pass_bytes_on(compress_quickly: Callable[..., Any]) -> None:
+    torch.manual_seed(1)
+    traced = compress_quickly(Residual().eval(), torch.randn(16, 3, 8, 8), bits=4)
+    packed = packed_for_gpu(traced, HOPPER)
+    found = calls(packed)
+    assert found.count("int8_conv2d") == 4
+    assert found.count("conv2d") == 1, "the depthwise one stays on floats"
+    outputs = {
+        str(node.args[3].target).split(".")[0]: len(node.args) > 13
+        for node in packed.graph.nodes
+        if str(node.target) == "compress.int8_conv2d.default"
+    }
+    assert outputs == {"stem": True, "first": True, "second": False, "down": False}
+    assert found.count("dequantize_codes") == 1, "the sum reads the stem's result, too"
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        # Sums of floats and of integers differ in their last bits, and now and then in a code.
+        assert relative(packed.module(x), traced.module(x)) <= 2e-2
+    rows = {row.layer: row for row in explain(packed, (x,), HOPPER)}
+    assert (rows["first"].kernel, rows["first"].rows, rows["first"].inputs) == ("int8_conv", 5 * 64, 144)
+    assert rows["depthwise"].refused == ("int8_conv: 24 groups of 1 outputs leave tensor cores empty, which take 16",)
+    assert shape_on_meta(packed) == (5, 5)
+
+
+def shape_on_meta(packed: TracedModel) -> tuple[int, ...]:
+    """The output's shape where no tensor holds anything: nothing of the graph stays on another device."""
+    module = move_graph(packed, torch.device("meta"))
+    return tuple(module(torch.zeros(5, 3, 8, 8, device="meta")).shape)
+
+
 def test_dynamic_layers_multiply_bytes(compress_quickly: Callable[..., Any]) -> None:
     module = nn.Sequential(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
     traced = compress_quickly(module, None, (32,), bits=8, dynamic=True)
