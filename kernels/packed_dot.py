@@ -25,6 +25,7 @@ from compress.kernels.lanes import CHUNK, LANES, LaneWeight, block_columns
 from compress.kernels.launch import capability, launch_options, multiprocessors, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
+from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "packed_dot"]
 
@@ -217,6 +218,7 @@ def packed_dot(
     chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
     total = triton.cdiv(blocks * LANES, chunk)
+    tile = tile or measured_tile(x, "packed_dot", outputs, x.dtype, bits, weight.group_size)
     n, m, splits, warps, stages, unroll = tile or default_tile(rows, outputs, total, multiprocessors(x))
     steps = triton.cdiv(total, splits)
     splits = triton.cdiv(total, steps)

@@ -325,4 +325,5 @@ def test_wheel_is_complete_and_alone(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"compress"}
     expected = {f"compress/{path}" for path in python_files("kernels", "calib")}
     assert all(any(name.startswith(f"{link}/") for name in expected) for link in LINKS)
+    expected |= {f"compress/kernels/{path.name}" for path in (ROOT / "kernels").glob("tiles-*.json")}
     assert (expected | {str(path) for path in python_files("compress")}) - names == set()
