@@ -52,7 +52,7 @@ def merged(
 GEMV = Kernel(run=beside, requires=Requires(dtypes=_DTYPES, rows=(1, 128)))
 MERGE = Kernel(
     run=merged,
-    requires=Requires(dtypes=_DTYPES, bits=(0, 2, 3, 4, 5, 6, 7, 8), group_sizes=(32, 64, 128), mixed=False),
+    requires=Requires(dtypes=_DTYPES, bits=(0, 2, 3, 4, 5, 6, 7, 8), group_sizes=(16, 32, 64, 128, 256), mixed=False),
 )
 ROWS = Kernel(run=beside, requires=Requires(dtypes=_DTYPES))
 ADD = Kernel(run=delta_add, requires=Requires(dtypes=_DTYPES))

@@ -86,9 +86,9 @@ class Requires:
         if call.rows < low or (high is not None and call.rows > high):
             yield f"{call.rows} rows are not {low} to {'any number' if high is None else high}"
         if self.bits is not None and call.bits not in self.bits:
-            yield f"{call.bits} bits are not in {set(self.bits)}"
+            yield f"{call.bits} bits are not in {{{_listed(self.bits)}}}"
         if self.group_sizes is not None and call.group_size < call.inputs and call.group_size not in self.group_sizes:
-            yield f"group_size {call.group_size} is not in {set(self.group_sizes)}, nor a whole row"
+            yield f"group_size {call.group_size} is not in {{{_listed(self.group_sizes)}}}, nor a whole row"
         if self.rank is not None and call.rank > self.rank:
             yield f"rank {call.rank} is above {self.rank}"
         if self.inputs is not None and call.inputs > self.inputs:
@@ -135,6 +135,10 @@ def choose(call: Call) -> Choice:
             continue
         return Choice(name, kernel.run, tuple(refused))
     raise TypeError(f"no kernel of {call.operator} takes the call. {'. '.join(refused)}")
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 @cache

@@ -78,7 +78,9 @@ def _launch(
     outputs = weight.codes.shape[0]
     arguments = grid_arguments(x, grid)
     source = x if fused else quantize_rows(x, grid, arguments)
-    n, m, k, splits, warps, stages = tile or default_tile(rows, outputs, inputs, multiprocessors(x))
+    n, m, k, splits, warps, stages = tile or default_tile(
+        rows, outputs, inputs, multiprocessors(x), source.element_size()
+    )
     steps = triton.cdiv(triton.cdiv(inputs, k), splits)
     splits = triton.cdiv(inputs, k * steps)
     low, high = grid.bounds
@@ -111,10 +113,14 @@ def int8_dot(
     return _launch(x, grid, weight, bias, False, tile)
 
 
-def default_tile(rows: int, outputs: int, inputs: int, processors: int) -> Tile:
-    """Splits until the multiprocessors are busy. Chosen by reasoning: these kernels have not been timed."""
+def default_tile(rows: int, outputs: int, inputs: int, processors: int, itemsize: int) -> Tile:
+    """Splits until the multiprocessors are busy; three steps in 99 kB of shared memory, inputs of ``itemsize`` bytes.
+
+    Chosen by reasoning: these kernels have not been timed.
+    """
     m = min(128, max(16, power_of_two(rows)))
-    n, k = (128, 64) if m > 64 else (64, 128)
+    n = 128 if m > 64 else 64
+    k = 64 if m * itemsize > 128 or m > 64 else 128
     programs = triton.cdiv(outputs, n) * triton.cdiv(rows, m)
     splits = max(1, min(8, inputs // (4 * k), round(2 * processors / programs)))
     return n, m, k, splits, 8 if m == 128 else 4, 3

@@ -215,7 +215,8 @@ def packed_dot(
     outputs, bits = weight.outputs, weight.bits
     positions = block_columns(bits) // LANES
     whole = weight.group_size >= inputs
-    chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
+    # A step is a group, of the largest ones half: more inputs would not fit into the memory of a multiprocessor.
+    chunk = 64 if whole else LANES * max(1, min(128, weight.group_size) // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
     total = triton.cdiv(blocks * LANES, chunk)
     tile = tile or measured_tile(x, "packed_dot", outputs, x.dtype, bits, weight.group_size)
@@ -256,7 +257,7 @@ KERNEL = Kernel(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         rows=(1, 128),
         bits=(2, 3, 4, 5, 6, 7, 8),
-        group_sizes=(32, 64, 128),
+        group_sizes=(16, 32, 64, 128, 256),
         rank=128,
         capability=(8, 0),
     ),

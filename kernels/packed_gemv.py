@@ -268,7 +268,7 @@ KERNEL = Kernel(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         rows=(1, 1),
         bits=(2, 3, 4, 5, 6, 7, 8),
-        group_sizes=(32, 64, 128),
+        group_sizes=(16, 32, 64, 128, 256),
         rank=512,
         capability=(8, 0),
     ),

@@ -123,7 +123,7 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         weight8 = Int8Weight(codes, torch.ones(OUTPUTS), torch.zeros(OUTPUTS, dtype=torch.int32))
         static = RowGrid("static", torch.ones(1), torch.zeros(1, dtype=torch.uint8))
         int8_fused(x, static, weight8)
-        int8_fused(x, RowGrid("token"), weight8, torch.zeros(OUTPUTS, dtype=dtype))
+        int8_fused(torch.zeros(64, INPUTS, dtype=dtype), RowGrid("token"), weight8, torch.zeros(OUTPUTS, dtype=dtype))
         int8_dot(torch.zeros(200, INPUTS, dtype=dtype), RowGrid("tensor"), weight8)
         kernels = Int8Weight(codes.reshape(OUTPUTS, 2, 2, 64), weight8.scale, weight8.sums)
         image = torch.zeros(1, 64, 9, 9, dtype=dtype)
