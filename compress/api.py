@@ -7,6 +7,7 @@ Every verb takes the fields of :class:`~compress.options.Options`, :class:`~comp
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact
 from compress.auto import settle_method
 from compress.cache import remembered
 from compress.compression import plan_fingerprint
-from compress.deltas import add_deltas
+from compress.deltas import add_deltas, open_deltas
 from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
 from compress.exporters.onnx import build_onnx, write_onnx
@@ -261,7 +262,15 @@ def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    deltas: str | Path | Sequence[str | Path] = (),
+    weights: Sequence[float] | None = None,
+    head: str | None = None,
+    heads: bool = True,
+    any_base: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> torch.nn.Module:
     """The compressed model in ``folder`` as a PyTorch module that computes the same.
 
@@ -270,19 +279,28 @@ def load(
     lowrank`` gives an :class:`~compress.training.elastic.ElasticModel`: its size is set by call.
 
     Args:
+        deltas: delta files of ``compress sparse`` to the float model that was compressed. Linears keep their codes and
+            multiply with the differences, in float32, beside them; other weights that a delta changes become floats.
+        weights: one a delta; None: 1 each.
+        head: the file whose head is taken, where several have one; ``heads`` False leaves all out.
+        any_base: add deltas of another base, if names and shapes fit.
         device: ``cpu``, ``cuda`` or ``cuda:1``; where the module then is, and takes its inputs.
         dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
 
     Raises:
-        InputError: the folder is not a finished artifact, and no family; there is no such device; or ``dtype`` is
-            given where it has no meaning.
+        InputError: the folder is not a finished artifact, and no family; there is no such device; ``dtype`` is
+            given where it has no meaning; or a delta is for another base, or changes what the artifact does not have.
     """
     path = Path(folder)
+    files = open_deltas([deltas] if isinstance(deltas, str | Path) else deltas)
     if (path / FAMILY_FILE).is_file():
+        if files:
+            raise InputError(f"{path} is a low-rank family, which takes no deltas; truncate a model with them merged")
         if dtype is not None:
             raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
         return load_elastic(path).to(check_device(device))
-    return load_on(path, device, dtype).module
+    adding = {"weights": weights, "head": head, "heads": heads, "any_base": any_base}
+    return load_on(path, device, dtype, files, **adding).module
 
 
 def export(model: ModelLike, out: str | Path, *, overwrite: bool = False, **settings: Unpack[Settings]) -> Path:

@@ -4,6 +4,7 @@
 ``model.onnx``          for ONNX Runtime
 ``model.safetensors``   every tensor of the compressed graph; packed weight codes in compress.packing's layout
 ``graph.json``          the graph itself (compress/graph/serial.py), and the SHA-256 of ``model.safetensors``
+``base.safetensors``    which float model it was made of, for deltas to that (compress/runtime/base.py)
 ``plan.json``           what was decided (compress.records.Plan)
 ``report.json``         what came of it (compress.report.schema.Report)
 ======================  =============================================================================================

@@ -25,6 +25,7 @@ from compress.intake import Intake, check_fits, noise
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
+from compress.runtime.base import compare_base, write_base
 from compress.targets import find_target
 
 __all__ = ["Progress", "Result", "gate_inputs", "realize"]
@@ -87,7 +88,8 @@ def realize(
             progress(what, min(done, total), total)
 
         inputs = samples.inputs if samples else None
-        compressed = apply_plan(intake.traced.copy(), plan, inputs, store, layer_done, say)
+        float_graph = intake.traced.copy()
+        compressed = apply_plan(float_graph, plan, inputs, store, layer_done, say)
         calibrated = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
             progress("exporting", total, total)
@@ -123,6 +125,7 @@ def realize(
                 with new_folder(folder, overwrite) as partial:
                     write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
                     save_artifact(partial, compressed.model, plan)
+                    write_base(compare_base(intake.original, float_graph), partial)
                     (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return Result(report, folder, compressed.model.module)
 

@@ -26,7 +26,7 @@ from compress.sparse.delta import (
 )
 from compress.sparse.deltafile import Undo
 
-__all__ = ["Applied", "apply_deltas", "choose_head", "revert"]
+__all__ = ["Applied", "apply_deltas", "check_base", "choose_head", "revert"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def apply_deltas(
         _check_fits(name, replace(delta, dense=dense if delta.dense is dense else {}), tensors)
     hashes = tensor_hashes(tensors) if hashed or not any_base else {}
     if not any_base:
-        _check_base(deltas, hashes)
+        check_base(deltas, hashes)
     try:
         summed = sum_deltas(list(deltas.values()), weights)
     except ValueError as error:
@@ -150,6 +150,21 @@ def choose_head(deltas: Mapping[str, SparseDelta], head: str | None) -> dict[str
     return next(iter(with_head.values()), {})
 
 
+def check_base(deltas: Mapping[str, SparseDelta], hashes: Mapping[str, str]) -> None:
+    """Refuse deltas for another base than that whose tensors have ``hashes``, by name.
+
+    Raises:
+        InputError: one of them is.
+    """
+    for called, delta in deltas.items():
+        found = base_hash(hashes, delta.without)
+        if delta.base is not None and delta.base != found:
+            raise InputError(
+                f"{called} is for another base: its hash is {delta.base[:12]}, the model's {found[:12]}; give the base "
+                "it was trained on, or, if this one fits as well, --any-base"
+            )
+
+
 def _check_fits(called: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) -> None:
     shapes = {name: each.shape for name, each in delta.tensors.items()}
     shapes |= {name: tuple(each.shape) for name, each in delta.dense.items()}
@@ -168,13 +183,3 @@ def _check_fits(called: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) 
             raise InputError(f"{called}: {name} has indices beyond its {math.prod(each.shape):,} entries")
         if not bool(each.values.isfinite().all()):
             raise InputError(f"{called}: {name} has a difference that is not finite")
-
-
-def _check_base(deltas: Mapping[str, SparseDelta], hashes: Mapping[str, str]) -> None:
-    for called, delta in deltas.items():
-        found = base_hash(hashes, delta.without)
-        if delta.base is not None and delta.base != found:
-            raise InputError(
-                f"{called} is for another base: its hash is {delta.base[:12]}, the model's {found[:12]}; give the base "
-                "it was trained on, or, if this one fits as well, --any-base"
-            )
