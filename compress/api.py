@@ -262,16 +262,10 @@ def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
 
 
 def load(
-    folder: str | Path,
-    *,
-    deltas: str | Path | Sequence[str | Path] = (),
-    weights: Sequence[float] | None = None,
-    head: str | None = None,
-    heads: bool = True,
-    any_base: bool = False,
-    device: str | torch.device = "cpu",
+    folder: str | Path, *, deltas: str | Path | Sequence[str | Path] = (), weights: Sequence[float] | None = None,
+    head: str | None = None, heads: bool = True, any_base: bool = False, device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> torch.nn.Module:
+) -> torch.nn.Module:  # fmt: skip
     """The compressed model in ``folder`` as a PyTorch module that computes the same.
 
     On a GPU linears keep their weights packed, in the layout of our Triton kernels, and other layers run on floats.
@@ -281,15 +275,13 @@ def load(
     Args:
         deltas: delta files of ``compress sparse`` to the float model that was compressed. Linears keep their codes and
             multiply with the differences, in float32, beside them; other weights that a delta changes become floats.
-        weights: one a delta; None: 1 each.
-        head: the file whose head is taken, where several have one; ``heads`` False leaves all out.
-        any_base: add deltas of another base, if names and shapes fit.
+        weights, head, heads, any_base: see :func:`~compress.sparse.application.apply_deltas`.
         device: ``cpu``, ``cuda`` or ``cuda:1``; where the module then is, and takes its inputs.
         dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
 
     Raises:
-        InputError: the folder is not a finished artifact, and no family; there is no such device; ``dtype`` is
-            given where it has no meaning; or a delta is for another base, or changes what the artifact does not have.
+        InputError: the folder is no finished artifact and no family; there is no such device; ``dtype`` has no meaning
+            there; or a delta is for another base, or changes what the artifact does not have.
     """
     path = Path(folder)
     files = open_deltas([deltas] if isinstance(deltas, str | Path) else deltas)
@@ -299,8 +291,7 @@ def load(
         if dtype is not None:
             raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
         return load_elastic(path).to(check_device(device))
-    adding = {"weights": weights, "head": head, "heads": heads, "any_base": any_base}
-    return load_on(path, device, dtype, files, **adding).module
+    return load_on(path, device, dtype, files, weights=weights, head=head, heads=heads, any_base=any_base).module
 
 
 def export(model: ModelLike, out: str | Path, *, overwrite: bool = False, **settings: Unpack[Settings]) -> Path:

@@ -20,12 +20,16 @@ def delta_reference(
 ) -> Tensor:
     """``x`` [M, I] to [M, O], of its dtype: row ``m`` times the base [O, I] plus delta ``task[m]``, rounded once."""
     weight = lane_weight_floats(base) if isinstance(base, LaneWeight) else base.float()
-    y = x.float() @ weight.T
-    for number in range(deltas.count):
-        rows, columns, values = deltas.rows_of(number)
-        own = slice(None) if task is None else (task == number).nonzero()[:, 0]
-        difference = torch.zeros_like(weight).index_put_((rows, columns), values.float())
-        y[own] += x[own].float() @ difference.T
+    if task is None:  # one delta for all rows: one product
+        rows, columns, values = deltas.rows_of(0)
+        y = x.float() @ weight.index_put((rows, columns), values.float(), accumulate=True).T
+    else:
+        y = x.float() @ weight.T
+        for number in range(deltas.count):
+            rows, columns, values = deltas.rows_of(number)
+            own = (task == number).nonzero()[:, 0]
+            difference = torch.zeros_like(weight).index_put_((rows, columns), values.float())
+            y[own] += x[own].float() @ difference.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

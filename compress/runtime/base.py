@@ -147,6 +147,9 @@ def _bias_factor(found: FloatBase, name: str, before: Tensor, after: Tensor) -> 
     if weight not in found.rows or found.rows[weight].shape != before.shape:
         return ratio
     rows, columns = found.rows[weight], found.columns[weight]
+    if len(columns) == 1 or len(rows) == 1:  # of a depthwise convolution, say: what scales rows scales columns too
+        known = torch.allclose(ratio, rows, rtol=_ROUNDING)
+        return rows if known else torch.full_like(before, math.nan)
     if bool((columns == 1).all()) or bool((rows == 1).all()):
         return rows
     # Of both only the product is known: the bias says how it is shared out, if nothing was added to it.

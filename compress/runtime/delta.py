@@ -166,7 +166,7 @@ def _factor(called: str, base: FloatBase, name: str, shape: tuple[int, ...], ind
         raise InputError(f"{called}: {name} has indices beyond its {math.prod(shape):,} entries")
     factor = base.factor(name, shape, index) if place.shape is not None else None
     if factor is None or not bool(factor.isfinite().all()):
-        why = "was folded into others, split or renamed" if factor is None else "was 0, so that nothing tells its scale"
+        why = "was folded into others, split or renamed" if factor is None else "was scaled, nothing tells how much,"
         raise InputError(
             f"{called}: {name} {why} when the model was compressed, so a delta cannot be added to it here; add it "
             "first: compress quantize --delta"

@@ -56,6 +56,12 @@ def _layer_run(
             weight = node.args[3 if operator == "int8_linear" else 1]
             name = str(weight.target).removesuffix(".weight_bytes")
             return _chosen(name, operator, x, outputs, 8, x.shape[-1], 0, capability)
+        if operator in ("delta_linear", "packed_delta_linear"):
+            weight = node.args[1]
+            name = str((weight.args[0] if is_stored(weight) else weight).target).removesuffix(".weight_units")
+            name = name.removesuffix(".weight_packed").removesuffix(".weight_floats").removesuffix(".weight")
+            bits, group_size = (0, x.shape[-1]) if operator == "delta_linear" else node.args[-2:]
+            return _chosen(name, operator, x, outputs, bits, group_size, 0, capability)
         place = factor_place(operator)
         if place is not None:
             rank = traced.tensor(str(node.args[place].target)).shape[1]
@@ -97,7 +103,13 @@ def _chosen(
 ) -> LayerRun:
     rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
     device, found = ("cuda", capability) if capability else (x.device.type, capability_of(x))
-    tables = {"lowrank_linear": "lowrank_linear", "int8_linear": "int8_linear", "int8_dynamic_linear": "int8_linear"}
+    tables = {
+        "delta_linear": "delta_linear",
+        "packed_delta_linear": "delta_linear",
+        "lowrank_linear": "lowrank_linear",
+        "int8_linear": "int8_linear",
+        "int8_dynamic_linear": "int8_linear",
+    }
     table = tables.get(operator, "packed_linear")
     call = Call(table, device, found, x.dtype, rows, outputs, inputs, bits or 0, group_size or 0, rank)
     return _run_of(layer, operator, call)

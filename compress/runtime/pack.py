@@ -5,6 +5,7 @@
     convolutions there (runtime/convolutions.py)    become     int8_conv2d(bytes)           bytes passed on
     x -- linear -- linear -- y, thin in between     becomes    lowrank_linear               one operator for both
     packed_linear, and those two beside it, added   becomes    packed_lowrank_linear        the branch fused
+    delta_linear(dequantize_weight(codes))          becomes    packed_delta_linear          the delta beside it
     any other stored weight or bias                 becomes    floats, once, at load time
 
 The artifact's own graph unpacks weights as it runs, in operators whose reference is the truth; the CPU runs that one.
@@ -38,9 +39,15 @@ aten = torch.ops.aten
 
 # The operators that take weights in the kernels' layout, or factors.
 _BYTES = ("int8_linear", "int8_dynamic_linear", "int8_conv2d")
-_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear", *_BYTES)
+_DELTAS = ("delta_linear", "packed_delta_linear")
+_PACKED = ("packed_linear", "packed_lowrank_linear", "lowrank_linear", *_DELTAS, *_BYTES)
 # Which arguments of those that multiply floats, behind x, are factors or a bias.
-_FLOATS = {"lowrank_linear": (0, 1, 2), "packed_linear": (3,), "packed_lowrank_linear": (3, 4, 5)}
+_FLOATS = {
+    "lowrank_linear": (0, 1, 2),
+    "packed_linear": (3,),
+    "packed_lowrank_linear": (3, 4, 5),
+    "packed_delta_linear": (7,),
+}
 
 # Few, some and many rows: a weight that no kernel takes at any of them is kept as floats.
 _ROWS = (1, 16, 1024)
@@ -73,6 +80,9 @@ def packed_for_gpu(
         _unpack_branch(packed, node)
     for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
         if is_stored(call.args[1]) and not _pack_bytes(packed, call, capability):
+            _pack_linear(packed, call, capability)
+    for call in packed.graph.find_nodes(op="call_function", target=torch.ops.compress.delta_linear.default):
+        if is_stored(call.args[1]):
             _pack_linear(packed, call, capability)
     for call in packed.graph.find_nodes(op="call_function", target=aten.linear.default):
         _fuse_factors(packed, call)
@@ -124,23 +134,28 @@ def _pack_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] 
 
 
 def _pack_linear(traced: TracedModel, call: fx.Node, capability: tuple[int, int] | None) -> None:
-    """``call`` with its weight in the kernels' layout, if a kernel takes that."""
-    stored = call.args[1]
+    """``call``, of a linear or one with a delta, with its weight in the kernels' layout, if a kernel takes that."""
+    stored, with_delta = call.args[1], packed_operator(call) == "delta_linear"
     bits, (outputs, inputs), group_size = stored.args[3], stored.args[4], group_size_of(stored)
+    table = "delta_linear" if with_delta else "packed_linear"
     choices = [
-        choose(Call("packed_linear", "cuda", capability, torch.float32, rows, outputs, inputs, bits, group_size))
+        choose(Call(table, "cuda", capability, torch.float32, rows, outputs, inputs, bits, group_size))
         for rows in _ROWS
     ]
     if all(choice.name == "reference" for choice in choices):
         call.meta[UNPACKED] = choices[-1].refused
         return
-    layer = layer_name(call)
+    layer = str(stored.args[0].target).removesuffix(".weight_packed")
     names = [f"{layer}.weight_{part}" for part in ("units", "lane_scale", "lane_zero_point")]
     if not holds_tensor(traced, names[0]):  # a layer that is called twice is packed once
         weight = LaneWeight.from_quantized(stored_weight(traced, stored))
         for name, part in zip(names, (weight.units, weight.scale, weight.zero_point), strict=True):
             traced.set_tensor(name, part)
     parts = [traced.attribute(name, before=call) for name in names]
+    if with_delta:
+        target = torch.ops.compress.packed_delta_linear.default
+        replace_node(traced, call, target, (call.args[0], *parts, *call.args[2:], bits, group_size))
+        return
     bias = call.args[2] if len(call.args) > 2 else None
     replace_node(traced, call, torch.ops.compress.packed_linear.default, (call.args[0], *parts, bias, bits, group_size))
 
