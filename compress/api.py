@@ -6,7 +6,6 @@ Every verb takes the fields of :class:`~compress.options.Options`, :class:`~comp
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,14 +23,10 @@ from compress.compression import plan_fingerprint
 from compress.deltas import add_deltas, open_deltas
 from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
-from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify as verify_file
-from compress.gate import verify_or_raise
-from compress.graph.traced import TracedModel
-from compress.huggingface import is_pretrained
-from compress.intake import Intake, ModelLike, noise, read_model, take_in
-from compress.kernels.table import register_operators
-from compress.options import Options, Settings, Source, check_unused, gather
+from compress.intake import Intake, ModelLike, read_model, take_in
+from compress.onnxfile import export_shared, export_whole, graph_of
+from compress.options import Options, Settings, check_unused, gather
 from compress.planning import make_plan
 from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realize
 from compress.records import Front, LayerSpec, Plan
@@ -280,8 +275,7 @@ def load(
         dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
 
     Raises:
-        InputError: the folder is no finished artifact and no family; there is no such device; ``dtype`` has no meaning
-            there; or a delta is for another base, or changes what the artifact does not have.
+        InputError: the folder, a delta or the device is not to be had, or they do not go together.
     """
     path = Path(folder)
     files = open_deltas([deltas] if isinstance(deltas, str | Path) else deltas)
@@ -294,24 +288,31 @@ def load(
     return load_on(path, device, dtype, files, weights=weights, head=head, heads=heads, any_base=any_base).module
 
 
-def export(model: ModelLike, out: str | Path, *, overwrite: bool = False, **settings: Unpack[Settings]) -> Path:
+def export(
+    model: ModelLike,
+    out: str | Path,
+    *,
+    share: str | None = None,
+    overwrite: bool = False,
+    **settings: Unpack[Settings],
+) -> Path:
     """Write ``model`` (a folder that :func:`quantize` wrote, a float model's file, or a module) as one ONNX file.
 
+    Args:
+        share: the name of a file beside ``out`` for the tensors of the model without ``deltas``, which several tasks'
+            files read; see compress/exporters/shared.py.
+
     Raises:
-        InputError: the model cannot be used, or ``out`` exists.
+        InputError: the model cannot be used, or a file is in the way.
         GateError: the file does not compute what the graph does.
     """
     _, source = gather(settings)
     path = Path(out)
     check_free(path, overwrite)
-    traced = _traced(model, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
-        staged = Path(folder) / path.name
-        write_onnx(build_onnx(traced), staged, {})
-        parity = verify_file(traced, staged, noise(traced, 32, seed=0), "noise")
-        verify_or_raise(parity, path)
-        staged.replace(path)
+    if share is None:
+        export_whole(graph_of(model, source), path)
+    else:
+        export_shared(model, source, path, share, overwrite)
     return path
 
 
@@ -385,16 +386,6 @@ def _realize(
 def _given(asked: int, planned: int) -> int:
     """What was asked for, or where that is the default of one what the plan's latency was measured at."""
     return asked if asked != 1 else planned
-
-
-def _traced(model: ModelLike, source: Source) -> TracedModel:
-    register_operators()
-    if not isinstance(model, torch.nn.Module) and Path(model).is_dir() and not is_pretrained(Path(model)):
-        if source.deltas:
-            raise InputError(f"{model} is compressed already; add deltas to the float model: compress quantize --delta")
-        return load_artifact(Path(model))
-    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
-    return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape).traced
 
 
 def _silent(label: str, done: int, total: int) -> None:

@@ -41,6 +41,7 @@ LEVEL_5 = {
     "work",
     "deltas",
     "modelfile",
+    "onnxfile",
     "streaming",
     "training",
     "distill",

@@ -17,6 +17,10 @@ def export(
     allow: Allow = None,
     delta: Delta = None,
     input_shape: InputShape = None,
+    share: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="File beside --out for the tensors of the model without deltas, for several"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file")] = False,
 ) -> None:
     """Write a model as ONNX and check that ONNX Runtime computes the same.
@@ -29,8 +33,9 @@ def export(
 
     path = api.export(
         model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), deltas=tuple(delta or ()),
-        input_shape=shape(input_shape),
+        input_shape=shape(input_shape), share=share,
     )  # fmt: skip
-    Console().print(
-        f"Written to {path} ({path.stat().st_size / 1e3:,.1f} kB), checked against PyTorch.", highlight=False
-    )
+    own = path.with_name(f"{path.name}.data")
+    size = path.stat().st_size + (own.stat().st_size if share and own.exists() else 0)
+    beside = f" beside {share}" if share else ""
+    Console().print(f"Written to {path} ({size / 1e3:,.1f} kB{beside}), checked against PyTorch.", highlight=False)

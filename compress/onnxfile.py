@@ -1,0 +1,93 @@
+"""A graph as an ONNX file in its place: written, proven against the graph, and only then moved there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from compress.artifact import check_free, load_artifact
+from compress.deltas import add_deltas
+from compress.errors import InputError
+from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.shared import Shares, check_name, write_shared
+from compress.gate import verify, verify_or_raise
+from compress.graph.traced import TracedModel
+from compress.huggingface import is_pretrained
+from compress.intake import ModelLike, noise, read_model, take_in
+from compress.kernels.table import register_operators
+from compress.options import Source
+
+__all__ = ["export_shared", "export_whole", "graph_of"]
+
+
+def graph_of(model: ModelLike, source: Source) -> TracedModel:
+    """The graph of a compressed folder, or of a float model with the deltas of ``source`` added.
+
+    Raises:
+        InputError: the model cannot be used, or is compressed and there are deltas.
+    """
+    register_operators()
+    if not isinstance(model, torch.nn.Module) and Path(model).is_dir() and not is_pretrained(Path(model)):
+        if source.deltas:
+            raise InputError(
+                f"{model} is compressed already; add deltas to the float model: compress quantize --delta; in PyTorch "
+                "compress.load(folder, deltas=...) adds them to this one"
+            )
+        return load_artifact(Path(model))
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape).traced
+
+
+def export_whole(traced: TracedModel, path: Path) -> None:
+    """Write ``traced`` to ``path``, as one file.
+
+    Raises:
+        GateError: the file does not compute what the graph does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
+        staged = Path(folder) / path.name
+        write_onnx(build_onnx(traced), staged, {})
+        _prove(traced, staged, path)
+        staged.replace(path)
+
+
+def export_shared(model: ModelLike, source: Source, path: Path, shared: str, overwrite: bool) -> Shares:
+    """Write a model with deltas to ``path``, what it has in common with that without in the file ``shared`` beside it.
+
+    Raises:
+        InputError: see :func:`graph_of` and :func:`~compress.exporters.shared.write_shared`; or a file is in the way.
+        GateError: the files do not compute what the graph does.
+    """
+    data = path.with_name(f"{path.name}.data")
+    check_name(shared, path)
+    check_free(data, overwrite)
+    traced = graph_of(model, source)
+    built = build_onnx(traced)
+    base = build_onnx(graph_of(model, replace(source, deltas=()))) if source.deltas else built
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
+        staged = Path(folder) / path.name
+        there, linked = path.with_name(shared), staged.with_name(shared)
+        if there.is_file():
+            os.link(there, linked)  # ONNX Runtime reads no data outside the model's folder
+        shares = write_shared(built, base, staged, shared)
+        _prove(traced, staged, path)
+        # The graph last: what is there is whole.
+        if not there.exists():
+            linked.replace(there)
+        own = staged.with_name(data.name)
+        if own.exists():
+            own.replace(data)
+        else:
+            data.unlink(missing_ok=True)
+        staged.replace(path)
+    return shares
+
+
+def _prove(traced: TracedModel, staged: Path, path: Path) -> None:
+    verify_or_raise(verify(traced, staged, noise(traced, 32, seed=0), "noise"), path)
