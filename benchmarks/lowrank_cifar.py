@@ -33,7 +33,8 @@ from compress.lowrank.norms import recalibrate
 from compress.lowrank.shrink import shrink
 from compress.lowrank.truncate import count_positions, cut_to, model_macs, truncation_path
 from compress.machine import describe_environment
-from compress.training.loop import Recipe, TrainingData, evaluate, fit
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate, fit
 from compress.training.lowrank import MaestroCompanion
 from compress.training.ordering import order_layers
 

@@ -34,7 +34,8 @@ from compress.machine import describe_environment
 from compress.sparse.application import apply_deltas
 from compress.sparse.delta import SparseDelta
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Recipe, TrainingData, evaluate, fit
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate, fit
 from compress.training.sparse import SparseCompanion
 
 DENSE = "dense"

@@ -21,7 +21,8 @@ from benchmarks.accuracy import RESULTS
 from benchmarks.lowrank import digits
 from compress.machine import describe_environment
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Recipe, TrainingData, evaluate, fit
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate, fit
 from compress.training.sparse import SparseCompanion
 
 FULL, LOTTERY = "full fine-tuning", "LT-SFT"

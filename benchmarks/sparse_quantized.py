@@ -25,7 +25,8 @@ from benchmarks.sparse_composition import TASKS, added, data_of, tuned
 from benchmarks.zoo import ZOO, cifar_images
 from compress.machine import describe_environment
 from compress.sparse.deltafile import read_delta, write_delta
-from compress.training.loop import Recipe, TrainingData, evaluate, fit
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate, fit
 from compress.training.sparse import SparseCompanion
 
 TRAINED, TESTED, CALIBRATED = 2000, 2000, 256

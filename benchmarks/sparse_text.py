@@ -34,7 +34,8 @@ from compress.checkpoint import LoadedModel, load_model
 from compress.machine import describe_environment
 from compress.sparse.deltafile import write_delta
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Recipe, TrainingData, evaluate, fit
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate, fit
 from compress.training.sparse import SparseCompanion
 
 DENSITIES = (0.05, 0.005)

@@ -48,10 +48,10 @@ def adding(
 def train(
     model: Annotated[str, typer.Argument(help="The base model: a file, or a Hugging Face folder")],
     data: Annotated[
-        str,
+        list[str],
         typer.Option(
             help="Labelled training samples: .npz with x and y, package.module:function, or for Hugging Face folders a "
-            ".tsv or .csv of texts with a column label"
+            ".tsv or .csv of texts with a column label; several as NAME=FILE each, a batch being of one"
         ),
     ],
     out: OutDelta,
@@ -92,7 +92,17 @@ def train(
     l1: Annotated[float, typer.Option("--l1", help="Pull towards the start in the full phase")] = 0.0,
     sparse_l1: Annotated[float, typer.Option("--sparse-l1", help="The same in the sparse phase")] = 0.0,
     source: Annotated[
-        list[Path] | None, typer.Option(help="Delta to start from, beside which this one is used; several times")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Delta to start from, beside which this one is used; with NAME beside batches of that --data",
+        ),
+    ] = None,
+    repeat: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="Times that --data NAME is seen an epoch, if not once")
+    ] = None,
+    eval_source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose --source is added where --test and --dev are measured")
     ] = None,
     values: Annotated[str, typer.Option(help="How numbers are stored: fp16, bf16, int8, fp32, fp64")] = "fp16",
     length: Length = None,
@@ -112,11 +122,12 @@ def train(
     from compress.training.loop import Recipe
     from compress.training.sparse import SparseOptions, train_sparse
 
+    given, sources = _sources(data, source or [], repeat or [])
     options = SparseOptions(
         density=density, k=k, criterion=criterion, rounds=rounds, pattern=_pattern(pattern),
         head=tuple(head or ()), frozen=tuple(frozen or ()),
-        train_norms=train_norms, l1=(l1, sparse_l1), sources=tuple(source or ()), values=values, factory=factory,
-        allow=tuple(allow or ()), length=length, overwrite=overwrite,
+        train_norms=train_norms, l1=(l1, sparse_l1), sources=sources, eval_source=eval_source, values=values,
+        factory=factory, allow=tuple(allow or ()), length=length, overwrite=overwrite,
     )  # fmt: skip
     rate = lr if lr is not None else 5e-5 if Path(model).is_dir() else 1e-3
     recipe = Recipe(
@@ -125,7 +136,7 @@ def train(
     )  # fmt: skip
     with ProgressBar(enabled=not quiet) as bar:
         result = train_sparse(
-            model, data, out, test=test, dev=dev, options=options, recipe=recipe, sparse_epochs=sparse_epochs,
+            model, given, out, test=test, dev=dev, options=options, recipe=recipe, sparse_epochs=sparse_epochs,
             sparse_rate=sparse_lr, progress=bar.update,
         )  # fmt: skip
     for stop in result.stops:
@@ -297,6 +308,36 @@ def _report(result: SparseResult, model: str, out: Path) -> None:
         full = f"fully fine-tuned {result.full:.4f}, " if result.full is not None else ""
         _print(f"{result.metric_name}: base {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
     _print(f"Apply it: compress sparse apply {model} {out} -o {_beside(Path(model), 'task')}")
+
+
+def _sources(data: list[str], deltas: list[str], repeats: list[str]) -> tuple[object, tuple[Path, ...]]:
+    """Samples as train_sparse takes them, and deltas to start from."""
+    from compress.training.labelled import Source
+
+    if len(data) == 1 and not repeats:
+        return data[0], tuple(map(Path, deltas))
+    named, beside, counts = _named(data, "--data"), _named(deltas, "--source"), _named(repeats, "--repeat")
+    for option, given in (("--source", beside), ("--repeat", counts)):
+        for name in given.keys() - named.keys():
+            raise InputError(f"{option} {name}={given[name]}: there is no --data {name}=...; give it, or leave it out")
+    for name, count in counts.items():
+        if not count.isdigit():
+            raise InputError(f"--repeat {name}={count}: a whole number is needed")
+    return {
+        name: Source(file, Path(beside[name]) if name in beside else None, int(counts.get(name, 1)))
+        for name, file in named.items()
+    }, ()
+
+
+def _named(texts: list[str], option: str) -> dict[str, str]:
+    """``["en=en.npz", ...]`` by name."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value) or name in found:
+            raise InputError(f"{option} {text}: with several --data each is NAME=..., every name once")
+        found[name] = value
+    return found
 
 
 def _pattern(text: str | None) -> tuple[int, int] | None:

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from compress.cache import digest
-from compress.calib.samples import Samples
 from compress.errors import InputError
+from compress.factory import one_line
+from compress.training.data import TrainingData
 
-__all__ = ["Companion", "Epoch", "Recipe", "TrainingData", "best_epoch", "criterion_of", "evaluate", "fit"]
+__all__ = ["Companion", "Epoch", "Recipe", "best_epoch", "criterion_of", "evaluate", "fit"]
 
 _EVALUATED = 256
 
@@ -79,64 +81,6 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """Inputs, one tensor [N, ...] each, and labels [N]: whole numbers are classes, others are numbers to predict.
-
-    Attributes:
-        names: parameters of ``forward`` that take the inputs; () where they go by position.
-        mask: which input, [N, L], is 1 at tokens and 0 at padding: batches of such samples end with their longest.
-    """
-
-    inputs: tuple[Tensor, ...]
-    labels: Tensor
-    names: tuple[str, ...] = ()
-    mask: int | None = None
-
-    @classmethod
-    def of(cls, samples: Samples, mask: int | None = None) -> TrainingData:
-        """What ``samples`` hold.
-
-        Raises:
-            InputError: they have no labels.
-        """
-        if samples.labels is None:
-            raise InputError(f"{samples.source} has no labels; an .npz with x and y is needed")
-        return cls(samples.inputs, samples.labels, samples.names, mask)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Samples at ``index``."""
-        inputs = tuple(x[index] for x in self.inputs)
-        if self.mask is not None:
-            length = int(inputs[self.mask].any(0).nonzero().max()) + 1
-            inputs = tuple(x[:, :length] for x in inputs)
-        return inputs, self.labels[index]
-
-    def output(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The first tensor of what ``module`` makes of ``inputs``."""
-        if self.names:
-            return first(module(**dict(zip(self.names, inputs, strict=True))))
-        return first(module(*inputs))
-
-    def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """All samples in order."""
-        for index in torch.arange(len(self)).split(size):
-            yield self.take(index)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over inputs and labels."""
-        return Samples(self.inputs, self.labels, "", (), self.names).fingerprint
-
-    @property
-    def classes(self) -> bool:
-        """Whether labels are classes."""
-        return not self.labels.is_floating_point()
-
-
-@dataclass(frozen=True)
 class Epoch:
     """What one epoch came to; ``notes`` are the companion's sentences, ``judged`` what the judge said of it."""
 
@@ -150,8 +94,8 @@ class Epoch:
 class Companion(Protocol):
     """What a technique adds to the loop."""
 
-    def step(self) -> AbstractContextManager[object]:
-        """Around forward, backward and the optimizer's step."""
+    def step(self, source: str | None = None) -> AbstractContextManager[object]:
+        """Around forward, backward and the optimizer's step on samples of ``source``, where there are several."""
 
     def penalty(self) -> Tensor:
         """Added to the loss."""
@@ -169,7 +113,7 @@ class Companion(Protocol):
 class Nothing:
     """A companion that adds nothing: ordinary training."""
 
-    def step(self) -> AbstractContextManager[object]:
+    def step(self, source: str | None = None) -> AbstractContextManager[object]:
         """See :class:`Companion`."""
         return contextlib.nullcontext()
 
@@ -226,13 +170,6 @@ def evaluate(module: nn.Module, data: TrainingData) -> float:
     if data.classes:
         return float((outputs.argmax(1) == data.labels).double().mean())
     return float(F.mse_loss(outputs.reshape(data.labels.shape), data.labels))
-
-
-def first(output: Any) -> Tensor:
-    """The first tensor of a module's output."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
 
 
 def fit(
@@ -317,15 +254,14 @@ def _train_epoch(
 ) -> tuple[float, str | None]:
     """The mean loss of all samples, and where it or the weights ceased to be finite (None: nowhere)."""
     criterion = criterion_of(data)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed * 100_003 + epoch))
-    batches = order.split(recipe.batch)
+    batches = data.epoch(recipe.batch, recipe.seed * 100_003 + epoch)
     total = 0.0
-    for step, index in enumerate(batches):
+    for step, (source, index) in enumerate(batches):
         done, steps = epoch * len(batches) + step, recipe.epochs * len(batches)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * recipe.factor(done / steps)
         inputs, labels = data.take(index)
-        with companion.step():
+        with companion.step(source):
             loss = criterion(data.output(module, inputs), labels)
             optimizer.zero_grad(set_to_none=True)
             (loss + companion.penalty()).backward()
@@ -337,7 +273,7 @@ def _train_epoch(
         progress(done + 1, steps, value)
     # The last step's weights meet no other loss of this epoch, and would be what the next one goes back to.
     broken = None if _finite(module) else f"the weights were not finite after step {len(batches)}"
-    return total / len(data), broken
+    return total / sum(len(index) for _, index in batches), broken
 
 
 def _finite(module: nn.Module) -> bool:
@@ -372,7 +308,10 @@ def _continued(
 ) -> _State:
     if checkpoint is None or not checkpoint.exists():
         return _snapshot(0, module, optimizer, companion, [])
-    found = torch.load(checkpoint, weights_only=True)
+    try:
+        found = torch.load(checkpoint, weights_only=True)
+    except (RuntimeError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise InputError(f"{checkpoint} is damaged ({one_line(error)}); throw it away with --overwrite") from error
     if found["run"] != _run(recipe, fingerprint):
         raise InputError(
             f"{checkpoint.parent} holds the checkpoint of another run (model, data or options); finish that one, "

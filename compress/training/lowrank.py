@@ -19,8 +19,9 @@ from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.truncate import ranks_by_rule
+from compress.training.data import TrainingData
 from compress.training.family import Family, refuse_existing, write_family
-from compress.training.loop import Epoch, Recipe, TrainingData, fit
+from compress.training.loop import Epoch, Recipe, fit
 from compress.training.members import DenseModel, LowRankOptions, make_family
 from compress.training.ordering import order_layers
 
@@ -191,7 +192,7 @@ class MaestroCompanion:
     def __init__(self, maestro: Maestro) -> None:
         self.maestro = maestro
 
-    def step(self) -> AbstractContextManager[object]:
+    def step(self, source: str | None = None) -> AbstractContextManager[object]:
         return self.maestro.step()
 
     def penalty(self) -> Tensor:

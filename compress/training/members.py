@@ -14,8 +14,9 @@ from compress.lowrank.layers import Positions, SpatialConv2d
 from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
 from compress.lowrank.truncate import Member, count_positions, cut_to, model_macs, truncation_path
 from compress.machine import describe_environment
+from compress.training.data import TrainingData, first
 from compress.training.family import Family, FamilyInput, FamilyMember, weights_of
-from compress.training.loop import TrainingData, criterion_of, evaluate, first
+from compress.training.loop import criterion_of, evaluate
 from compress.training.program import program_path, undominated
 
 __all__ = ["DenseModel", "LowRankOptions", "make_family"]

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.artifact import check_free
-from compress.calib.samples import Samples, load_samples
 from compress.checkpoint import LoadedModel, load_model
 from compress.deltas import open_delta, open_deltas, unbound
 from compress.errors import InputError
-from compress.huggingface import is_classifier
 from compress.intake import ModelLike, read_model
-from compress.sparse.application import apply_deltas, revert
+from compress.sparse.application import apply_deltas, check_base, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.criteria import BY_GRADIENT
 from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.deltafile import VALUES, read_delta, write_delta
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Epoch, Recipe, TrainingData, best_epoch, criterion_of, evaluate, fit
+from compress.training.data import TrainingData
+from compress.training.labelled import check_labels, named_sources, new_classes, read_labelled, read_sources
+from compress.training.loop import Epoch, Recipe, best_epoch, criterion_of, evaluate, fit
 
 __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
 
 Progress = Callable[[str, int, int], None]
 
-_MASK = "attention_mask"
 FULL = Recipe(epochs=3, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
 
 
@@ -46,6 +45,7 @@ class SparseOptions:
             :class:`~compress.sparse.tuner.SparseFineTuner`.
         sources: delta files that are added to the base first; the delta that comes out is one to the base itself. Their
             heads are left out.
+        eval_source: which of several sources' deltas is added where test and dev samples are measured; None: none.
         values: see :func:`~compress.sparse.deltafile.write_delta`.
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
@@ -63,6 +63,7 @@ class SparseOptions:
     train_norms: bool = False
     l1: tuple[float, float] = (0.0, 0.0)
     sources: tuple[Path, ...] = ()
+    eval_source: str | None = None
     values: str = "fp16"
     factory: str | None = None
     allow: tuple[str, ...] = ()
@@ -123,7 +124,8 @@ def train_sparse(
     largest class says, weights from the recipe's seed. It is trained whole and stored in the delta.
 
     Args:
-        data: labelled samples: classes as whole numbers, or numbers to predict; text for Hugging Face folders.
+        data: labelled samples: classes as whole numbers, or numbers to predict; text for Hugging Face folders. Or a
+            :class:`~compress.training.labelled.Source` by name: every batch is of one, trained on beside its delta.
         test: labelled samples; the metric is measured on them.
         dev: labelled samples, others than ``test``'s: of each phase the epoch that is best on them is kept.
         recipe: of the full phase; the sparse one has the same, but for ``sparse_epochs``, ``sparse_rate`` (None: the
@@ -142,25 +144,41 @@ def train_sparse(
     if not (math.isfinite(second.rate) and second.rate > 0):
         raise InputError(f"--sparse-lr {second.rate:g}: a number above 0")
     loaded = read_model(model, factory=options.factory, allow=options.allow)
-    samples, given = _read(data, loaded, options)
-    held, judged = (_read(each, loaded, options)[1] if each is not None else None for each in (test, dev))
-    classes = _new_classes(loaded, given, samples.source)
+    several = named_sources(data)
+    if options.eval_source is not None and options.eval_source not in several:
+        raise InputError(f"--eval-source {options.eval_source}: known are {', '.join(several) or 'none'}")
+    if several and options.sources:
+        raise InputError("several sources have a delta each: give --source NAME=FILE, not one to start from for all")
+    samples, given = (
+        read_sources(several, loaded, options.length) if several else read_labelled(data, loaded, options.length)
+    )
+    held, judged = (
+        read_labelled(each, loaded, options.length)[1] if each is not None else None for each in (test, dev)
+    )
+    classes = new_classes(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
     module = loaded.module
-    for each, source in ((given, samples.source), (held, str(test)), (judged, str(dev))):
+    for each, file in ((given, samples.source), (held, str(test)), (judged, str(dev))):
         if each is not None:
-            _check_labels(module, each, source)
-    base = _measured(module, held)
-    tuner = _make_tuner(loaded, options, recipe.seed)
-    start = (options.identity(loaded), samples.fingerprint, tuner.k, judged and judged.digest)
+            check_labels(module, each, file)
+    deltas = open_deltas(list(dict.fromkeys(each.delta for each in several.values() if each.delta is not None)))
+    base = None if several else _measured(module, held)
+    beside = {name: deltas.get(str(each.delta), SparseDelta(None, {})) for name, each in several.items()}
+    tuner = _make_tuner(loaded, options, recipe.seed, beside)
+    source = options.eval_source
+    if several:
+        base = _measured(module, held, tuner, source)
+    start: tuple[object, ...] = (options.identity(loaded), samples.fingerprint, tuner.k, judged and judged.digest)
+    if several:
+        start += tuple((name, each.repeats, beside[name].digest) for name, each in several.items())
     work = out.with_name(f".{out.name}.work")
     if options.overwrite:
         shutil.rmtree(work, ignore_errors=True)
 
-    notes = [*loaded.notes, *samples.notes, *unbound(open_deltas(options.sources))]
+    notes = [*loaded.notes, *samples.notes, *unbound(open_deltas(options.sources)), *unbound(deltas)]
     stops = list[str]()
-    phases = _Phases(tuner, given, judged, work, start, options.rounds, progress, notes, stops)
+    phases = _Phases(tuner, given, judged, source, work, start, options.rounds, progress, notes, stops)
     full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
         for turn in range(options.rounds):
@@ -168,7 +186,7 @@ def train_sparse(
                 tuner.reopen()
             if options.criterion == "change" and tuner.k:
                 first_history += phases.train("full", turn, recipe, second if turn else None)
-                full = _measured(module, held)
+                full = _measured(module, held, tuner, source)
             elif options.criterion in BY_GRADIENT:
                 _gather(tuner, given, recipe.batch)
             tuner.select()
@@ -181,7 +199,7 @@ def train_sparse(
     write_delta(learned, out, options.values)
     shutil.rmtree(work, ignore_errors=True)
     delta = read_delta(out)
-    sparse = _measured_with(tuner, delta, options, held)
+    sparse = _measured_with(tuner, delta, held, source)
     name = "accuracy" if given.classes else "mean squared error"
     return SparseResult(
         delta, tuner.parts.count, out.stat().st_size, name, base, full, sparse, (first_history, second_history),
@@ -196,6 +214,7 @@ class _Phases:
     tuner: SparseFineTuner
     data: TrainingData
     judged: TrainingData | None
+    source: str | None  # beside whose delta it is judged
     work: Path
     identity: object
     rounds: int
@@ -213,7 +232,8 @@ class _Phases:
         name = f"{kind} phase{number}"
         history, stopped = fit(
             self.tuner.module, self.data, recipe, companion=SparseCompanion(self.tuner),
-            judge=judge_by(self.judged) if self.judged else None, checkpoint=self.work / f"{kind}{number}.pt",
+            judge=judge_by(self.judged, self.tuner, self.source) if self.judged else None,
+            checkpoint=self.work / f"{kind}{number}.pt",
             fingerprint=repr((self.identity, name, earlier)),
             progress=lambda done, total, loss: self.progress(f"{name}, loss {loss:.4f}", done, total),
         )  # fmt: skip
@@ -233,8 +253,8 @@ class SparseCompanion:
     def __init__(self, tuner: SparseFineTuner) -> None:
         self.tuner = tuner
 
-    def step(self) -> AbstractContextManager[object]:
-        return self.tuner.step()
+    def step(self, source: str | None = None) -> AbstractContextManager[object]:
+        return self.tuner.step(source)
 
     def penalty(self) -> Tensor:
         return self.tuner.penalty()
@@ -249,31 +269,13 @@ class SparseCompanion:
         """Nothing to load."""
 
 
-def _read(data: object, loaded: LoadedModel, options: SparseOptions) -> tuple[Samples, TrainingData]:
-    """Labelled samples for ``loaded``; text in batches as long as their longest."""
-    text = loaded.text
-    samples = load_samples(data, labelled=True, parameters=loaded.parameters, text=text, length=options.length)
-    masked = text is not None and _MASK in text.inputs and len(samples.inputs) == len(text.inputs)
-    return samples, TrainingData.of(samples, text.inputs.index(_MASK) if text and masked else None)
-
-
-def _new_classes(loaded: LoadedModel, data: TrainingData, source: str) -> int | None:
-    """Classes for which a Hugging Face folder's encoder needs a new head; None: it has one, or takes none."""
-    if loaded.text is None or not data.classes or is_classifier(loaded.module):
-        return None
-    if loaded.text.causal:
-        raise InputError(
-            f"{loaded.source} predicts the next token, and its texts are cut from running text; labelled texts need an "
-            "encoder"
-        )
-    least, most = int(data.labels.min()), int(data.labels.max())
-    if least < 0 or most < 1:
-        raise InputError(f"{source} has classes {least} to {most}; a new head needs them numbered from 0, two at least")
-    return most + 1
-
-
-def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> SparseFineTuner:
+def _make_tuner(
+    loaded: LoadedModel, options: SparseOptions, seed: int, beside: Mapping[str, SparseDelta]
+) -> SparseFineTuner:
     module, base = loaded.module, None
+    if beside:
+        called = {f"the delta of source {name}": each for name, each in beside.items()}
+        check_base(called, tensor_hashes(base_tensors(module)))
     if options.sources:
         hashes = tensor_hashes(base_tensors(module))
         apply_deltas(module, open_deltas(options.sources), heads=False)
@@ -282,7 +284,7 @@ def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> Spars
             module, density=options.density, k=options.k, criterion=options.criterion,
             rounds=options.rounds, pattern=options.pattern,
             head=(*options.head, *loaded.head), frozen=options.frozen, train_norms=options.train_norms, l1=options.l1,
-            seed=seed,
+            sources=beside, seed=seed,
         )  # fmt: skip
         if options.sources:
             if options.train_norms:
@@ -294,58 +296,45 @@ def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int) -> Spars
     return tuner
 
 
-def judge_by(data: TrainingData) -> Callable[[nn.Module], float]:
-    """The loop's judge: the accuracy on ``data``, or minus the squared error."""
+def judge_by(data: TrainingData, tuner: SparseFineTuner, source: str | None) -> Callable[[nn.Module], float]:
+    """The loop's judge: the accuracy on ``data``, or minus the squared error, beside the delta of ``source``."""
     sign = 1 if data.classes else -1
-    return lambda module: sign * evaluate(module, data)
+
+    def judge(module: nn.Module) -> float:
+        with tuner.step(source):
+            return sign * evaluate(module, data)
+
+    return judge
 
 
 def _gather(tuner: SparseFineTuner, data: TrainingData, batch: int) -> None:
     """The gradient of the summed loss over all ``data``, in evaluation mode, where dropout adds no chance."""
     criterion = criterion_of(data)
     tuner.module.eval()
-    for inputs, labels in data.batches(batch):
+    for source, index in data.in_order(batch):
+        inputs, labels = data.take(index)
         tuner.module.zero_grad(set_to_none=True)
-        (criterion(data.output(tuner.module, inputs), labels) * len(labels)).backward()
+        with tuner.step(source):
+            (criterion(data.output(tuner.module, inputs), labels) * len(labels)).backward()
         tuner.gather()
     tuner.module.zero_grad(set_to_none=True)
 
 
-def _measured(module: nn.Module, held: TrainingData | None) -> float | None:
-    return evaluate(module, held) if held is not None else None
+def _measured(
+    module: nn.Module, held: TrainingData | None, tuner: SparseFineTuner | None = None, source: str | None = None
+) -> float | None:
+    if held is None:
+        return None
+    with tuner.step(source) if tuner is not None else contextlib.nullcontext():
+        return evaluate(module, held)
 
 
 def _measured_with(
-    tuner: SparseFineTuner, delta: SparseDelta, options: SparseOptions, held: TrainingData | None
+    tuner: SparseFineTuner, delta: SparseDelta, held: TrainingData | None, source: str | None
 ) -> float | None:
     """The metric of base and delta; the module is as it was at the start afterwards."""
     tuner.rewind()
     done = apply_deltas(tuner.module, {"the delta": delta}, any_base=True)
-    found = _measured(tuner.module, held)
+    found = _measured(tuner.module, held, tuner, source)
     revert(tuner.module, done.before)
     return found
-
-
-@torch.no_grad()
-def _check_labels(module: nn.Module, data: TrainingData, source: str) -> None:
-    """Refuse labels that the model has no output for, before a criterion says so in its own words."""
-    inputs, some = data.take(torch.arange(min(2, len(data))))
-    try:
-        outputs = data.output(module, inputs)
-    except Exception as error:
-        raise InputError(f"the model does not take the samples of {source}: {error}") from error
-    if not data.classes:
-        if outputs.numel() != some.numel():
-            raise InputError(
-                f"{source} has numbers of shape {list(some.shape)} for {len(some)} samples, the model's output has "
-                f"shape {list(outputs.shape)}; give whole numbers for classes, or a model with an output a number"
-            )
-        return
-    if outputs.dim() != 2:
-        raise InputError(f"{source} has classes, the model's output has shape {list(outputs.shape)}, not [N, classes]")
-    least, most = int(data.labels.min()), int(data.labels.max())
-    if least < 0 or most >= outputs.shape[1]:
-        raise InputError(
-            f"{source} has classes {least} to {most}, the model has outputs for 0 to {outputs.shape[1] - 1}; give it a "
-            "head with an output a class"
-        )

@@ -140,6 +140,18 @@ def test_the_published_form_and_back(forks: Forks, folder: Path) -> None:
     assert same(state(folder / "published.pt"), state(folder / "ours.pt"))
 
 
+def test_several_sources(forks: Forks, folder: Path) -> None:
+    language = ("sparse", "compose", "plain.safetensors", "--weights", "0.1", "-o", "language.safetensors", "-q")
+    assert forks.run(folder, *language).returncode == 0
+    several = ("en=one.npz", "--data", "de=one.npz", "--source", "de=language.safetensors", "--repeat", "de=2")
+    several += ("--test", "one.npz", "--eval-source", "de", "--head", "5", "-o", "several.safetensors")
+    run = forks.run(folder, *TRAIN, *several)
+    assert run.returncode == 0, run.stderr
+    assert "130 of 2,976 entries" in run.stdout
+    base = json.loads(forks.run(folder, "sparse", "inspect", "one.safetensors", "--json").stdout)["base"]
+    assert json.loads(forks.run(folder, "sparse", "inspect", "several.safetensors", "--json").stdout)["base"] == base
+
+
 def test_inspect(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "sparse", "inspect", "one.safetensors", "--json")
     found = json.loads(run.stdout)
@@ -207,6 +219,15 @@ REFUSED = {
     "labels": (("train", "base.pt", "--data", "x.npz"), "labels"),
     "existing": (("merge", "base.pt", "one.safetensors", "-o", "other.pt"), "other.pt exists already"),
     "existing undo": (("apply", "base.pt", "one.safetensors", "-o", "x.pt"), "x.pt.undo.safetensors exists already"),
+    "unnamed": (("train", "base.pt", "--data", "one.npz", "--data", "two.npz"), "--data one.npz: with several --data"),
+    "source": (
+        ("train", "base.pt", "--data", "a=one.npz", "--data", "b=two.npz", "--source", "c=one.safetensors"),
+        "--source c=one.safetensors: there is no --data c=...",
+    ),
+    "repeat": (
+        ("train", "base.pt", "--data", "a=one.npz", "--data", "b=two.npz", "--repeat", "a=x"),
+        "--repeat a=x: a whole number is needed",
+    ),
     "optimizer": (("train", "base.pt", "--data", "one.npz", "--optimizer", "lion"), "known are sgd, adamw"),
 }
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError
+from compress.training.data import TrainingData
 from compress.training.family import read_family
-from compress.training.loop import Nothing, Recipe, TrainingData, evaluate, fit
+from compress.training.loop import Nothing, Recipe, evaluate, fit
 from compress.training.lowrank import LowRankOptions, train_lowrank
 
 

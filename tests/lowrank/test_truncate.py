@@ -14,8 +14,9 @@ from compress.errors import InputError
 from compress.lowrank.decompose import decompose, decomposed_layers
 from compress.lowrank.truncate import count_positions, model_macs, truncation_path
 from compress.training.choice import choose_member, family_budgets
+from compress.training.data import TrainingData
 from compress.training.family import cut, read_family
-from compress.training.loop import TrainingData, evaluate
+from compress.training.loop import evaluate
 from compress.training.lowrank import LowRankOptions, truncate
 
 

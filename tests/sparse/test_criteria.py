@@ -14,7 +14,8 @@ from compress.errors import InputError
 from compress.sparse.selection import count_n_of_m, top_n_of_m
 from compress.sparse.sources import mix_sources
 from compress.sparse.tuner import SparseFineTuner
-from compress.training.loop import Recipe, TrainingData, best_epoch, fit
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, best_epoch, fit
 from compress.training.sparse import SparseCompanion
 from tests.sparse.test_training import arrays, labelled, net, train  # type: ignore[import-not-found]
 

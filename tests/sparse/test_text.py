@@ -13,7 +13,8 @@ from compress.checkpoint import load_model
 from compress.deltas import apply, compose, restore
 from compress.errors import InputError
 from compress.sparse.deltafile import read_delta
-from compress.training.loop import Recipe, TrainingData, evaluate
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate
 from compress.training.sparse import SparseOptions, SparseResult, train_sparse
 
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ from compress.sparse.application import apply_deltas
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.deltafile import read_delta
 from compress.sparse.reference import write_reference
-from compress.training.loop import Recipe, TrainingData, evaluate
+from compress.training.data import TrainingData
+from compress.training.loop import Recipe, evaluate
 from compress.training.sparse import SparseOptions, SparseResult, train_sparse
 
 RECIPE = Recipe(epochs=5, batch=32, rate=2e-2, weight_decay=0.1, schedule="linear", optimizer="adamw")
