@@ -84,7 +84,7 @@ class Blowing(Nothing):
         return ()
 
     @contextlib.contextmanager
-    def step(self) -> Any:
+    def step(self, source: str | None = None) -> Any:
         if self.epochs == 2:
             with torch.no_grad():
                 next(iter(self.module.parameters())).fill_(float("nan"))
@@ -109,7 +109,7 @@ def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_kept() -> None:
         steps = 0
 
         @contextlib.contextmanager
-        def step(self) -> Any:
+        def step(self, source: str | None = None) -> Any:
             yield
             self.steps += 1
             if self.steps == 24:
