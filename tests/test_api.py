@@ -21,7 +21,7 @@ from compress.options import Options, Search, Settings, Source
 from compress.realize import Result
 from compress.report.schema import Parity, Report
 
-FILES = {"model.onnx", "model.safetensors", "graph.json", "plan.json", "report.json"}
+FILES = {"model.onnx", "model.safetensors", "base.safetensors", "graph.json", "plan.json", "report.json"}
 
 
 def net() -> nn.Sequential:

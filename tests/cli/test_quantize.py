@@ -18,7 +18,7 @@ from tests.cli.conftest import Forks  # type: ignore[import-not-found]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 VERBS = ("quantize", "inspect", "export", "verify", "bench")
-FILES = {"model.onnx", "model.safetensors", "graph.json", "plan.json", "report.json"}
+FILES = {"model.onnx", "model.safetensors", "base.safetensors", "graph.json", "plan.json", "report.json"}
 
 
 def test_help_is_there_in_a_second_and_without_torch(compress: Run, tmp_path: Path) -> None:
