@@ -23,7 +23,7 @@ from compress.huggingface import is_pretrained, save_pretrained
 
 __all__ = ["check_target", "save_like"]
 
-_FILES = (".pt", ".pth", ".th", ".bin", ".safetensors")
+_EXPORTS = (".pt2", ".onnx")
 # Of any framework, and of exports.
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite",
@@ -44,10 +44,8 @@ def check_target(origin: Path, out: Path, overwrite: bool) -> None:
             raise InputError(f"{out} is no Hugging Face folder, so --overwrite leaves it alone; choose another --out")
     elif out.is_dir():
         raise InputError(f"{out} is a folder, and {origin} a file; choose another --out")
-    elif out.suffix not in _FILES:
-        raise InputError(
-            f"--out {out}: a model is written to a file that ends in {', '.join(_FILES)}; .pt2 and .onnx are exports"
-        )
+    elif out.suffix in _EXPORTS:
+        raise InputError(f"--out {out}: a {out.suffix} file is an export; write a .pt or .safetensors file first")
 
 
 def save_like(loaded: LoadedModel, origin: Path, out: Path, *, factory: str | None, overwrite: bool) -> None:

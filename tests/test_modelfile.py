@@ -42,7 +42,7 @@ def test_what_is_no_target(base: Path) -> None:
     (other / "1.jpg").write_text("")
     for name, sentence in (
         ("base.pt", r"base\.pt exists already"),
-        ("a.pt2", r"a\.pt2: a model is written to a file that ends in \.pt, .*\.pt2 and \.onnx are exports"),
+        ("a.pt2", r"a\.pt2: a \.pt2 file is an export; write a \.pt or \.safetensors file first"),
     ):
         with pytest.raises(InputError, match=sentence):
             check_target(base, base.parent / name, overwrite=False)
