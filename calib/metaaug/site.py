@@ -60,6 +60,6 @@ def check_transformable(methods: Iterable[str], traced: TracedModel, inputs: Seq
 def _refusal(found: str) -> InputError:
     return InputError(
         "--method metaaug learns to transform one input of images [N, C, H, W] or sequences [N, L, C], or the "
-        f"embeddings of token ids; the model {found}. Choose --method genie, which learns the same blocks on the samples "
-        "alone"
+        f"embeddings of token ids; the model {found}. Choose --method genie, which learns the same blocks on the "
+        "samples alone"
     )
