@@ -1,13 +1,16 @@
 """Tiles of every kernel, timed on the GPU at hand: what the launchers' default tiles were chosen from.
 
 ``python -m benchmarks.kernel_tuning`` prints and writes a table; ``--warm I N`` only compiles every Nth candidate, so
-that several processes can fill the compiler's cache before one measures.
+that several processes can fill the compiler's cache before one measures. ``--ship TABLE`` needs no GPU: it writes the
+fastest tiles of a table beside the kernels, where launchers find them (kernels/tuning.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,9 +28,11 @@ from compress.kernels.packed_gemv import packed_gemv
 from compress.kernels.packed_unpack import packed_unpack, unpack_weight
 from compress.kernels.thin_dot import thin_dot
 from compress.kernels.thin_gemv import thin_gemv
+from compress.kernels.tuning import file_name, tile_key
 
 SHAPES = ((4096, 4096), (8192, 28672))
-RANK = 512
+BITS, GROUP_SIZE, RANK = 4, 128, 512
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def tensors(what: str, shape: tuple[int, int], copies: int) -> list[Any]:
     """``copies`` weights of a kind."""
     outputs, inputs = shape
     if what == "packed":
-        return [random_weight(outputs, inputs, 4, 128) for _ in range(copies)]
+        return [random_weight(outputs, inputs, BITS, GROUP_SIZE) for _ in range(copies)]
     if what == "dense":
         return [torch.randn(outputs, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
     ups, downs = zip(*(random_factors(outputs, inputs, RANK) for _ in range(copies)), strict=True)
@@ -126,6 +131,33 @@ def measure(shape: tuple[int, int], bandwidth: float, only: str | None, packed_o
     return rows_found
 
 
+def fastest_tiles(table: dict[str, Any]) -> dict[str, list[int]]:
+    """The tile of each kernel, shape and number of rows that took least time, by compress.kernels.tuning's key."""
+    found: dict[str, tuple[float, list[int]]] = {}
+    for row in table["rows"]:
+        kind, _, label = row["tile"].partition(" ")
+        if kind not in ("gemv", "dot"):
+            continue
+        tile = [number for number in ast.literal_eval(label) if isinstance(number, int)]
+        outputs, inputs = row["shape"]
+        if row["what"] == "packed":
+            key = tile_key(f"packed_{kind}", row["rows"], outputs, inputs, table["bits"], table["group_size"])
+        else:
+            thin = (table["rank"], inputs) if row["what"] == "down" else (outputs, table["rank"])
+            key = tile_key(f"thin_{kind}", row["rows"], *thin)
+        if key not in found or row["us"] < found[key][0]:
+            found[key] = (row["us"], tile)
+    return {key: tile for key, (_, tile) in sorted(found.items())}
+
+
+def shipped(table: dict[str, Any], source: str) -> str:
+    """The file that is shipped for a table, as text."""
+    dtype = str(DTYPE).removeprefix("torch.")
+    content = {"device": table["device"], "source": source, "dtype": dtype, "tiles": fastest_tiles(table)}
+    lines = json.dumps(content, indent=1)
+    return re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", lines) + "\n"
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,7 +166,14 @@ def main() -> None:
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--only", help="WHAT:ROWS, as in packed:1")
     parser.add_argument("--packed", action="store_true", help="leave the thin products out")
+    parser.add_argument("--ship", type=Path, metavar="TABLE")
     arguments = parser.parse_args()
+    if arguments.ship:
+        table = json.loads(arguments.ship.read_text())
+        path = ROOT / "kernels" / file_name(table["device"])
+        path.write_text(shipped(table, arguments.ship.name))
+        print(path)
+        return
     if arguments.no_overlap:
         found = torch.cuda.get_device_properties(0)
         launch._properties = lambda device: ((8, 0), found.multi_processor_count)  # type: ignore[assignment]
@@ -151,7 +190,16 @@ def main() -> None:
     result = [row for shape in SHAPES for row in measure(shape, bandwidth, arguments.only, arguments.packed)]
     if arguments.out:
         arguments.out.write_text(
-            json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_per_s": bandwidth, "rows": result})
+            json.dumps(
+                {
+                    "device": torch.cuda.get_device_name(),
+                    "copy_gb_per_s": bandwidth,
+                    "bits": BITS,
+                    "group_size": GROUP_SIZE,
+                    "rank": RANK,
+                    "rows": result,
+                }
+            )
         )
 
 

@@ -36,6 +36,8 @@ from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realiz
 from compress.records import Front, LayerSpec, Plan
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity
+from compress.runtime.device import check_device
+from compress.runtime.load import load_on
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
 from compress.search.prepare import prepare
@@ -258,17 +260,29 @@ def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
     return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape)
 
 
-def load(folder: str | Path) -> torch.nn.Module:
+def load(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> torch.nn.Module:
     """The compressed model in ``folder`` as a PyTorch module that computes the same.
 
-    A family of ``compress lowrank`` gives an :class:`~compress.training.elastic.ElasticModel`: its size is set by call.
+    On a GPU linears keep their weights packed, in the layout of our Triton kernels, and other layers run on floats.
+    Files are checked and the model has run once, on the CPU, before anything is put on a GPU. A family of ``compress
+    lowrank`` gives an :class:`~compress.training.elastic.ElasticModel`: its size is set by call.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:1``; where the module then is, and takes its inputs.
+        dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
 
     Raises:
-        InputError: the folder is not a finished artifact, and no family.
+        InputError: the folder is not a finished artifact, and no family; there is no such device; or ``dtype`` is
+            given where it has no meaning.
     """
-    if (Path(folder) / FAMILY_FILE).is_file():
-        return load_elastic(Path(folder))
-    return load_artifact(Path(folder)).module
+    path = Path(folder)
+    if (path / FAMILY_FILE).is_file():
+        if dtype is not None:
+            raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
+        return load_elastic(path).to(check_device(device))
+    return load_on(path, device, dtype).module
 
 
 def export(model: ModelLike, out: str | Path, *, overwrite: bool = False, **settings: Unpack[Settings]) -> Path:

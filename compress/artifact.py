@@ -3,7 +3,7 @@
 ======================  =============================================================================================
 ``model.onnx``          for ONNX Runtime
 ``model.safetensors``   every tensor of the compressed graph; packed weight codes in compress.packing's layout
-``graph.json``          the graph itself (compress/graph/serial.py)
+``graph.json``          the graph itself (compress/graph/serial.py), and the SHA-256 of ``model.safetensors``
 ``plan.json``           what was decided (compress.records.Plan)
 ``report.json``         what came of it (compress.report.schema.Report)
 ======================  =============================================================================================
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from compress.errors import InputError
 from compress.factory import one_line
-from compress.graph.serial import graph_to_json, json_to_graph
+from compress.graph.serial import check_version, graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
 from compress.records import SCHEMA_VERSION, Plan
@@ -49,6 +50,7 @@ REPORT_FILE = "report.json"
 _TENSORS = "model.safetensors"
 _GRAPH = "graph.json"
 _PLAN = "plan.json"
+_DIGEST = "tensors_sha256"
 # What a graph that was edited by hand may come to, in reading it or in running it once.
 _DAMAGE = (
     LookupError,
@@ -108,19 +110,30 @@ def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
         node.target: traced.tensor(str(node.target)).contiguous() for node in traced.graph.find_nodes(op="get_attr")
     }
     # Through Python's own file, whose errors are OSErrors that say why.
-    (folder / _TENSORS).write_bytes(save({str(name): tensor for name, tensor in tensors.items()}, {"format": "pt"}))
-    (folder / _GRAPH).write_text(json.dumps(graph_to_json(traced)))
+    content = save({str(name): tensor for name, tensor in tensors.items()}, {"format": "pt"})
+    (folder / _TENSORS).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    (folder / _GRAPH).write_text(json.dumps(graph_to_json(traced) | {_DIGEST: digest}))
     (folder / _PLAN).write_text(plan.model_dump_json(indent=2))
 
 
 def load_artifact(folder: Path) -> TracedModel:
-    """The compressed graph stored in ``folder``, ready to run.
+    """The compressed graph stored in ``folder``, ready to run on the CPU, where it has run once.
 
     Raises:
-        InputError: a file is missing or damaged, or refers to what is not there.
+        InputError: a file is missing, damaged, of another version or not the one that was written with the others, or
+            refers to what is not there.
     """
     register_operators()
     stored = _read_json(folder, _GRAPH)
+    check_version(stored)
+    with open(_existing(folder, _TENSORS), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != stored.get(_DIGEST):
+        raise InputError(
+            f"{folder / _TENSORS} is damaged, or not the file that {_GRAPH} was written with: its SHA-256 is "
+            f"{digest[:12]}, not {str(stored.get(_DIGEST))[:12]}; compress the model again"
+        )
     try:
         tensors: dict[str, Tensor] = load_file(_existing(folder, _TENSORS))
     except SafetensorError as error:

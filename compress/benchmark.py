@@ -1,4 +1,4 @@
-"""Latency, load time and memory of ONNX files, side by side.
+"""Latency, load time and memory of models, side by side: ONNX files in ONNX Runtime, finished folders in PyTorch.
 
 All models are open in one process and run in turn, A B A B ..., so that whatever else the machine does meets them
 alike; each is compared with the first one, the baseline. Inputs are numpy arrays and outputs are fetched: on a GPU
@@ -18,24 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.benchmark_session import (
-    LEVELS,
-    Alone,
-    OpenModel,
-    dim_names,
-    make_inputs,
-    measure_alone,
-    open_model,
-    resolve_shapes,
-    start_runtime,
-)
+from compress.benchmark_alone import Alone, How, measure_alone, open_either
+from compress.benchmark_session import LEVELS, Opened, dim_names, make_inputs, resolve_shapes, start_runtime
 from compress.errors import InputError
 from compress.machine import Environment, describe_environment
-from compress.records import Record
+from compress.records import LayerRun, Record
 
 __all__ = [
     "BenchReport",
     "BenchRow",
+    "Explanation",
     "Progress",
     "Ratio",
     "bench",
@@ -72,7 +64,7 @@ class BenchRow(Record):
     batch: int
     shapes: dict[str, tuple[int, ...]] = Field(description="shape of each input")
     runs: int = Field(description="timed runs; with fewer than 1000 P99.9 is next to the maximum")
-    load_ms: float = Field(description="from the file to a session that can run")
+    load_ms: float = Field(description="from the file or folder to what can run")
     mean_ms: float
     min_ms: float
     p50_ms: float
@@ -82,7 +74,16 @@ class BenchRow(Record):
     p99_9_ms: float
     max_ms: float
     peak_memory_bytes: int | None = Field(description="main memory at its peak; None: not measured")
+    device_memory_bytes: int | None = Field(default=None, description="a GPU's at its peak; None: not measured")
     ratio: Ratio | None = Field(description="against the first model at this batch size; None for that one")
+
+
+class Explanation(Record):
+    """What runs each layer of a folder at one batch size; see :class:`~compress.records.LayerRun`."""
+
+    model: str = Field(description="the path as it was given")
+    batch: int
+    layers: tuple[LayerRun, ...]
 
 
 class BenchReport(Record):
@@ -96,7 +97,11 @@ class BenchReport(Record):
     warmup: int
     seed: int
     dims: dict[str, int]
+    device: str = Field(default="cpu", description="where folders ran")
+    gpu: str | None = Field(default=None, description="that device's own name; None on the CPU")
+    dtype: str | None = Field(default=None, description="what their packed linears multiplied in; None: as stored")
     rows: tuple[BenchRow, ...]
+    explanations: tuple[Explanation, ...] = ()
 
 
 def bench(
@@ -111,29 +116,35 @@ def bench(
     dims: Mapping[str, int] | None = None,
     seed: int = 0,
     memory: bool = True,
+    device: str = "cpu",
+    dtype: str | None = None,
+    explain: bool = False,
+    capability: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measure the ONNX files ``paths`` at each batch size, interleaved; the first one is the baseline.
+    """Measure ``paths``, ONNX files and folders of ``quantize``, at each batch size, interleaved; the first one is the
+    baseline. A folder is timed as :func:`compress.load` gives it, on ``device`` and with ``dtype``.
 
     ``runs`` None lets :func:`choose_rounds` decide; ``warmup`` runs of each model come first and do not count.
     ``level`` is the graph optimisation: all, extended, basic or disabled. ``dims`` gives dynamic dimensions other than
-    the batch, by name or "input:axis". Load time and
-    memory are measured in a process for each row (:func:`compress.benchmark_session.measure_alone`);
-    ``memory`` False saves
-    it, and the load time is then that of this process, where the first file pays more than the others. Operators that
-    ``provider`` lacks run on the CPU.
+    the batch, by name or "input:axis". Load time and memory are measured in a process for each row
+    (:func:`compress.benchmark_alone.measure_alone`); ``memory`` False saves it, and the load time is then that of this
+    process, where the first model pays more than the others. Operators that ``provider`` lacks run on the CPU.
+    ``explain`` says of each folder's layers which kernel ran them; with ``capability``, which would on such a GPU.
 
     Raises:
-        InputError: a file cannot be opened, or not run at a batch size; an option is out of range or unknown.
+        InputError: a model cannot be opened, or not run at a batch size; an option is out of range or unknown.
     """
     dims = dict(dims or {})
     _check_options(paths, batch_sizes, threads, runs, warmup, level, dims)
+    _check_folders(paths, device, dtype, explain, capability)
     report = progress or _silent
+    how = How(provider=provider, level=level, threads=threads, device=device, dtype=dtype)
     start_runtime()
     models = []
     for done, path in enumerate(paths):
         report("opening models", done, len(paths))
-        models.append(open_model(path, provider=provider, level=level, threads=threads))
+        models.append(open_either(path, how))
     report("opening models", len(paths), len(paths))
     _check_dims_are_used(models, dims)
     # Everything that can be refused is refused before the first measurement.
@@ -143,7 +154,7 @@ def bench(
         for index, model in enumerate(models)
     }
 
-    rows = []
+    rows, explanations = [], []
     for batch in batch_sizes:
         calls = [_call(model, shapes[index, batch], seed) for index, model in enumerate(models)]
         times_ms = time_models(
@@ -151,15 +162,12 @@ def bench(
         )
         for index, model in enumerate(models):
             report(f"load and memory, batch {batch}", index, len(models))
-            alone = (
-                measure_alone(
-                    model.path, provider=provider, level=level, threads=threads, batch=batch, dims=dims, seed=seed
-                )
-                if memory
-                else None
-            )
+            alone = measure_alone(model.path, how, batch=batch, dims=dims, seed=seed) if memory else None
             ratio = ratio_of_medians(times_ms[:, 0], times_ms[:, index], seed=seed) if index else None
             rows.append(_row(model, str(paths[index]), batch, shapes[index, batch], times_ms[:, index], alone, ratio))
+            if explain and model.path.is_dir():
+                layers = _explained(model, shapes[index, batch], seed, capability, dtype)
+                explanations.append(Explanation(model=str(paths[index]), batch=batch, layers=layers))
         report(f"load and memory, batch {batch}", len(models), len(models))
     return BenchReport(
         environment=describe_environment(),
@@ -169,7 +177,11 @@ def bench(
         warmup=warmup,
         seed=seed,
         dims=dims,
+        device=device,
+        gpu=_gpu_name(device),
+        dtype=dtype,
         rows=tuple(rows),
+        explanations=tuple(explanations),
     )
 
 
@@ -260,7 +272,7 @@ def _check_options(
     dims: Mapping[str, int],
 ) -> None:
     if not paths:
-        raise InputError("no ONNX file was given; name at least one")
+        raise InputError("no model was given; name at least one ONNX file or folder")
     if not batch_sizes:
         raise InputError("no batch size was given; give at least one")
     smallest = {"threads": (threads, 1), "runs": (_MIN_ROUNDS if runs is None else runs, 1), "warmup": (warmup, 0)}
@@ -275,7 +287,45 @@ def _check_options(
         raise InputError(f"unknown optimisation level {level!r}; known: {', '.join(LEVELS)}")
 
 
-def _check_dims_are_used(models: Sequence[OpenModel], dims: Mapping[str, int]) -> None:
+def _check_folders(
+    paths: Sequence[str | Path], device: str, dtype: str | None, explain: bool, capability: tuple[int, int] | None
+) -> None:
+    """Options for folders are refused where there is none, before anything is opened."""
+    if capability is not None and not explain:
+        raise InputError("--capability says what would run on another GPU: it goes with --explain")
+    if any(Path(path).is_dir() for path in paths):
+        return
+    asked = {"--device": device != "cpu", "--dtype": dtype is not None, "--explain": explain}
+    if wrong := [name for name, given in asked.items() if given]:
+        raise InputError(
+            f"{' and '.join(wrong)}: for folders that `compress quantize` has written, which run in PyTorch, and none "
+            "is given; an ONNX file runs where --provider says"
+        )
+
+
+def _gpu_name(device: str) -> str | None:
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+
+
+def _explained(
+    model: Opened,
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    capability: tuple[int, int] | None,
+    dtype: str | None,
+) -> tuple[LayerRun, ...]:
+    from compress.benchmark_folder import OpenFolder, explain_run
+
+    assert isinstance(model, OpenFolder)
+    feeds = make_inputs(model.path, model.inputs, shapes, seed=seed)
+    return tuple(explain_run(model, feeds, capability, dtype))
+
+
+def _check_dims_are_used(models: Sequence[Opened], dims: Mapping[str, int]) -> None:
     known = set().union(*(dim_names(model.inputs) for model in models))
     for name in dims:
         if name not in known:
@@ -283,7 +333,7 @@ def _check_dims_are_used(models: Sequence[OpenModel], dims: Mapping[str, int]) -
             raise InputError(f"--dim {name}: no model has a dynamic dimension of that name; they have: {listing}")
 
 
-def _call(model: OpenModel, shapes: Mapping[str, tuple[int, ...]], seed: int) -> Callable[[], None]:
+def _call(model: Opened, shapes: Mapping[str, tuple[int, ...]], seed: int) -> Callable[[], None]:
     feeds = make_inputs(model.path, model.inputs, shapes, seed=seed)
     # Where a model cannot run at this batch it says so here, with its name; the timed calls need no such care.
     model.try_run(feeds)
@@ -291,7 +341,7 @@ def _call(model: OpenModel, shapes: Mapping[str, tuple[int, ...]], seed: int) ->
 
 
 def _row(
-    model: OpenModel,
+    model: Opened,
     name: str,
     batch: int,
     shapes: dict[str, tuple[int, ...]],
@@ -313,6 +363,7 @@ def _row(
         p99_ms=p99,
         p99_9_ms=p99_9,
         peak_memory_bytes=alone.peak_memory_bytes if alone else None,
+        device_memory_bytes=alone.device_memory_bytes if alone else None,
         ratio=ratio,
         **{key: float(value) for key, value in figures.items()},
     )

@@ -1,20 +1,13 @@
-"""One ONNX model opened in ONNX Runtime, inputs made for it, and what it takes in a process of its own.
-
-``python -m compress.benchmark_session REQUEST`` is the child process in which :func:`measure_alone` measures.
-"""
+"""One ONNX model opened in ONNX Runtime, and inputs made for it."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -25,14 +18,12 @@ from compress.errors import InputError
 
 __all__ = [
     "LEVELS",
-    "Alone",
     "InputSpec",
     "OpenModel",
+    "Opened",
     "dim_names",
     "make_inputs",
-    "measure_alone",
     "open_model",
-    "peak_bytes",
     "resolve_shapes",
     "start_runtime",
 ]
@@ -43,8 +34,6 @@ LEVELS = {
     "basic": "ORT_ENABLE_BASIC",
     "disabled": "ORT_DISABLE_ALL",
 }
-
-_LONG_LOAD_MS = 3_000
 
 _FLOATS = {"float": np.float32, "float16": np.float16, "double": np.float64}
 _INTEGERS = {f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -75,12 +64,23 @@ class InputSpec:
     shape: tuple[int | str | None, ...]
 
 
-@dataclass(frozen=True)
-class Alone:
-    """What a model takes in a process of its own; :func:`measure_alone` says what is measured."""
+class Opened(Protocol):
+    """A model that can be timed: a file in ONNX Runtime, or a folder in PyTorch (compress/benchmark_folder.py)."""
 
-    load_ms: float
-    peak_memory_bytes: int
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]: ...
+
+    @property
+    def load_ms(self) -> float: ...
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> None: ...
+
+    def try_run(self, feeds: Mapping[str, NDArray[Any]]) -> None: ...
+
+    def device_peak_bytes(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class OpenModel:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
         with _blame(self.path, f"onnxruntime cannot run it on {shapes or 'no inputs'}"):
             self.run(feeds)
+
+    def device_peak_bytes(self) -> int | None:
+        """None: ONNX Runtime does not say."""
+        return None
 
 
 def start_runtime() -> None:
@@ -253,101 +257,3 @@ def make_inputs(
                 f"{path}: input {spec.name!r} is a {spec.type}, for which no values are made; made: {known}"
             )
     return arrays
-
-
-def measure_alone(
-    path: str | Path,
-    *,
-    provider: str,
-    level: str,
-    threads: int,
-    batch: int,
-    dims: Mapping[str, int],
-    seed: int,
-) -> Alone:
-    """Open ``path`` and run it three times in a new process; return its load time and its peak of main memory.
-
-    Load: from the file to a session that can run, the best of three openings one after the other; of one, where that
-    took over three seconds. A first one pays for memory that the system has yet to find, and for a file not yet in the
-    disk cache: of two identical files in two processes the first took 242 ms, the second 67 ms.
-
-    Memory: the largest resident size from before the file is opened until after the third run, less the resident size
-    before, ONNX Runtime being started already. It holds weights, the optimiser's copies, activations, inputs and
-    outputs; not the interpreter and the libraries, and not a GPU's memory.
-
-    Raises:
-        InputError: the model cannot be opened or run, or the process died (out of memory, as a rule).
-    """
-    request = {"path": str(path), "provider": provider, "level": level, "threads": threads}
-    request |= {"batch": batch, "dims": dict(dims), "seed": seed}
-    # -P: the user's folder may hold a random.py; the package is found even where it runs from a checkout.
-    command = [sys.executable, "-P", "-m", "compress.benchmark_session", json.dumps(request)]
-    root = str(Path(__file__).resolve().parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *([inherited] if inherited else [])])}
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = child.stdout.splitlines()
-    if child.returncode != 0 or not lines:
-        last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(
-            f"{path}: the process that measures it alone ended with code {child.returncode} ({last}); "
-            "--no-memory goes without that measurement"
-        )
-    answer = json.loads(lines[-1])
-    if "error" in answer:
-        raise InputError(answer["error"])
-    return Alone(load_ms=answer["load_ms"], peak_memory_bytes=answer["peak_memory_bytes"])
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: on Linux it starts from the size of the process that started this one.
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _forget_peak() -> None:
-    """Set the largest resident size back to the present one, where Linux lets us; else imports would hide a part."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _main(request: dict[str, Any]) -> dict[str, Any]:
-    how = {name: request[name] for name in ("provider", "level", "threads")}
-    start_runtime()
-    # numpy loads it on first use, and it is not the model's.
-    np.random.default_rng(0)
-    _forget_peak()
-    before = peak_bytes()
-    try:
-        model = open_model(request["path"], **how)
-        shapes = resolve_shapes(model.path, model.inputs, batch=request["batch"], dims=request["dims"])
-        feeds = make_inputs(model.path, model.inputs, shapes, seed=request["seed"])
-        # The second run follows the memory pattern planned from the first; the third is the steady state.
-        for _ in range(3):
-            model.try_run(feeds)
-    except InputError as error:
-        return {"error": str(error)}
-    peak_memory_bytes = peak_bytes() - before
-    load_ms = model.load_ms
-    del model
-    if load_ms < _LONG_LOAD_MS:
-        load_ms = min(load_ms, *(open_model(request["path"], **how).load_ms for _ in range(2)))
-    return {"load_ms": load_ms, "peak_memory_bytes": peak_memory_bytes}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_main(json.loads(sys.argv[1]))))

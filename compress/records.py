@@ -17,6 +17,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "Cost",
+    "LayerRun",
     "LayerSpec",
     "Plan",
     "QuantOption",
@@ -251,3 +252,18 @@ class Front(Record):
     float_totals: dict[str, float]
     points: tuple[FrontPoint, ...]
     notes: tuple[str, ...] = ()
+
+
+class LayerRun(Record):
+    """One call of a layer, and what runs it."""
+
+    layer: str
+    operator: str = Field(description="as the graph calls it: packed_linear, linear, conv2d, ...")
+    kernel: str = Field(description="a row of the kernel table, reference (plain PyTorch) or torch (its own operator)")
+    rows: int = Field(description="of the product: samples times tokens, of a convolution output positions")
+    inputs: int
+    outputs: int
+    bits: int | None = Field(description="of a weight in codes; None: floats")
+    group_size: int | None = Field(description="inputs that share a grid; None: floats")
+    rank: int = Field(description="of a low-rank weight or branch; 0 without")
+    refused: tuple[str, ...] = Field(description="kernel: why it does not take the call")

@@ -18,7 +18,7 @@ from compress.kernels.launch import capability
 from compress.kernels.table import KERNELS
 from compress.registry import resolve
 
-__all__ = ["Call", "Choice", "Kernel", "Requires", "choose"]
+__all__ = ["Call", "Choice", "Kernel", "Requires", "choose", "has_triton"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Call:
         bits: of a packed weight's codes; 0 where the weight is not packed.
         group_size: inputs that share a grid; I where a row has one.
         rank: of a low-rank weight or branch; 0 without.
+        mixed: whether rows belong to different sparse deltas.
+        groups: of a convolution; ``outputs`` are those of all.
     """
 
     operator: str
@@ -46,9 +48,11 @@ class Call:
     bits: int = 0
     group_size: int = 0
     rank: int = 0
+    mixed: bool = False
+    groups: int = 1
 
     @classmethod
-    def on(cls, x: torch.Tensor, operator: str, **rest: int) -> Call:
+    def on(cls, x: torch.Tensor, operator: str, **rest: Any) -> Call:
         """A call on ``x`` [M, I]; ``rest`` are the fields that it does not tell."""
         return cls(operator, x.device.type, capability(x), x.dtype, rows=x.shape[0], inputs=x.shape[1], **rest)
 
@@ -62,6 +66,9 @@ class Requires:
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
     rank: int | None = None
+    inputs: int | None = None
+    mixed: bool = True
+    group_outputs: int | None = None
     capability: tuple[int, int] | None = (8, 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
@@ -71,7 +78,7 @@ class Requires:
                 yield f"inputs are on {call.device}; it runs on GPUs"
             elif call.capability is None or call.capability < self.capability:
                 yield f"compute capability {call.capability} is below {self.capability}"
-            if not _has_triton():
+            if not has_triton():
                 yield "triton is not installed"
         if call.dtype not in self.dtypes:
             yield f"inputs of {call.dtype} are not among {', '.join(map(str, self.dtypes))}"
@@ -79,18 +86,25 @@ class Requires:
         if call.rows < low or (high is not None and call.rows > high):
             yield f"{call.rows} rows are not {low} to {'any number' if high is None else high}"
         if self.bits is not None and call.bits not in self.bits:
-            yield f"{call.bits} bits are not in {set(self.bits)}"
+            yield f"{call.bits} bits are not in {{{_listed(self.bits)}}}"
         if self.group_sizes is not None and call.group_size < call.inputs and call.group_size not in self.group_sizes:
-            yield f"group_size {call.group_size} is not in {set(self.group_sizes)}, nor a whole row"
+            yield f"group_size {call.group_size} is not in {{{_listed(self.group_sizes)}}}, nor a whole row"
         if self.rank is not None and call.rank > self.rank:
             yield f"rank {call.rank} is above {self.rank}"
+        if self.inputs is not None and call.inputs > self.inputs:
+            yield f"{call.inputs} inputs are above {self.inputs}: their sum may not fit into 32 bits"
+        own = call.outputs // call.groups
+        if self.group_outputs is not None and call.groups > 1 and own < self.group_outputs:
+            yield f"{call.groups} groups of {own} outputs leave tensor cores empty, which take {self.group_outputs}"
+        if call.mixed and not self.mixed:
+            yield "rows belong to different deltas"
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A row of the kernel table: ``run`` takes the operator's own arguments."""
 
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     requires: Requires
 
 
@@ -112,7 +126,7 @@ def choose(call: Call) -> Choice:
     refused = []
     for name, home in KERNELS[call.operator].items():
         # A kernel's module imports triton: without one, only the rows that need none can be looked at.
-        if "reference" not in home and not _has_triton():
+        if "reference" not in home and not has_triton():
             refused.append(f"{name}: triton is not installed")
             continue
         kernel: Kernel = resolve({name: home}, name, "kernel")
@@ -123,6 +137,11 @@ def choose(call: Call) -> Choice:
     raise TypeError(f"no kernel of {call.operator} takes the call. {'. '.join(refused)}")
 
 
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package that kernels are written in is installed."""
     return importlib.util.find_spec("triton") is not None

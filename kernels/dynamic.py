@@ -12,19 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quantize_dynamic"]
+__all__ = ["dynamic_grid", "fake_quantize_dynamic"]
 
 _TOP = 255
+
+
+def dynamic_grid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [] each in ``x``'s dtype, of the 8-bit grid that ``x`` gets."""
+    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale = (high - low) / _TOP
+    # All zeros: any grid keeps them. Its value is not asked for: a GPU would have to be waited for.
+    scale = torch.where(scale > 0, scale, 1.0)
+    offset = torch.round((-low / scale).clamp(0, _TOP))
+    return scale, offset
 
 
 @torch.library.custom_op("compress::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor) -> Tensor:
     """Reference in plain PyTorch: ``x`` float32 of any shape."""
-    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
-    scale = (high - low) / _TOP
-    if not bool(scale > 0):  # all zeros
-        return x.clone()
-    offset = torch.round((-low / scale).clamp(0, _TOP))
+    scale, offset = dynamic_grid(x)
     codes = torch.round(x / scale).add_(offset).clamp_(0, _TOP)
     return codes.sub_(offset).mul_(scale)
 

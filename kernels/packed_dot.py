@@ -25,6 +25,7 @@ from compress.kernels.lanes import CHUNK, LANES, LaneWeight, block_columns
 from compress.kernels.launch import capability, launch_options, multiprocessors, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
+from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "packed_dot"]
 
@@ -214,9 +215,11 @@ def packed_dot(
     outputs, bits = weight.outputs, weight.bits
     positions = block_columns(bits) // LANES
     whole = weight.group_size >= inputs
-    chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
+    # A step is a group, of the largest ones half: more inputs would not fit into the memory of a multiprocessor.
+    chunk = 64 if whole else LANES * max(1, min(128, weight.group_size) // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
     total = triton.cdiv(blocks * LANES, chunk)
+    tile = tile or measured_tile(x, "packed_dot", outputs, x.dtype, bits, weight.group_size)
     n, m, splits, warps, stages, unroll = tile or default_tile(rows, outputs, total, multiprocessors(x))
     steps = triton.cdiv(total, splits)
     splits = triton.cdiv(total, steps)
@@ -254,7 +257,7 @@ KERNEL = Kernel(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         rows=(1, 128),
         bits=(2, 3, 4, 5, 6, 7, 8),
-        group_sizes=(32, 64, 128),
+        group_sizes=(16, 32, 64, 128, 256),
         rank=128,
         capability=(8, 0),
     ),

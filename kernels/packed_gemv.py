@@ -25,6 +25,7 @@ from torch import Tensor
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import LANES, LaneWeight, block_columns
 from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "packed_gemv"]
 
@@ -235,6 +236,7 @@ def packed_gemv(
     whole = weight.group_size >= inputs
     chunk = 64 if whole else LANES * max(1, weight.group_size // (LANES * positions))
     blocks = -(-inputs // (LANES * positions))
+    tile = tile or measured_tile(x, "packed_gemv", outputs, x.dtype, weight.bits, weight.group_size)
     n, warps = tile or default_tile(outputs, inputs, multiprocessors(x))
     # So many units are 16 bytes a thread, which gives inputs and weights one layout over the threads. Short rows: less.
     span = min(warps * 256, power_of_two(blocks * LANES))
@@ -266,7 +268,7 @@ KERNEL = Kernel(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         rows=(1, 1),
         bits=(2, 3, 4, 5, 6, 7, 8),
-        group_sizes=(32, 64, 128),
+        group_sizes=(16, 32, 64, 128, 256),
         rank=512,
         capability=(8, 0),
     ),

@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.lanes import LaneWeight, unit_shape
 
-__all__ = ["choose_packed", "packed_linear", "packed_lowrank_linear"]
+__all__ = ["checked_weight", "choose_packed", "flat_rows", "packed_linear", "packed_lowrank_linear"]
 
 
 def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
@@ -35,7 +35,9 @@ def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
     return choose(call)
 
 
-def _checked(x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int) -> LaneWeight:
+def checked_weight(
+    x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int
+) -> LaneWeight:
     """The weight, its sizes checked against ``x`` and each other: a kernel would read past the end of wrong ones."""
     inputs, outputs = x.shape[-1], scale.shape[0]
     wanted = unit_shape(outputs, inputs, bits)
@@ -53,7 +55,7 @@ def _checked(x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: 
     return LaneWeight(units, scale, zero_point, bits, inputs, group_size)
 
 
-def _rows(x: Tensor) -> Tensor:
+def flat_rows(x: Tensor) -> Tensor:
     """``x`` as [M, I], its rows contiguous."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
@@ -68,8 +70,8 @@ def packed_linear(
     Raises:
         ValueError: units, scales or zero points have another size or type than ``bits`` and ``group_size`` ask for.
     """
-    weight = _checked(x, units, scale, zero_point, bits, group_size)
-    flat = _rows(x)
+    weight = checked_weight(x, units, scale, zero_point, bits, group_size)
+    flat = flat_rows(x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.outputs)
     return choose_packed(flat, weight).run(flat, weight, bias).reshape(*x.shape[:-1], -1)
@@ -92,13 +94,13 @@ def packed_lowrank_linear(
     Raises:
         ValueError: as there, or the branch does not fit the weight.
     """
-    weight = _checked(x, units, scale, zero_point, bits, group_size)
+    weight = checked_weight(x, units, scale, zero_point, bits, group_size)
     rank = down.shape[0]
     if tuple(down.shape) != (rank, weight.inputs) or tuple(up.shape) != (weight.outputs, rank):
         raise ValueError(
             f"up {tuple(up.shape)} and down {tuple(down.shape)}; the weight is {weight.outputs} x {weight.inputs}"
         )
-    flat = _rows(x)
+    flat = flat_rows(x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.outputs)
     choice = choose_packed(flat, weight, rank)

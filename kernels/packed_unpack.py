@@ -100,7 +100,7 @@ KERNEL = Kernel(
     requires=Requires(
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         bits=(2, 3, 4, 5, 6, 7, 8),
-        group_sizes=(32, 64, 128),
+        group_sizes=(16, 32, 64, 128, 256),
         capability=(8, 0),
     ),
 )

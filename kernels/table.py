@@ -15,6 +15,13 @@ OPERATORS = {
     "packed_linear": "compress.kernels.packed_linear:packed_linear",
     "packed_lowrank_linear": "compress.kernels.packed_linear:packed_lowrank_linear",
     "lowrank_linear": "compress.kernels.lowrank_linear:lowrank_linear",
+    "int8_linear": "compress.kernels.int8_linear:int8_linear",
+    "int8_dynamic_linear": "compress.kernels.int8_linear:int8_dynamic_linear",
+    "int8_conv2d": "compress.kernels.int8_conv2d:int8_conv2d",
+    "dequantize_codes": "compress.kernels.int8_conv2d:dequantize_codes",
+    "delta_linear": "compress.kernels.delta_linear:delta_linear",
+    "packed_delta_linear": "compress.kernels.delta_linear:packed_delta_linear",
+    "add_delta_": "compress.kernels.delta_linear:add_delta_",
 }
 
 # The last row of each operator is its reference in plain PyTorch, which takes everything.
@@ -29,6 +36,25 @@ KERNELS = {
         "thin_gemv": "compress.kernels.thin_gemv:KERNEL",
         "thin_dot": "compress.kernels.thin_dot:KERNEL",
         "reference": "compress.kernels.lowrank_reference:KERNEL",
+    },
+    "int8_linear": {
+        "int8_fused": "compress.kernels.int8_dot:FUSED",
+        "int8_dot": "compress.kernels.int8_dot:KERNEL",
+        "reference": "compress.kernels.int8_reference:KERNEL",
+    },
+    "int8_conv2d": {
+        "int8_conv": "compress.kernels.int8_conv:KERNEL",
+        "reference": "compress.kernels.conv_problem:KERNEL",
+    },
+    "delta_linear": {
+        "delta_gemv": "compress.kernels.delta_product:GEMV",
+        "delta_merge": "compress.kernels.delta_product:MERGE",
+        "delta_rows": "compress.kernels.delta_product:ROWS",
+        "reference": "compress.kernels.delta_reference:KERNEL",
+    },
+    "add_delta_": {
+        "delta_add": "compress.kernels.delta_product:ADD",
+        "reference": "compress.kernels.delta_reference:ADD",
     },
 }
 

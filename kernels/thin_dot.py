@@ -14,6 +14,7 @@ from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.launch import launch_options, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
+from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "lowrank_dot", "thin_dot"]
 
@@ -58,6 +59,7 @@ def thin_dot(
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
+    tile = tile or measured_tile(x, "thin_dot", outputs, weight.dtype)
     n, k, splits, warps, stages = tile or default_tile(rows, outputs, inputs, x.element_size())
     m = min(64, max(16, power_of_two(rows)))
     steps = triton.cdiv(triton.cdiv(inputs, k), splits)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "inner_gemv", "lowrank_gemv", "thin_gemv"]
 
@@ -63,7 +64,8 @@ def thin_gemv(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: tuple[int, int] | None = None
 ) -> Tensor:
     """``x`` [M, I] times ``weight`` [O, I], rows maybe apart, to [M, O] in ``dtype``; ``tile``: outputs, warps."""
-    return _launch(x, weight, bias, dtype, tile or default_tile(weight.shape[0]), splits=1, late=False)[0]
+    tile = tile or measured_tile(x, "thin_gemv", weight.shape[0], weight.dtype) or default_tile(weight.shape[0])
+    return _launch(x, weight, bias, dtype, tile, splits=1, late=False)[0]
 
 
 def inner_gemv(x: Tensor, down: Tensor) -> Tensor:

@@ -23,8 +23,18 @@ LEVEL_0 = {"errors", "registry", "records", "options", "packing", "weights", "pr
 LEVEL_0 |= {"targets", "machine", "cache"}
 LEVEL_1 = {"checkpoint", "factory", "pt2", "huggingface", "shapes", "methods", "graph"}
 LEVEL_2 = {"quant", "calib", "kernels", "lowrank", "sparse"}
-LEVEL_4 = {"transform", "allocation", "compression", "artifact"}
-LEVEL_5 = {"exporters", "gate", "benchmark", "benchmark_session", "report", "intake", "estimate"} | {
+LEVEL_4 = {"transform", "allocation", "compression", "artifact", "runtime"}
+LEVEL_5 = {
+    "exporters",
+    "gate",
+    "benchmark",
+    "benchmark_alone",
+    "benchmark_folder",
+    "benchmark_session",
+    "report",
+    "intake",
+    "estimate",
+} | {
     "planning",
     "auto",
     "realize",
@@ -315,4 +325,5 @@ def test_wheel_is_complete_and_alone(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"compress"}
     expected = {f"compress/{path}" for path in python_files("kernels", "calib")}
     assert all(any(name.startswith(f"{link}/") for name in expected) for link in LINKS)
+    expected |= {f"compress/kernels/{path.name}" for path in (ROOT / "kernels").glob("tiles-*.json")}
     assert (expected | {str(path) for path in python_files("compress")}) - names == set()

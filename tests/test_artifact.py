@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -94,10 +95,22 @@ def test_a_graph_in_another_encoding(folder: Path) -> None:
     ids=["missing", "too few codes", "too few scales"],
 )
 def test_tensors_that_do_not_fit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, file)
+    assert "model.safetensors is damaged, or not the file that graph.json was written with" in refused(folder)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit_json(folder / "graph.json", lambda content: content.update(tensors_sha256=digest))
     refused(folder)
+
+
+def test_tensors_of_another_run(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # still a file of tensors, all of the right shape
+    file.write_bytes(content)
+    assert "not the file that graph.json was written with: its SHA-256 is" in refused(folder)
 
 
 @pytest.mark.parametrize("target", ["os.system", "aten.nothing.default", "builtins.eval", "aten.__class__.x", "torch"])

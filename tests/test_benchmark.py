@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from compress.benchmark import BenchReport, bench, choose_rounds, ratio_of_medians, time_models
-from compress.benchmark_session import measure_alone, open_model
+from compress.benchmark_alone import How, measure_alone
+from compress.benchmark_session import open_model
 from compress.errors import InputError
 
 CPU = "CPUExecutionProvider"
@@ -215,7 +216,7 @@ def test_peak_memory_holds_the_weights_and_not_what_this_process_holds(tmp_path:
 def test_error_in_the_measuring_process_is_ours(tmp_path: Path) -> None:
     path = relu(tmp_path / "a.onnx", ["batch", "seq"])
     with pytest.raises(InputError, match=r"a\.onnx: dimension 1 of input 'x' .* --dim seq=VALUE"):
-        measure_alone(path, provider=CPU, level="all", threads=1, batch=1, dims={}, seed=0)
+        measure_alone(path, How(CPU, "all", 1), batch=1, dims={}, seed=0)
 
 
 def test_death_of_the_measuring_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +233,10 @@ def test_death_of_the_measuring_process_is_told(tmp_path: Path, monkeypatch: pyt
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.onnx: no such file"):
         quick([tmp_path / "nowhere.onnx"])
-    with pytest.raises(InputError, match="a folder, not an ONNX file"):
+    with pytest.raises(InputError, match=r"holds no graph\.json; give a folder that `compress quantize` has written"):
         quick([tmp_path])
+    with pytest.raises(InputError, match="a folder, not an ONNX file"):
+        open_model(tmp_path, provider=CPU, level="all", threads=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model at all"], ids=["empty", "text"])

@@ -1,4 +1,4 @@
-"""``compress bench``: latency, load time and memory of ONNX files, side by side."""
+"""``compress bench``: latency, load time and memory of ONNX files and finished folders, side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from compress.benchmark import BenchReport, BenchRow
+    from compress.benchmark import BenchReport, BenchRow, Explanation
 
 # One file opened twice and compared with itself came out at 0.97 to 1.02, each time with a narrow interval: where a
 # session's memory happens to lie is the same for all of its runs, and no number of runs averages it out.
@@ -22,7 +22,10 @@ _SAME_FILE_SPREAD = 0.03
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="ONNX files; the others are compared with the first one")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="ONNX files, or folders of quantize, run in PyTorch; compared with the first one"),
+    ],
     batch: Annotated[
         list[int] | None, typer.Option(help="Batch size; may be given several times; 1 where left out")
     ] = None,
@@ -35,6 +38,16 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Size of a dynamic dimension, by name or INPUT:AXIS, as in seq=128"),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where folders run: cpu, cuda, cuda:1")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Folders on a GPU: packed linears multiply in float16 or bfloat16")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Folders: which kernel runs each layer, and why not the others")
+    ] = False,
+    capability: Annotated[
+        str | None, typer.Option(metavar="X.Y", help="With --explain: of a GPU that is not here, as in 9.0")
+    ] = None,
     provider: Annotated[str, typer.Option(help="ONNX Runtime execution provider")] = "CPUExecutionProvider",
     level: Annotated[str, typer.Option(help="Graph optimisation: all, extended, basic, disabled")] = "all",
     seed: Annotated[int, typer.Option(help="Seed of the generated inputs")] = 0,
@@ -42,9 +55,11 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the result as JSON to this file, or - for stdout")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar")] = False,
 ) -> None:
-    """Measure ONNX files side by side: latency, load time, peak memory.
+    """Measure models side by side: latency, load time, peak memory.
 
     Example: [bold]compress bench model-fp32.onnx model-w4a8/model.onnx --batch 1 --batch 32[/]
+
+    A folder is timed in PyTorch, as compress.load gives it: [bold]compress bench model-w4a8 --device cuda --explain[/]
 
     The models run in turn in one process, on generated inputs, so that disturbances meet them alike; the comparison
     with the first model comes with a 95 % interval.
@@ -54,6 +69,7 @@ def bench(
         # Known before the first run, not after the last.
         raise InputError(f"--json {json}: the folder {json.absolute().parent} does not exist")
     dims = parse_dims(dim or [])
+    found = parse_capability(capability) if capability is not None else None
 
     from rich.console import Console
 
@@ -71,6 +87,10 @@ def bench(
             dims=dims,
             seed=seed,
             memory=memory,
+            device=device,
+            dtype=dtype,
+            explain=explain,
+            capability=found,
             progress=bar.update if bar.enabled else None,
         )
     text = report.model_dump_json(indent=2)
@@ -98,6 +118,14 @@ def parse_dims(texts: list[str]) -> dict[str, int]:
     return dims
 
 
+def parse_capability(text: str) -> tuple[int, int]:
+    """``"9.0"`` -> ``(9, 0)``; raises InputError where it is not two numbers."""
+    major, _, minor = text.partition(".")
+    if not major.isdecimal() or not minor.isdecimal():
+        raise InputError(f"--capability {text}: expected a GPU's compute capability, as in 8.0 or 9.0")
+    return int(major), int(minor)
+
+
 def print_report(report: BenchReport, console: Console) -> None:
     """One table for each batch size, models side by side, then the comparisons as sentences."""
     labels = model_labels(report)
@@ -106,6 +134,9 @@ def print_report(report: BenchReport, console: Console) -> None:
         console.print(_table(rows, labels, f"batch {batch}, {rows[0].runs} runs each"))
         for row in rows[1:]:
             console.print(comparison(row, labels[row.model], labels[rows[0].model]), highlight=False, markup=False)
+        for explanation in report.explanations:
+            if explanation.batch == batch:
+                console.print(_layers(explanation, labels[explanation.model]))
         console.print()
     environment = report.environment
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
@@ -115,6 +146,10 @@ def print_report(report: BenchReport, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if any(Path(row.model).is_dir() for row in report.rows):
+        multiplied = f", packed linears in {report.dtype}" if report.dtype else ""
+        where = f"{report.device} ({report.gpu})" if report.gpu else report.device
+        console.print(f"Folders: torch {environment.torch} on {where}{multiplied}.", highlight=False)
     if any(row.runs < 1000 for row in report.rows):
         console.print("P99.9 of fewer than 1000 runs is next to the maximum.", highlight=False)
 
@@ -164,9 +199,28 @@ def _table(rows: list[BenchRow], labels: dict[str, str], title: str) -> Table:
     if any(row.peak_memory_bytes is not None for row in rows):
         peaks = [row.peak_memory_bytes for row in rows]
         table.add_row("peak memory, MB", *("" if peak is None else _three_digits(peak / 1e6) for peak in peaks))
+    if any(row.device_memory_bytes is not None for row in rows):
+        on_device = [row.device_memory_bytes for row in rows]
+        table.add_row("GPU memory, MB", *("" if peak is None else _three_digits(peak / 1e6) for peak in on_device))
     if len(rows) > 1:
         ratios = [row.ratio for row in rows]
         table.add_row("P50 to the first's", *("1" if ratio is None else _ratio(ratio.value) for ratio in ratios))
+    return table
+
+
+def _layers(explanation: Explanation, name: str) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{escape(name)}, batch {explanation.batch}: what runs each layer", title_justify="left")
+    for heading in ("layer", "kernel", "rows x in x out", "bits", "why not the others"):
+        table.add_column(heading, overflow="fold")
+    for layer in explanation.layers:
+        bits = "float" if layer.bits is None else f"{layer.bits}, groups of {layer.group_size}"
+        bits += f" + rank {layer.rank}" if layer.rank else ""
+        shape = f"{layer.rows} x {layer.inputs} x {layer.outputs}"
+        kernel = f"{layer.operator}: {layer.kernel}"
+        table.add_row(escape(layer.layer), kernel, shape, bits, escape("\n".join(layer.refused)))
     return table
 
 

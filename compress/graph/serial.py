@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from compress.errors import InputError
 from compress.graph.traced import TracedModel
 
-__all__ = ["GRAPH_VERSION", "graph_to_json", "json_to_graph"]
+__all__ = ["GRAPH_VERSION", "check_version", "graph_to_json", "json_to_graph"]
 
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 _NAMESPACES = ("aten", "compress")
 _PLAIN = {
     f"operator.{name}": getattr(operator, name)
@@ -53,14 +53,26 @@ def graph_to_json(traced: TracedModel) -> dict[str, Any]:
     }
 
 
+def check_version(stored: dict[str, Any]) -> None:
+    """Refuse what another version of the program has stored.
+
+    Raises:
+        InputError: it has another version than :data:`GRAPH_VERSION`.
+    """
+    if stored.get("version") != GRAPH_VERSION:
+        raise InputError(
+            f"graph.json has version {stored.get('version')!r}; this program reads {GRAPH_VERSION}; "
+            "compress the model again"
+        )
+
+
 def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedModel:
     """The traced model that :func:`graph_to_json` stored, reading ``tensors`` by name.
 
     Raises:
         InputError: another version, an operator that is not allowed or not known, or a tensor that is missing.
     """
-    if stored.get("version") != GRAPH_VERSION:
-        raise InputError(f"graph.json has version {stored.get('version')!r}; this program reads {GRAPH_VERSION}")
+    check_version(stored)
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
     batch = stored["example_batch"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.benchmark import bench
-from compress.benchmark_session import peak_bytes
+from compress.benchmark_alone import peak_bytes
 from compress.calib.calibrate import LayerResult
 from compress.calib.samples import Samples
 from compress.errors import InputError

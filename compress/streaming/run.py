@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.artifact import check_folder, new_folder
-from compress.benchmark_session import peak_bytes
+from compress.benchmark_alone import peak_bytes
 from compress.cache import digest
 from compress.calib.resume import ResumeStore, open_store
 from compress.calib.samples import Samples, load_samples

@@ -17,15 +17,23 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from compress.kernels import launch
+from compress.kernels.conv_problem import ConvProblem
+from compress.kernels.delta_add import delta_add
+from compress.kernels.delta_gemv import delta_gemv
+from compress.kernels.delta_rows import DeltaRows
+from compress.kernels.int8_conv import int8_conv
+from compress.kernels.int8_dot import int8_dot, int8_fused
+from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.lanes import LaneWeight, unit_shape
 from compress.kernels.packed_dot import packed_dot
 from compress.kernels.packed_gemv import packed_gemv
 from compress.kernels.packed_unpack import unpack_weight
+from compress.kernels.row_grid import RowGrid
 from compress.kernels.thin_dot import lowrank_dot
 from compress.kernels.thin_gemv import lowrank_gemv
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-POINTERS |= {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
+POINTERS |= {torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 INPUTS = OUTPUTS = 256
 TILE = (128, 16, 2, 4, 3, 1)  # packed_dot's own for these outputs, but two splits, so that partial sums are added
@@ -100,6 +108,28 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         up, down = torch.zeros(OUTPUTS, 32, dtype=dtype), torch.zeros(32, INPUTS, dtype=dtype)
         lowrank_gemv(torch.zeros(1, INPUTS, dtype=dtype), up, down)
         lowrank_dot(torch.zeros(16, INPUTS, dtype=dtype), up, down)
+        rows += recorder.rows
+        recorder = Recorder(architecture, f"delta {dtype}")
+        JITFunction.run = recorder.method()
+        x, y = torch.zeros(4, INPUTS, dtype=dtype), torch.zeros(4, OUTPUTS, dtype=dtype)
+        delta = DeltaRows.from_flat((OUTPUTS, INPUTS), torch.arange(0, OUTPUTS * INPUTS, 20), torch.zeros(3277), dtype)
+        delta_gemv(x, y, delta, None)
+        delta_gemv(x, y, delta, torch.zeros(4, dtype=torch.int32))
+        delta_add(up.new_zeros(OUTPUTS, INPUTS), delta)
+        rows += recorder.rows
+        recorder = Recorder(architecture, f"int8 {dtype}")
+        JITFunction.run = recorder.method()
+        codes = torch.zeros(OUTPUTS, INPUTS, dtype=torch.int8)
+        weight8 = Int8Weight(codes, torch.ones(OUTPUTS), torch.zeros(OUTPUTS, dtype=torch.int32))
+        static = RowGrid("static", torch.ones(1), torch.zeros(1, dtype=torch.uint8))
+        int8_fused(x, static, weight8)
+        int8_fused(torch.zeros(64, INPUTS, dtype=dtype), RowGrid("token"), weight8, torch.zeros(OUTPUTS, dtype=dtype))
+        int8_dot(torch.zeros(200, INPUTS, dtype=dtype), RowGrid("tensor"), weight8)
+        kernels = Int8Weight(codes.reshape(OUTPUTS, 2, 2, 64), weight8.scale, weight8.sums)
+        image = torch.zeros(1, 64, 9, 9, dtype=dtype)
+        problem = ConvProblem(static, (1, 1), (1, 1), (1, 1), 1, following=static)
+        int8_conv(image, kernels, None, problem)
+        int8_conv(image.to(torch.int8, memory_format=torch.channels_last), kernels, weight8.scale, problem)
         rows += recorder.rows
     return rows
 

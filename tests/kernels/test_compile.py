@@ -44,12 +44,18 @@ def test_every_kernel_compiles(architecture: int, compiled: list[dict[str, Any]]
         "partial_sums_fwd_kernel",
         "thin_gemv_fwd_kernel",
         "thin_dot_fwd_kernel",
+        "delta_gemv_fwd_kernel",
+        "delta_add_fwd_kernel",
+        "int8_dot_fwd_kernel",
+        "int8_conv_fwd_kernel",
+        "row_ranges_fwd_kernel",
+        "quantize_rows_fwd_kernel",
     }
     for row in rows:
         assert row["target"].startswith(f"sm_{architecture}"), row
         assert row["cubin_bytes"] > 0, row
         # Ada's programs get 99 kB of shared memory, Ampere's and Hopper's more.
         assert row["shared_bytes"] <= 99 * 1024, row
-        assert row["tensor_cores"] == ("dot" in row["kernel"]), row
+        assert row["tensor_cores"] == ("dot" in row["kernel"] or "conv" in row["kernel"]), row
         # The GEMV's codes are subnormal numbers: a compiler that flushed them would make every product zero.
         assert not row["flushes_subnormals"], row

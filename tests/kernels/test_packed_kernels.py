@@ -48,6 +48,17 @@ def test_every_width_and_group(
     assert_near(run(x, weight), x.double() @ exact.T)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, 256), (4, 16), (8, 256)])
+def test_smallest_and_largest_group(
+    kernel: str, bits: int, group_size: int, device: str, lane_weight: Callable[..., Any], assert_near: Any
+) -> None:
+    run, rows = KERNELS[kernel]
+    weight, exact = lane_weight(9, 600, bits, group_size, device)
+    x = torch.randn(rows, 600, device=device)
+    assert_near(run(x, weight), x.double() @ exact.T)
+
+
 @pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -65,7 +65,7 @@ def test_refusals_are_sentences() -> None:
     refused = choose(replace(GPU_CALL, rows=2000, capability=(7, 5), group_size=96)).refused
     assert refused[0] == (
         "packed_gemv: compute capability (7, 5) is below (8, 0); 2000 rows are not 1 to 1; "
-        "group_size 96 is not in {32, 64, 128}, nor a whole row"
+        "group_size 96 is not in {16, 32, 64, 128, 256}, nor a whole row"
     )
     assert [reason.partition(":")[0] for reason in refused] == ["packed_gemv", "packed_dot", "packed_unpack"]
     assert choose(replace(GPU_CALL, device="cpu", capability=None)).refused[0].endswith("it runs on GPUs")

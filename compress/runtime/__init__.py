@@ -1,0 +1,1 @@
+"""An artifact as PyTorch runs it: where, on which kernels, and why on those."""
