@@ -21,10 +21,17 @@ import triton
 from torch import Tensor
 
 from benchmarks.device_timing import copies_for, copy_bandwidth, record_graph, time_in_turn
+from compress.kernels.delta_linear import choose_delta
+from compress.kernels.delta_reference import delta_reference
+from compress.kernels.delta_rows import DeltaRows
+from compress.kernels.int8_linear import choose_int8
+from compress.kernels.int8_reference import int8_reference
+from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.lanes import LaneWeight, pack_lanes
 from compress.kernels.lowrank_linear import choose_lowrank
 from compress.kernels.packed_linear import choose_packed
 from compress.kernels.packed_reference import packed_reference
+from compress.kernels.row_grid import KINDS, RowGrid
 from compress.kernels.table import register_operators
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,6 +127,55 @@ def lowrank(divisor: int, kept: int) -> Callable[[Tensor, int], Call]:
     return make
 
 
+def integers(kind: str) -> Callable[[Tensor, int], Call]:
+    """8-bit weights and inputs on a grid of ``kind``, one of compress.kernels.row_grid's."""
+
+    def make(x: Tensor, outputs: int) -> Call:
+        codes = torch.randint(-127, 128, (outputs, x.shape[1]), dtype=torch.int8, device=x.device)
+        w = Int8Weight(codes, torch.rand(outputs, device=x.device) * 1e-4, codes.sum(1, dtype=torch.int32))
+        parts = (w.codes, w.scale, w.sums, None)
+        scale, zero = torch.tensor(0.03, device=x.device), torch.tensor(128, dtype=torch.uint8, device=x.device)
+        grid = RowGrid("static", scale, zero) if kind == "static" else RowGrid(kind)
+        fixed, measured = torch.ops.compress.int8_linear, torch.ops.compress.int8_dynamic_linear
+        return Call(
+            x,
+            (lambda: fixed(x, scale, zero, *parts, 8))
+            if kind == "static"
+            else (lambda: measured(x, *parts, kind == "token")),
+            lambda: int8_reference(x, grid, w).float(),
+            codes.numel() + 8 * outputs,
+            choose_int8(x, w).name,
+        )
+
+    return make
+
+
+def with_delta(bits: int, group: int, density: float, tasks: int) -> Callable[[Tensor, int], Call]:
+    """A packed base and sparse deltas of ``density``; with several ``tasks`` each row of ``x`` has one of its own."""
+
+    def make(x: Tensor, outputs: int) -> Call:
+        w = random_weight(outputs, x.shape[1], bits, group)
+        found = []
+        for _ in range(tasks):
+            index = (torch.rand(outputs * x.shape[1], device=x.device) < density).nonzero()[:, 0]
+            values = torch.randn(len(index), device=x.device) * 1e-3
+            found.append(DeltaRows.from_flat((outputs, x.shape[1]), index, values, torch.float16))
+        deltas = DeltaRows.stack(found)
+        numbers = torch.arange(x.shape[0], device=x.device, dtype=torch.int32) % tasks
+        task = numbers if tasks > 1 else None
+        parts = (w.units, w.scale, w.zero_point, deltas.starts, deltas.columns, deltas.values)
+        run = torch.ops.compress.packed_delta_linear
+        return Call(
+            x,
+            lambda: run(x, *parts, task, None, bits, group),
+            lambda: delta_reference(x.float(), w, deltas, task),
+            w.weight_bytes + min(tasks, x.shape[0]) * 4 * (len(deltas.values) // tasks),
+            choose_delta(x, w, task).name,
+        )
+
+    return make
+
+
 def random_factors(outputs: int, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
     """``up`` [O, R] and ``down`` [R, I]."""
     up = torch.randn(outputs, rank, device="cuda", dtype=DTYPE) * rank**-0.5
@@ -139,6 +195,13 @@ def cases() -> list[Case]:
             target = "<= 1.15x the time without" if rows == 1 else ""
             made = packed_lowrank(4, 128, 32)
             found.append(Case("4 bits + rank 32", rows, shape, made, target, beside="4 bits, group 128"))
+        for rows in (1, 16, 64, 2048):
+            found += [Case(f"8 bits, inputs 8 bits, {kind}", rows, shape, integers(kind)) for kind in KINDS]
+        for rows in (1, 16, 2048):
+            made = with_delta(4, 128, 0.05, 1)
+            found.append(Case("4 bits + 5 % delta", rows, shape, made, beside="4 bits, group 128"))
+        made = with_delta(4, 128, 0.005, 4)
+        found.append(Case("4 bits + 4 deltas of 0.5 %, rows mixed", 16, shape, made, beside="4 bits, group 128"))
     for shape in ((4096, 4096), (8192, 8192), (28672, 8192)):
         for rows in (1, 4, 16):
             found.append(Case("rank inputs / 8", rows, shape, lowrank(8, 1), ">= 4x"))

@@ -22,7 +22,7 @@ class Block:
     """A stretch of the float graph, by names of its nodes.
 
     Attributes:
-        input: the one value that it reads from before; None for the first, which reads the graph's inputs.
+        input: the one value that it reads from before; None for a first one that reads the graph's inputs.
         output: the one value that is read after it, or the last.
         layers: in execution order, each whole within it.
     """
@@ -60,8 +60,9 @@ def find_blocks(traced: TracedModel, whole: bool = True) -> list[Block]:
     for node in nodes:
         if _is_layer(node):
             layers.append(layer_name(node))
-        if node in ends and layers:
-            blocks.append(Block(start.name if start else None, ends[node].name, tuple(dict.fromkeys(layers))))
+        if node in ends:
+            if layers:  # none yet: embeddings alone, which are no part of the first block
+                blocks.append(Block(start.name if start else None, ends[node].name, tuple(dict.fromkeys(layers))))
             start, layers = ends[node], []
     if layers:
         (output,) = traced.graph.find_nodes(op="output")

@@ -31,14 +31,21 @@ class Frontier:
         inputs: the samples, one tensor [N, ...] a graph input.
         scratch: folder for the values on disk.
         batch_size: samples a step; by default 64, or what the graph's batch is fixed to.
+        given: values [N, ...] of nodes or inputs that are to be these, by name.
     """
 
     def __init__(
-        self, traced: TracedModel, inputs: tuple[Tensor, ...], scratch: Path, batch_size: int | None = None
+        self,
+        traced: TracedModel,
+        inputs: tuple[Tensor, ...],
+        scratch: Path,
+        batch_size: int | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._traced = traced
         self._inputs = inputs
         self._scratch = scratch
+        self._given = dict(given or {})
         self._mask = real_tokens(traced, inputs)
         self._batch_size = batch_size or (_BATCH if traced.dynamic_batch else len(traced.example[0]))
         self._done: set[str] = set()
@@ -242,9 +249,8 @@ class Frontier:
         known: dict[str, Any] = {}
         with torch.no_grad():
             for node in nodes:
-                known[node.name] = (
-                    self._value(node, known, index) if node.op == "placeholder" else self._compute(node, known, index)
-                )
+                at_hand = node.op == "placeholder" or node.name in self._given
+                known[node.name] = self._value(node, known, index) if at_hand else self._compute(node, known, index)
         return known
 
     # Methods, not closures: two functions that call each other are a cycle, and would keep every batch's values alive
@@ -253,6 +259,8 @@ class Frontier:
         if node.name not in known:
             if node.op == "get_attr":
                 known[node.name] = self._traced.tensor(str(node.target))
+            elif node.name in self._given:
+                known[node.name] = self._given[node.name][_slice(index)]
             elif node.op == "placeholder":
                 position = self._traced.inputs().index(node)
                 known[node.name] = self._inputs[position][_slice(index)]

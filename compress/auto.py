@@ -34,8 +34,10 @@ def settle_method(intake: Intake, options: Options, samples: Samples | None) -> 
     """``options`` with a method in place of ``auto``, and a sentence that says why; as they are without ``auto``.
 
     Raises:
-        InputError: a time limit without ``auto``, or one that is not positive.
+        InputError: an unknown method; a time limit without ``auto``, or one that is not positive.
     """
+    if options.method is not None and options.method not in (*METHODS, AUTO):
+        raise InputError(f"unknown method {options.method!r}; known: {', '.join((*METHODS, AUTO))}")
     if options.method != AUTO:
         if options.minutes is not None:
             raise InputError(f"--minutes limits --method auto; {options.method or 'the default'} takes --iterations")

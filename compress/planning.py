@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compress.allocation.eligibility import ends as ends_of
 from compress.allocation.uniform import uniform_choices
-from compress.calib.metaaug.inputs import check_transformable
+from compress.calib.metaaug.site import check_transformable
 from compress.calib.observers import OBSERVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
@@ -111,7 +111,7 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     if iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     if samples is not None:
-        check_transformable(choose_methods(options, samples), samples.inputs)
+        check_transformable(choose_methods(options, samples), intake.traced, samples.inputs)
     resolve(OBSERVERS, observer := choose_observer(intake, options, samples), "observer")
     correction = options.bias_correction
     if correction is None:

@@ -75,6 +75,11 @@ def test_another_method_is_left_alone_and_takes_no_minutes(intake: Intake, sampl
         auto.settle_method(intake, Options(method="auto", minutes=0.0), samples)
 
 
+def test_an_unknown_method_is_told_of_all_and_of_auto(intake: Intake, samples: Samples) -> None:
+    with pytest.raises(InputError, match="unknown method 'magic'; known: minmax, .*, metaaug, auto$"):
+        auto.settle_method(intake, Options(method="magic"), samples)
+
+
 def test_the_report_says_it(samples: Samples) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5)).eval()

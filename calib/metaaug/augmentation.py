@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from compress.calib.blocks import Block
 from compress.calib.frontier import Frontier
-from compress.calib.metaaug.inputs import image_position
 from compress.calib.metaaug.network import make_network
 from compress.calib.metaaug.phase import MetaPhase, Outcome
 from compress.calib.metaaug.settings import MetaAug
+from compress.calib.metaaug.site import find_site
+from compress.calib.metaaug.stretch import Stretch
 from compress.calib.metaaug.warm_start import warm_start
 from compress.calib.reconstruction import BlockMethod, BlockProblem, LearnedBlock
 from compress.calib.resume import ResumeStore
+from compress.calib.tokens import real_tokens
 from compress.calib.walk import Walk
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
@@ -27,7 +29,7 @@ __all__ = ["Augmentation"]
 
 
 class Augmentation:
-    """The transformation of a walk's images, as it is after the blocks so far.
+    """The transformation of a walk's samples, as it is after the blocks so far.
 
     Args:
         walk: has samples.
@@ -36,7 +38,7 @@ class Augmentation:
         say: called with how far it is.
 
     Raises:
-        InputError: none of the graph's inputs, or several, are images.
+        InputError: nothing that the graph reads can be transformed; see :func:`find_site`.
     """
 
     def __init__(
@@ -50,11 +52,14 @@ class Augmentation:
         assert walk.inputs is not None
         self.walk, self.settings, self.seed, self.store, self.say = walk, settings, seed, store, say
         self.inputs = walk.inputs
-        self.position = image_position(self.inputs)
-        self.images = self.inputs[self.position]
+        self.site = find_site(walk.float_model, self.inputs)
+        self.values = self._at_site(walk.float_model)
+        mask = real_tokens(walk.float_model, self.inputs)
+        if mask is not None and self.values.shape[:2] == mask.shape:
+            self.values = self.values * mask[..., None]  # what stands at padding is no neighbour of what is real
         layers = list(layer_calls(walk.model))
         self.ends = {layers[0], layers[-1]}
-        self._unusable = _unusable(walk.model, self.images)
+        self._unusable = _unusable(walk.model, self.values)
         self._after: str | None = None
         self._network: nn.Module | None = None
 
@@ -82,13 +87,12 @@ class Augmentation:
             collapsed = outcome.change < _COLLAPSED * self.settings.margin
             note = (
                 f"{'the transformation collapsed to the identity' if collapsed else 'margin not quite met'}: "
-                f"it changes the images by {outcome.change:.2g} of their variance, {self.settings.margin:g} are wanted"
+                f"it changes the samples by {outcome.change:.2g} of their variance, {self.settings.margin:g} are wanted"
             )
-        inputs = list(self.inputs)
-        inputs[self.position] = self._copies()
-        together = tuple(torch.cat(pair) for pair in zip(self.inputs, inputs, strict=True))
-        ahead = Frontier(self.walk.model, together, self.walk.scratch / "copies-quantized")
-        reference = Frontier(self.walk.float_model, together, self.walk.scratch / "copies-float")
+        copies = self._copies()
+        ahead = self._frontier(self.walk.model, self._at_site(self.walk.model), copies, "copies-quantized")
+        plain = self._at_site(self.walk.float_model)
+        reference = self._frontier(self.walk.float_model, plain, copies, "copies-float")
         try:
             kept = [block.output]
             if block.input is not None:
@@ -97,7 +101,7 @@ class Augmentation:
             reference.advance(block.output, keep=tuple(kept))
             # As many originals a step as without copies (published are 64 images instead of 32).
             batch = problem.batch * (2 if self.walk.model.dynamic_batch else 1)
-            doubled = replace(problem, ahead=ahead, reference=reference, samples=len(together[0]), batch=batch)
+            doubled = replace(problem, ahead=ahead, reference=reference, samples=2 * problem.samples, batch=batch)
             yield doubled, note
         finally:
             ahead.close()
@@ -115,7 +119,15 @@ class Augmentation:
         seed = self.seed(name)
         learned = LearnedBlock(problem, method, torch.Generator().manual_seed(seed))
         phase = MetaPhase(
-            network, learned, self.walk.float_model, self.walk.model, self.inputs, self.position, self.settings, seed
+            network,
+            learned,
+            self.walk.float_model,
+            self.walk.model,
+            self.inputs,
+            self.site,
+            self.values,
+            self.settings,
+            seed,
         )
         outcome = phase.run(self._say(f"block {problem.block.name}: meta step"))
         strings = {"change": repr(outcome.change)}
@@ -127,15 +139,15 @@ class Augmentation:
     def network(self) -> nn.Module:
         """The transformation as it is, made and warmed up on first use."""
         if self._network is None:
-            shape = tuple(self.images.shape[1:])
+            shape = tuple(self.values.shape[1:])
             network = make_network(shape, self.settings.published_network, self.seed(_WARM))
             found = self.store.load(self._after or _WARM)
             if found is not None:
                 network.load_state_dict(found[0])
             else:
-                margin = self.settings.margin * float(self.images.var(correction=0))
+                margin = self.settings.margin * float(self.values.var(correction=0))
                 said = self._say("transformation: warm-up step")
-                warm_start(network, self.images, self.settings.warm_up, margin, self.seed(_WARM), said)
+                warm_start(network, self.values, self.settings.warm_up, margin, self.seed(_WARM), said)
                 self.store.save(_WARM, dict(network.state_dict()), {})
             self._network = network.train(self.settings.batch_statistics)
         return self._network
@@ -143,7 +155,21 @@ class Augmentation:
     @torch.no_grad()
     def _copies(self) -> Tensor:
         network = self.network()
-        return torch.cat([network(x) for x in self.images.split(self.settings.batch)])
+        return torch.cat([network(x) for x in self.values.split(self.settings.batch)])
+
+    @torch.no_grad()
+    def _at_site(self, model: TracedModel) -> Tensor:
+        """The value that is transformed, of all samples, as ``model`` has it: a quantized one looks up rounded rows."""
+        batch = self.settings.batch if model.dynamic_batch else len(model.example[0])
+        site = Stretch(model, [self.site])
+        batches = zip(*(x.split(batch) for x in self.inputs), strict=True)
+        return torch.cat([site(each, {})[0] for each in batches])
+
+    def _frontier(self, model: TracedModel, values: Tensor, copies: Tensor, folder: str) -> Frontier:
+        """Over all samples and, behind them, their copies."""
+        twice = tuple(torch.cat([x, x]) for x in self.inputs)
+        given = {self.site: torch.cat([values, copies])}
+        return Frontier(model, twice, self.walk.scratch / folder, given=given)
 
     def _say(self, label: str) -> Callable[[int, int, float], None]:
         started = time.monotonic()
@@ -160,11 +186,11 @@ _FEWEST = 3
 _COLLAPSED = 0.5
 
 
-def _unusable(model: TracedModel, images: Tensor) -> str | None:
-    batch = len(images) if model.dynamic_batch else len(model.example[0])
+def _unusable(model: TracedModel, values: Tensor) -> str | None:
+    batch = len(values) if model.dynamic_batch else len(model.example[0])
     if batch < _FEWEST:
-        return f"{batch} images in a batch are fewer than the {_FEWEST} whose similarities can be compared"
-    return None if bool((images != images[:1]).any()) else "all images are the same"
+        return f"{batch} samples in a batch are fewer than the {_FEWEST} whose similarities can be compared"
+    return None if bool((values != values[:1]).any()) else "all samples are the same"
 
 
 def _after(block: Block) -> str:

@@ -1,4 +1,4 @@
-"""The row of the table of methods: Genie's reconstruction, on the images and their transformed copies together."""
+"""The row of the table of methods: Genie's reconstruction, on the samples and their transformed copies together."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""The transformation: a U-Net from images to images, without an activation at its end (arXiv 1505.04597).
+"""The transformation: of images a U-Net, without an activation at its end (arXiv 1505.04597); of tokens a residual.
 
 Published are widths 64 to 1024 and BatchNorm. The default has the same form in the size of the images: halved until
 their shorter side would fall below 4, at most 4 times, 8 (grey) or 16 channels wide, twice as many each time. BatchNorm
 learns its statistics in the warm-up and keeps them from there on, so that what becomes of an image does not depend on
-those beside it.
+those beside it. Tokens have no size to be halved: two convolutions over neighbours, a quarter as wide, are added to
+them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["UNet", "make_network", "widths_for"]
+__all__ = ["TokenResidual", "UNet", "make_network", "widths_for"]
 
 _PUBLISHED = (64, 128, 256, 512, 1024)
 _SMALLEST_SIDE = 4
 _MOST_HALVINGS = 4
+_NARROWEST = 8
 
 
 class UNet(nn.Module):
@@ -60,6 +62,20 @@ class UNet(nn.Module):
         return self.exit(x)
 
 
+class TokenResidual(nn.Module):
+    """Sequences [N, L, C] to sequences of the same shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = max(channels // 4, _NARROWEST)
+        self.inner = nn.Conv1d(channels, width, 3, padding=1)
+        self.outer = nn.Conv1d(width, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, L, C] to the same."""
+        return x + self.outer(F.silu(self.inner(x.transpose(1, 2)))).transpose(1, 2)
+
+
 def widths_for(shape: Sequence[int]) -> tuple[int, ...]:
     """The widths that fit images of ``shape`` (C, H, W); one alone where they are too small to be halved."""
     channels, side = shape[0], min(shape[1:])
@@ -71,14 +87,17 @@ def widths_for(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def make_network(shape: Sequence[int], published: bool, seed: int) -> nn.Module:
-    """A new transformation of images of ``shape`` (C, H, W), in training mode.
+    """A new transformation of images of ``shape`` (C, H, W) or sequences of (L, C), in training mode.
 
     Args:
-        published: the published one, whatever the images' size; they must have 16 pixels a side.
+        published: the published one, whatever the images' size; they must have 16 pixels a side. There is none for
+            sequences.
         seed: of its initial weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if len(shape) == 2:
+            return TokenResidual(shape[1])
         return UNet(shape[0], _PUBLISHED if published else widths_for(shape), published)
 
 

@@ -1,8 +1,8 @@
 """The meta phase of a block: the transformation learns what makes the block, learned on copies, right on originals.
 
 Two levels (arXiv 2407.14726, equations 2 and 3). Inner: one step on the block's trainables that brings its output on
-transformed images near to the float block's. Outer: with the trainables so moved, as functions of the transformation,
-the whole model's outputs on untouched images (the quantized prefix, the block, the float rest) against the float ones.
+transformed samples near to the float block's. Outer: with the trainables so moved, as functions of the transformation,
+the whole model's outputs on untouched samples (the quantized prefix, the block, the float rest) against the float ones.
 The gradient of the outer loss passes through the inner step's gradient: the block is differentiated twice.
 """
 
@@ -31,7 +31,7 @@ _SMALLEST = 1e-30
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why the phase was given up, or None, and the mean squared change of the images, as a share of their variance."""
+    """Why the phase was given up, or None, and the mean squared change of the samples, as a share of their variance."""
 
     failure: str | None
     change: float
@@ -41,12 +41,13 @@ class MetaPhase:
     """Trains ``network`` in place on the block that ``learned`` holds.
 
     Args:
-        network: the transformation of images [N, C, H, W].
+        network: the transformation.
         learned: the block's trainables, for this phase alone.
         float_model: the float graph.
         model: the changed one, finished up to the block.
         inputs: samples, one tensor [N, ...] a graph input.
-        position: which of them are the images.
+        site: the node whose value is transformed.
+        values: that of all samples in the float graph, images [N, C, H, W] or sequences [N, L, C].
     """
 
     def __init__(
@@ -56,29 +57,29 @@ class MetaPhase:
         float_model: TracedModel,
         model: TracedModel,
         inputs: tuple[Tensor, ...],
-        position: int,
+        site: str,
+        values: Tensor,
         settings: MetaAug,
         seed: int,
     ) -> None:
         self.network, self.learned, self.settings = network, learned, settings
-        self.inputs, self.position = inputs, position
+        self.inputs, self.site, self.values = inputs, site, values
         self.generator = torch.Generator().manual_seed(seed)
         block = learned.problem.block
-        self.source = block.input if block.input is not None else model.input_names[position]
+        self.source = block.input if block.input is not None else site
         last = list(layer_calls(float_model).values())[-1][-1].args[0]
         assert isinstance(last, fx.Node)
-        self.plain = Stretch(float_model, [self.source, block.output])
-        self.prefix = Stretch(model, [self.source])
+        self.plain = Stretch(float_model, [self.source, block.output], [site])
+        self.prefix = Stretch(model, [self.source], [site])
         self.rest = Stretch(float_model, output_names(float_model), [block.output])
-        self.features = Stretch(float_model, [last.name])
+        self.features = Stretch(float_model, [last.name], [site])
         self.feature_dim = float_model.batch_dim(last) or 0
         self.whole = Stretch(float_model, output_names(float_model))
         fixed = not model.dynamic_batch
         samples = learned.problem.samples
         self.batch = learned.problem.batch if fixed else min(settings.batch, samples)
         self.validation = learned.problem.batch if fixed else min(settings.validation, samples)
-        images = inputs[position]
-        self.deviation = float(images.std(correction=0))
+        self.deviation = float(self._real(values, torch.arange(len(values))).std(correction=0))
         rates = {
             id(each): float(group["lr"])  # type: ignore[arg-type]
             for group in learned.groups(settings.steps)
@@ -118,7 +119,7 @@ class MetaPhase:
             progress(step + 1, settings.steps, loss)
         change = self.change()
         if failure is None and not math.isfinite(change):
-            failure = "the transformed images are not finite"
+            failure = "the transformed samples are not finite"
         if failure is not None:
             self.network.load_state_dict(before)
         return Outcome(failure, change)
@@ -127,31 +128,32 @@ class MetaPhase:
         """The outer loss of fresh batches, with its graph, and the trainables that the inner step led to."""
         settings = self.settings
         index = self._draw(self.batch)
-        x = self.inputs[self.position][index]
+        x = self.values[index]
         transformed = self.network(x)
         after = self.inner_step(index, transformed)
         validation = self.validation_loss(self._draw(self.validation), after)
-        margin = margin_loss(x / self.deviation, transformed / self.deviation, settings.margin)
+        before, moved = (self._real(each, index) / self.deviation for each in (x, transformed))
+        margin = margin_loss(before, moved, settings.margin)
         total = settings.validation_weight * validation + settings.margin_weight * margin
         if settings.similarity_weight:
             total = total + settings.similarity_weight * self._similarity(index, x, transformed)
         return total, after
 
     def inner_step(self, index: Tensor, transformed: Tensor) -> dict[str, Tensor]:
-        """The trainables after one step towards the float block's output on ``transformed`` [B, C, H, W].
+        """The trainables after one step towards the float block's output on ``transformed`` [B, ...].
 
         Functions of ``transformed``. The rounding's regulariser has no part in it: its gradient does not depend on the
-        images.
+        samples.
         """
-        inputs = self._batch(index, transformed)
-        source, wanted = self.plain(inputs, {})
-        (quantized,) = self.prefix(inputs, {})
+        inputs, site = self._batch(index), {self.site: transformed}
+        source, wanted = self.plain(inputs, site)
+        (quantized,) = self.prefix(inputs, site)
         learned = self.learned
         for grid in learned.by_name.values():
             grid.training = True
         weights = {name: each.soft() for name, each in learned.weights.items()}
         given = {self.source: learned.mix(source, quantized)}
-        error = learned.output(index, weights, given) - wanted
+        error = self._real(learned.output(index, weights, given) - wanted, index)
         channels = error.shape[1] if error.dim() in (2, 4) else error.shape[-1]
         values = learned.trainables()
         gradients = torch.autograd.grad(
@@ -170,7 +172,7 @@ class MetaPhase:
         weights = {name: each.soft() for name, each in learned.weights.items()}
         output = learned.output(index, weights, {})
         learned.hold(kept)
-        inputs = self._batch(index, None)
+        inputs = self._batch(index)
         got = self.rest(inputs, {learned.problem.block.output: output})
         with torch.no_grad():
             wanted = self.whole(inputs, {})
@@ -178,17 +180,20 @@ class MetaPhase:
 
     @torch.no_grad()
     def change(self) -> float:
-        """Mean squared change of all images, as a share of their variance."""
-        images = self.inputs[self.position]
-        moved = [(self.network(x) - x).square().sum() for x in images.split(self.batch)]
-        return float(torch.stack(moved).sum()) / images.numel() / max(self.deviation**2, _SMALLEST)
+        """Mean squared change of all samples, as a share of their variance."""
+        squares, count = 0.0, 0
+        for index in torch.arange(len(self.values)).split(self.batch):
+            x = self.values[index]
+            moved = self._real(self.network(x) - x, index)
+            squares, count = squares + float(moved.square().sum()), count + moved.numel()
+        return squares / max(count, 1) / max(self.deviation**2, _SMALLEST)
 
     def _move(self, name: str, gradient: Tensor) -> Tensor:
         rate = self.rates[name]
         if self.settings.inner == "adam":  # a first step: mean and square of one gradient
             return rate * gradient / (gradient.abs() + _ADAM)
         # As far as Adam's first step would go, from the first batch on: gradients of codes, steps and biases are orders
-        # of magnitude apart, and the rate must not depend on the images that it is differentiated by.
+        # of magnitude apart, and the rate must not depend on the samples that it is differentiated by.
         if name not in self.factors:
             size = float(gradient.detach().square().mean().sqrt())
             self.factors[name] = rate / size if size > _SMALLEST else 0.0
@@ -203,28 +208,29 @@ class MetaPhase:
                 self.unrelated = max(float(similarity_loss(wanted, wanted.roll(1, 0))), _SMALLEST)
         return similarity_loss(wanted, self._features(index, _mixed(transformed, others))) / self.unrelated
 
-    def _features(self, index: Tensor, images: Tensor) -> Tensor:
+    def _features(self, index: Tensor, values: Tensor) -> Tensor:
         """What the float model's last layer reads, [B, F]."""
-        (found,) = self.features(self._batch(index, images), {})
-        return found.movedim(self.feature_dim, 0).reshape(len(images), -1)
+        (found,) = self.features(self._batch(index), {self.site: values})
+        return found.movedim(self.feature_dim, 0).reshape(len(values), -1)
 
     def _mixture(self, count: int) -> tuple[float, Tensor]:
-        """Share of the first image and partners: the larger of b and 1 - b, b from Beta(4, 4), a median of 7."""
+        """Share of the first sample and partners: the larger of b and 1 - b, b from Beta(4, 4), a median of 7."""
         share = float(torch.rand(7, generator=self.generator).median())
         return max(share, 1 - share), torch.randperm(count, generator=self.generator)
 
     def _obstacle(self) -> str | None:
         with torch.no_grad():
-            _, output = self.plain(self._batch(torch.arange(self.batch), None), {})
+            index = torch.arange(self.batch)
+            _, output = self.plain(self._batch(index), {self.site: self.values[index]})
         if not bool(torch.isfinite(output).all()):
             return "its output is not finite"
-        return None if bool((output != output[:1]).any()) else "its output is the same for all images"
+        return None if bool((output != output[:1]).any()) else "its output is the same for all samples"
 
-    def _batch(self, index: Tensor, images: Tensor | None) -> Sequence[Tensor]:
-        return [
-            images if position == self.position and images is not None else each[index]
-            for position, each in enumerate(self.inputs)
-        ]
+    def _batch(self, index: Tensor) -> Sequence[Tensor]:
+        return [each[index] for each in self.inputs]
+
+    def _real(self, value: Tensor, index: Tensor) -> Tensor:
+        return self.learned.problem.ahead.real(value, index)
 
     def _draw(self, count: int) -> Tensor:
         return torch.randperm(len(self.inputs[0]), generator=self.generator)[:count].sort().values

@@ -9,7 +9,9 @@ __all__ = ["PUBLISHED", "MetaAug"]
 
 @dataclass(frozen=True)
 class MetaAug:
-    """How transformed copies of the calibration images are learned (Pham et al. 2024, arXiv 2407.14726).
+    """How transformed copies of the calibration samples are learned (Pham et al. 2024, arXiv 2407.14726).
+
+    Published for images; of models that take token ids the embeddings are transformed in their place.
 
     Attributes:
         steps: of the meta phase, a block; the transformation is carried over from block to block.

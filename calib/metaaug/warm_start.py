@@ -1,4 +1,4 @@
-"""Where the transformation begins: an autoencoder of the calibration images, close to changing nothing."""
+"""Where the transformation begins: an autoencoder of the calibration samples, close to changing nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _GOOD = 0.1  # of the margin
 
 def warm_start(
     network: nn.Module,
-    images: Tensor,
+    values: Tensor,
     steps: int,
     margin: float,
     seed: int,
     progress: Callable[[int, int, float], None],
 ) -> None:
-    """Train ``network`` in place to return ``images`` [N, C, H, W].
+    """Train ``network`` in place to return ``values``, images [N, C, H, W] or sequences [N, L, C].
 
     Args:
         steps: at most; ends early where the error is a tenth of ``margin``.
@@ -33,11 +33,11 @@ def warm_start(
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=_RATE)
-    judged = images[:_EVALUATED]
+    judged = values[:_EVALUATED]
     interval = max(steps // _CHECKS, 1)
     network.train()
     for step in range(steps):
-        x = images[torch.randperm(len(images), generator=generator)[:_BATCH]]
+        x = values[torch.randperm(len(values), generator=generator)[:_BATCH]]
         for group in optimizer.param_groups:  # small steps at the end: statistics kept are those of settled weights
             group["lr"] = _RATE * max(1 - step / steps, 0.1)
         loss = (network(x) - x).square().mean()

@@ -155,6 +155,8 @@ def test_convolutions_pass_bytes_on(compress_quickly: Callable[..., Any]) -> Non
     with torch.no_grad():
         # Sums of floats and of integers differ in their last bits, and now and then in a code.
         assert relative(packed.module(x), traced.module(x)) <= 2e-2
+        compiled = torch.compile(packed.module, backend="aot_eager", fullgraph=True, dynamic=False)
+        assert torch.equal(compiled(x), packed.module(x)), "shape functions tell memory orders, too"
     rows = {row.layer: row for row in explain(packed, (x,), HOPPER)}
     assert (rows["first"].kernel, rows["first"].rows, rows["first"].inputs) == ("int8_conv", 5 * 64, 144)
     assert rows["depthwise"].refused == ("int8_conv: 24 groups of 1 outputs leave tensor cores empty, which take 16",)

@@ -70,12 +70,12 @@ def phase(request: pytest.FixtureRequest, tmp_path: Path) -> MetaPhase:
     learned = LearnedBlock(problem, METHOD, torch.Generator().manual_seed(0))
     settings = MetaAug(batch=8, validation=16, margin=0.5, restart=request.param)
     network = make_network((1, 8, 8), False, seed=1).double().eval()
-    return MetaPhase(network, learned, plain, model, (x,), 0, settings, seed=5)
+    return MetaPhase(network, learned, plain, model, (x,), "x", x, settings, seed=5)
 
 
 def test_it_equals_central_differences(phase: MetaPhase) -> None:
     index, judged = torch.arange(8), torch.arange(8, 24)
-    x = phase.inputs[0][index]
+    x = phase.values[index]
     start = phase.learned.trainables()
 
     def loss() -> Tensor:
