@@ -76,7 +76,7 @@ def test_another_method_is_left_alone_and_takes_no_minutes(intake: Intake, sampl
 
 
 def test_an_unknown_method_is_told_of_all_and_of_auto(intake: Intake, samples: Samples) -> None:
-    with pytest.raises(InputError, match="unknown method 'magic'; known: minmax, .*, metaaug, auto$"):
+    with pytest.raises(InputError, match=r"unknown method 'magic'; known: minmax, .*, metaaug, auto$"):
         auto.settle_method(intake, Options(method="magic"), samples)
 
 
