@@ -66,13 +66,13 @@ _DAMAGE = (
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool, sign: str = _PLAN, verb: str = "compress quantize") -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its name when the block ends well, and goes when it does not.
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is not set, or the disk is full or not writable.
+        InputError: as :func:`check_folder`, or the disk is full or not writable.
     """
-    check_folder(path, overwrite)
+    check_folder(path, overwrite, sign, verb)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -97,11 +97,18 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
 
 
-def check_folder(path: Path, overwrite: bool) -> None:
-    """Like :func:`check_free`, and refuse to replace what is not a folder of ours: it may hold anything."""
+def check_folder(path: Path, overwrite: bool, sign: str = _PLAN, verb: str = "compress quantize") -> None:
+    """Like :func:`check_free`, and refuse to replace what is not a folder of ours: it may hold anything.
+
+    Args:
+        sign: a file that every folder of ``verb`` holds.
+
+    Raises:
+        InputError: ``path`` exists and ``overwrite`` is not set, or it is no folder of ``verb``, and not empty.
+    """
     check_free(path, overwrite)
-    if path.exists() and not (path.is_dir() and ((path / _PLAN).is_file() or not any(path.iterdir()))):
-        raise InputError(f"{path} is not a folder that `compress quantize` has written, so --overwrite leaves it alone")
+    if path.exists() and not (path.is_dir() and ((path / sign).is_file() or not any(path.iterdir()))):
+        raise InputError(f"{path} is not a folder that `{verb}` has written, so --overwrite leaves it alone")
 
 
 def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:

@@ -140,10 +140,10 @@ def extract(
 
     from compress.allocation.budgets import format_value
     from compress.training.choice import WEIGHT_BYTES, choose_member, family_budgets
-    from compress.training.family import cut, read_family, refuse_existing, save_module
+    from compress.training.family import check_file, cut, read_family, save_module
     from compress.training.timing import MemberTimer
 
-    refuse_existing(out, overwrite=overwrite)
+    check_file(out, overwrite=overwrite)
     module, family = read_family(folder)
     budgets = family_budgets(budget or (), family)
     with ProgressBar(enabled=not quiet) as bar:

@@ -31,6 +31,8 @@ __all__ = ["DistillSettings", "Distilled", "Distiller"]
 _LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
 _PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
 _TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+# Everything random has a seed of its own, made of this one's multiples, in 63 bits; clusters take 32.
+_MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ class DistillSettings:
             InputError: with the option's name.
         """
         least = {"--ipc": (self.each, 1), "--iterations": (self.iterations, 1), "--steps": (self.steps, 1)}
-        least |= {"--ahead": (self.ahead, 1), "--start-epochs": (self.last, 1)}
+        least |= {"--ahead": (self.ahead, 1), "--start-epochs": (self.last, 1), "--looks": (self.looks, 0)}
+        least |= {"--batch": (self.batch, 1)} if self.batch is not None else {}
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise InputError(f"{name} {value}: at least {minimum}")
+        if not 0 <= self.seed <= _MOST_SEED:
+            raise InputError(f"--seed {self.seed}: 0 to {_MOST_SEED}")
         if self.steps < self.ahead:
             raise InputError(f"--steps {self.steps} --ahead {self.ahead}: at least one student step for an epoch")
         if self.last + self.ahead - 1 > epochs:
@@ -101,6 +106,10 @@ class DistillSettings:
         for name, number in numbers.items():
             if number is not None and not 0 < number < math.inf:
                 raise InputError(f"{name} {number:g}: a number above 0")
+        factors = {"--perturbation": self.perturbation, "--model-weight": self.model_weight, "momentum": self.momentum}
+        for name, factor in factors.items():
+            if not 0 <= factor < math.inf:
+                raise InputError(f"{name} {factor:g}: a number, 0 or above")
         if self.beta not in BETAS:
             raise InputError(f"--intermediate {self.beta}: known are {', '.join(BETAS)}")
         if self.gradients not in GRADIENTS:
@@ -178,15 +187,24 @@ class Distiller:
         self._start, self._judge, self._terms = start, judge, terms
         self._file, self._every, self._show = state, every, show
         self._student = Student(experts.network, settings.momentum, augmentations=settings.augmentations)
+        judged = (judge.nets, judge.steps) if judge else None
         self.fingerprint = digest(
-            [asdict(settings), experts.identity, experts.settings.count, terms.fingerprint if terms else "", every]
+            [
+                asdict(settings),
+                experts.identity,
+                experts.settings.count,
+                terms.fingerprint if terms else "",
+                judged,
+                every,
+            ]
         )
 
     def run(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Distilled:
         """All iterations, from where the state's file stands.
 
         Raises:
-            InputError: the file is another run's.
+            InputError: the file is another run's, or the loop ended early and there is no judge to say whether what it
+                had come to is worth keeping.
         """
         state, stopped = self._continued(), None
         settings, saved = self.settings, state.iteration
@@ -200,6 +218,8 @@ class Distiller:
             if state.iteration == settings.iterations:
                 break
             stopped = self._iterate(state)
+            if stopped and state.best is None:
+                raise InputError(f"{stopped}, or give --looks, so that the best set so far is kept")
             if stopped:
                 break
             progress(f"distilling, loss {state.losses[-1]:.3f}", state.iteration, settings.iterations)
@@ -234,17 +254,19 @@ class Distiller:
             state.images, self.labels, state.rate, self.episode(state.iteration), settings.gradients
         )
         gradient = outcome.images
-        if not (math.isfinite(outcome.loss) and bool(gradient.isfinite().all()) and math.isfinite(outcome.rate)):
-            return (
-                f"the loss was {outcome.loss} at iteration {state.iteration + 1}, step size {state.rate:.3g}; try a "
-                "smaller --lr-images, --lr-step or --step-size"
-            )
         if self._terms is not None:
             extra = self._terms.gradient(state.images, self.labels)
             # The two have no common unit: the model's terms get a step of the same length, times a weight.
             gradient = gradient + settings.model_weight * gradient.norm() / extra.norm().clamp(min=1e-12) * extra
-        state.velocity = 0.5 * state.velocity + gradient
-        state.images = state.images - state.rate_images * state.velocity
+        velocity = 0.5 * state.velocity + gradient
+        images = state.images - state.rate_images * velocity
+        numbers = math.isfinite(outcome.loss) and math.isfinite(outcome.rate)
+        if not (numbers and bool(images.isfinite().all())):  # what the state holds is still good
+            return (
+                f"the loss was {outcome.loss} at iteration {state.iteration + 1}, step size {state.rate:.3g}, and "
+                "images would not be finite after it; try a smaller --lr-images, --lr-step or --step-size"
+            )
+        state.images, state.velocity = images, velocity
         state.rate_velocity = 0.5 * state.rate_velocity + outcome.rate
         # A step size of 0 or less would let students stand still or climb, from where no gradient leads back.
         state.rate = max(state.rate - state.rate_rate * state.rate_velocity, _LEAST_RATE)

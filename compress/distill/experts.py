@@ -73,8 +73,9 @@ class ExpertSettings:
                 raise InputError(f"{name} {value}: at least 1")
         if not 0 < self.rate < float("inf"):
             raise InputError(f"--expert-lr {self.rate:g}: a number above 0")
-        if not 0 <= self.penalty < float("inf"):
-            raise InputError(f"--penalty {self.penalty:g}: 0 or more")
+        for name, factor in (("--penalty", self.penalty), ("momentum", self.momentum), ("decay", self.decay)):
+            if not 0 <= factor < float("inf"):
+                raise InputError(f"{name} {factor:g}: a number, 0 or above")
 
 
 def clipping_factor(epoch: int) -> float:

@@ -8,26 +8,24 @@ and settings. With ZCA ``whitening.safetensors`` holds what came after that.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from compress.artifact import check_free
+from compress.artifact import check_folder, new_folder
 from compress.distill.neighbours import Neighbours
 from compress.distill.sheet import write_sheet
 from compress.distill.standardisation import Standardisation
 from compress.distill.tensorfile import write_tensors
-from compress.errors import InputError
 from compress.machine import Environment
 from compress.records import Record
 
 __all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "write_folder"]
 
 SET_FILE, REPORT_FILE = "distilled.npz", "distill.json"
+_VERB = "compress distill"
 
 
 class DistillReport(Record):
@@ -57,9 +55,7 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: ``out`` exists, or is to be replaced and is not a folder that distillation wrote.
     """
-    check_free(out, overwrite)
-    if out.exists() and not (out.is_dir() and ((out / REPORT_FILE).is_file() or not any(out.iterdir()))):
-        raise InputError(f"{out} is not a folder that `compress distill` has written, so --overwrite leaves it alone")
+    check_folder(out, overwrite, REPORT_FILE, _VERB)
 
 
 def write_folder(
@@ -71,28 +67,29 @@ def write_folder(
     report: DistillReport,
     low: float,
     high: float,
+    *,
+    overwrite: bool,
 ) -> None:
-    """Write ``out``, whole or not at all, in the place of what was there; ``images`` as the model takes them."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    np.savez(
-        partial / SET_FILE,
-        images=images.numpy().astype(np.float32),
-        labels=labels.numpy().astype(np.int64),
-        step_size=np.float32(report.step_size),
-        momentum=np.float32(momentum),
-        mean=standardisation.mean.numpy(),
-        std=standardisation.std.numpy(),
-        provenance=np.array(report.provenance),
-    )
-    if standardisation.matrix is not None:
-        assert standardisation.centre is not None
-        assert standardisation.inverse is not None
-        whitening = {"centre": standardisation.centre, "matrix": standardisation.matrix}
-        write_tensors(partial / "whitening.safetensors", {**whitening, "inverse": standardisation.inverse}, {})
-    write_sheet(partial / "distilled.png", images, report.each, low, high)
-    (partial / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+    """Write ``out``, whole or not at all, in the place of what was there; ``images`` as the model takes them.
+
+    Raises:
+        InputError: as :func:`refuse_existing`, or there is no room.
+    """
+    with new_folder(out, overwrite, REPORT_FILE, _VERB) as partial:
+        np.savez(
+            partial / SET_FILE,
+            images=images.numpy().astype(np.float32),
+            labels=labels.numpy().astype(np.int64),
+            step_size=np.float32(report.step_size),
+            momentum=np.float32(momentum),
+            mean=standardisation.mean.numpy(),
+            std=standardisation.std.numpy(),
+            provenance=np.array(report.provenance),
+        )
+        if standardisation.matrix is not None:
+            assert standardisation.centre is not None
+            assert standardisation.inverse is not None
+            whitening = {"centre": standardisation.centre, "matrix": standardisation.matrix}
+            write_tensors(partial / "whitening.safetensors", {**whitening, "inverse": standardisation.inverse}, {})
+        write_sheet(partial / "distilled.png", images, report.each, low, high)
+        (partial / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")

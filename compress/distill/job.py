@@ -161,7 +161,9 @@ def distill(
         notes=(*samples.notes, *_notes(found, terms, len(some))),
         environment=describe_environment(),
     )
-    write_folder(out, images, labels[start], settings.momentum, standardisation, report, low, high)
+    write_folder(
+        out, images, labels[start], settings.momentum, standardisation, report, low, high, overwrite=options.overwrite
+    )
     shutil.rmtree(work, ignore_errors=True)
     return report
 

@@ -30,8 +30,8 @@ def train_on(
 ) -> Tensor:
     """Parameters [P] of a network drawn under ``seed`` after ``steps`` steps on ``images`` [n, C, H, W].
 
-    As AST's code evaluates: SGD with momentum, half of the rate in the second half; parameters after the
-    last step, never the best of several looks at the test images.
+    As AST's code evaluates: SGD with momentum, half of the rate in the second half, where momentum falls to 0.8 there
+    and not here; parameters after the last step, never the best of several looks at the test images.
     """
     generator = Generator().manual_seed(seed)
     theta = network.start(seed)

@@ -14,7 +14,7 @@ from compress.records import Record
 
 __all__ = ["Neighbours", "find_neighbours"]
 
-_SAMPLE, _CHUNK = 500, 256
+_SAMPLE, _CHUNK, _FEW = 500, 256, 4
 
 
 class Neighbours(Record):
@@ -34,6 +34,9 @@ class Neighbours(Record):
 def find_neighbours(images: Tensor, start: Tensor, real: Tensor, seed: int = 0) -> Neighbours:
     """Of distilled ``images`` [n, C, H, W] among ``real`` [N, C, H, W]; ``start`` [n]: what each began as, by index."""
     flat, real = images.flatten(1), real.flatten(1)
+    # Distances stay as they are, and numbers near 0 lose least where squares are subtracted from each other.
+    centre = real.mean(0)
+    flat, real = flat - centre, real - centre
     scale = flat.shape[1] ** 0.5
     distances, nearest = _nearest(flat, real)
     some = torch.randperm(len(real), generator=Generator().manual_seed(seed))[:_SAMPLE]
@@ -52,12 +55,20 @@ def find_neighbours(images: Tensor, start: Tensor, real: Tensor, seed: int = 0) 
 
 
 def _nearest(points: Tensor, real: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Distance [n] and index [n]; ``without`` [n]: a real image for each point that does not count."""
+    """Distance [n] and index [n]; ``without`` [n]: a real image for each point that does not count.
+
+    The matrix product, whose rounding makes a copy's distance larger than 0, finds the few nearest; they are measured
+    without it.
+    """
     found = []
+    few = min(_FEW, len(real))
     for place in torch.arange(len(points)).split(_CHUNK):
-        # Not through the matrix product, whose rounding makes a copy's distance larger than 0.
-        distances = torch.cdist(points[place], real, compute_mode="donot_use_mm_for_euclid_dist")
+        rough = torch.cdist(points[place], real, compute_mode="use_mm_for_euclid_dist")
         if without is not None:
-            distances[torch.arange(len(place)), without[place]] = torch.inf
-        found.append(distances.min(1))
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+            rough[torch.arange(len(place)), without[place]] = torch.inf
+        chosen = rough.topk(few, largest=False)
+        exact = (points[place][:, None] - real[chosen.indices]).norm(dim=2)
+        exact[chosen.values.isinf()] = torch.inf
+        nearest = exact.min(1)
+        found.append((nearest.values, chosen.indices.gather(1, nearest.indices[:, None])[:, 0]))
+    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from compress.cache import digest
 from compress.errors import InputError
@@ -27,7 +29,8 @@ class FlatNetwork:
 
     Raises:
         InputError: the network keeps state besides parameters (running statistics) or is random (dropout): a
-            trajectory of parameters would not say what it computes.
+            trajectory of parameters would not say what it computes. Or it has BatchNorm, in which images of a batch see
+            each other: what one image does, and the gradient penalty at it, would depend on the others.
     """
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
@@ -35,12 +38,12 @@ class FlatNetwork:
         with torch.random.fork_rng(devices=[]):
             self._module = build().train()
         for name, part in self._module.named_modules():
-            if getattr(part, "running_mean", None) is not None:
+            if isinstance(part, _BatchNorm) or getattr(part, "running_mean", None) is not None:
                 raise InputError(
-                    f"network: {name} ({type(part).__name__}) keeps running statistics, which are no part of a "
-                    "trajectory; use nn.GroupNorm, or track_running_stats=False"
+                    f"network: {name} ({type(part).__name__}) keeps running statistics, or lets images of a batch see "
+                    "each other, and neither is in a trajectory; use nn.GroupNorm"
                 )
-            if isinstance(part, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout) and part.p:
+            if isinstance(part, _DropoutNd) and part.p:
                 raise InputError(f"network: {name} ({type(part).__name__}) is random; set its p to 0")
         named = dict(self._module.named_parameters())
         if not named:
@@ -77,13 +80,14 @@ class FlatNetwork:
         return torch.cat([self(theta, some) for some in x.split(batch)])
 
     def check(self, x: Tensor, classes: int) -> None:
-        """Refuse a network that does not take ``x`` [N, ...] or has not ``classes`` outputs.
+        """Refuse a network that does not take ``x`` [N, ...], has not ``classes`` outputs, or is random in itself.
 
         Raises:
             InputError: with what it does instead.
         """
         try:
-            outputs = self.logits(self.start(0), x[:2])
+            theta = self.start(0)
+            outputs, again = self.logits(theta, x[:2]), self.logits(theta, x[:2])
         except Exception as error:
             raise InputError(
                 f"network: it does not take images of shape {list(x.shape[1:])} ({one_line(error)})"
@@ -92,4 +96,9 @@ class FlatNetwork:
             raise InputError(
                 f"network: its output has shape {list(outputs.shape)} for {len(x[:2])} images, and {classes} classes "
                 f"need [{len(x[:2])}, {classes}]"
+            )
+        if not torch.equal(outputs, again):
+            raise InputError(
+                "network: the same parameters gave two results for the same images: it is random, or keeps a state; "
+                "take dropout and the like out of its forward()"
             )

@@ -11,6 +11,7 @@ __all__ = ["ZCA_EPSILON", "Standardisation"]
 
 ZCA_EPSILON = 0.1
 """Added to the variances, as in MTT and AST."""
+_CONSTANT = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class Standardisation:
         Whitening takes memory and time of the square and the cube of C * H * W: 75 MB for 3 x 32 x 32.
         """
         mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
-        std = torch.where(std > 0, std, torch.ones_like(std))
+        least = _CONSTANT * x.abs().amax((0, 2, 3))  # a mean is rounded, so that a constant has a deviation too
+        std = torch.where(std > least, std, torch.ones_like(std))
         plain = cls(mean, std)
         if not whiten:
             return plain

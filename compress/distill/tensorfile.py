@@ -24,8 +24,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], strings: Mapping[st
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # One entry: the format's own order of several changes from process to process.
     told = {_STRINGS: json.dumps(dict(strings), sort_keys=True)}
-    temporary.write_bytes(save({name: each.contiguous() for name, each in tensors.items()}, told))
-    os.replace(temporary, path)
+    try:
+        # Through Python's own file, whose errors are OSErrors that say why.
+        temporary.write_bytes(save({name: each.contiguous() for name, each in tensors.items()}, told))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

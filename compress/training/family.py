@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress.artifact import check_folder, check_free, new_folder
 from compress.checkpoint import load_model
 from compress.errors import InputError
 from compress.lowrank.decompose import decomposed_layers, extract
@@ -33,6 +33,7 @@ __all__ = [
     "Family",
     "FamilyInput",
     "FamilyMember",
+    "check_file",
     "cut",
     "plot",
     "read_family",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 FAMILY_FILE = "family.json"
+_VERB = "compress lowrank"
 _MODULE, _NORMS = "family.pt", "norms.safetensors"
 _MACS_AXIS = "MACs, of the dense model's"
 _CLASSES = tuple(
@@ -112,22 +114,20 @@ def write_family(
     """Write ``folder``, whole or not at all; ``module`` is decomposed, and stays so.
 
     ``statistics`` are every member's own of BatchNorm. Returns the family with its files' digests.
+
+    Raises:
+        InputError: as :func:`refuse_existing`, or there is no room.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.save(module, partial / _MODULE)
-    named = {f"{number}/{name}": value for number, each in enumerate(statistics) for name, value in each.items()}
-    save_file(named, partial / _NORMS)
-    family = family.model_copy(update={"files": {name: _sha256(partial / name) for name in (_MODULE, _NORMS)}})
-    (partial / FAMILY_FILE).write_text(family.model_dump_json(indent=1) + "\n")
-    plain = copy.deepcopy(module)
-    extract(plain)
-    torch.save(plain, partial / "model.pt")
-    plot(family, partial / "family.png", [each.macs / family.dense_macs for each in family.members], _MACS_AXIS)
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with new_folder(folder, overwrite, FAMILY_FILE, _VERB) as partial:
+        torch.save(module, partial / _MODULE)
+        named = {f"{number}/{name}": value for number, each in enumerate(statistics) for name, value in each.items()}
+        save_file(named, partial / _NORMS)
+        family = family.model_copy(update={"files": {name: _sha256(partial / name) for name in (_MODULE, _NORMS)}})
+        (partial / FAMILY_FILE).write_text(family.model_dump_json(indent=1) + "\n")
+        plain = copy.deepcopy(module)
+        extract(plain)
+        torch.save(plain, partial / "model.pt")
+        plot(family, partial / "family.png", [each.macs / family.dense_macs for each in family.members], _MACS_AXIS)
     return family
 
 
@@ -190,14 +190,22 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Say before any work that ``path`` is taken.
+def refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    """Say before any work that ``folder`` is taken.
+
+    Raises:
+        InputError: it is there already, and is not to be replaced, or is no family, which nothing replaces.
+    """
+    check_folder(folder, overwrite, FAMILY_FILE, _VERB)
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Say before any work that ``path``, where :func:`save_module` is to write, is taken.
 
     Raises:
         InputError: it is there already, and is not to be replaced.
     """
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+    check_free(path, overwrite)
 
 
 def save_module(module: nn.Module, path: Path, *, overwrite: bool) -> None:
@@ -206,7 +214,7 @@ def save_module(module: nn.Module, path: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: the file is there already.
     """
-    refuse_existing(path, overwrite=overwrite)
+    check_file(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     torch.save(module, temporary)

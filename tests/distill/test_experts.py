@@ -125,6 +125,11 @@ def test_an_expert_that_does_not_learn_is_named_at_once(tmp_path: Path) -> None:
     ("build", "message"),
     [
         (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), r"1 \(BatchNorm2d\) keeps running statistics"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)),
+            "images of a batch see each other",
+        ),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.RReLU()), "gave two results for the same images"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 2)), r"1 \(Dropout\) is random"),
         (nn.ReLU, "no parameters"),
         (

@@ -171,6 +171,24 @@ def test_whitening_goes_back(tmp_path: Path, cache: Path) -> None:
     assert (tmp_path / "zca" / "whitening.safetensors").exists()
 
 
+def test_a_channel_that_does_not_vary_is_only_centred() -> None:
+    x = torch.stack([torch.full((50, 16, 16), 0.1), torch.randn(50, 16, 16)], 1)
+    standard = Standardisation.of(x)
+    assert standard.std[0] == 1.0
+    assert float(standard.apply(x)[:, 0].abs().max()) < 1e-6
+
+
+def test_neighbours_are_those_of_a_plain_search() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand((300, 3, 8, 8), generator=generator) + 100  # far from 0, where products round most
+    images = torch.cat([torch.rand((20, 3, 8, 8), generator=generator) + 100, real[7:9]])
+    found = find_neighbours(images, torch.arange(22), real)
+    apart = torch.stack([(real - image).double().square().mean((1, 2, 3)).sqrt() for image in images]).min(1)
+    assert found.nearest == tuple(apart.indices.tolist())
+    assert found.distances == pytest.approx(apart.values.tolist(), rel=1e-4)
+    assert found.distances[-2:] == (0.0, 0.0)
+
+
 def test_neighbours_name_copies() -> None:
     real = torch.from_numpy(arrays()["images"])
     found = find_neighbours(torch.stack([real[5], real[7] + 9]), torch.tensor([5, 7]), real)
@@ -191,6 +209,11 @@ def test_neighbours_name_copies() -> None:
         ({"settings": {"steps": 1}}, "--steps 1 --ahead 2"),
         ({"settings": {"beta": "some"}}, "--intermediate some: known are aggregate"),
         ({"settings": {"rate_images": -1.0}}, "--lr-images -1: a number above 0"),
+        ({"settings": {"batch": 0}}, "--batch 0: at least 1"),
+        ({"settings": {"looks": -1}}, "--looks -1: at least 0"),
+        ({"settings": {"seed": -1}}, "--seed -1: 0 to 4294967295"),
+        ({"settings": {"perturbation": float("nan")}}, "--perturbation nan: a number, 0 or above"),
+        ({"settings": {"model_weight": -1.0}}, "--model-weight -1: a number, 0 or above"),
         ({"method": "mt"}, "--method mt: known are ast, mtt"),
     ],
 )
@@ -204,6 +227,10 @@ def test_images_that_blow_up_leave_the_best_so_far(tmp_path: Path, cache: Path) 
     assert report.iteration == 0
     assert any("stopped early: the loss was" in note for note in report.notes)
     assert np.isfinite(np.load(tmp_path / "far" / "distilled.npz")["images"]).all()
+    # With nothing judged there is no best, and what it has come to is worth nothing.
+    with pytest.raises(InputError, match=r"images would not be finite after it; .* or give --looks"):
+        run(tmp_path / "none", cache, settings={"rate_images": 1e38, "looks": 0})
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_there_is_not_replaced_unasked(tmp_path: Path, cache: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress.errors import InputError
 from compress.lowrank.decompose import decompose
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.shrink import kept_rank, shrink
@@ -28,6 +29,16 @@ def test_a_layer_that_no_rank_makes_cheaper_is_kept_dense_and_named(tmp_path: Pa
         decompose(nn.Sequential(nn.Linear(2, 2)))
     result = truncate(net(), torch.randn(32, 12), tmp_path / "out", options=LowRankOptions(smallest=0.5))
     assert result.family.dense == done.dense
+    truncate(net(), torch.randn(32, 12), tmp_path / "out", options=LowRankOptions(smallest=0.5, overwrite=True))
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_families_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="mine is not a folder that `compress lowrank` has written, so --overwrite"):
+        truncate(net(), torch.randn(32, 12), tmp_path / "mine", options=LowRankOptions(overwrite=True))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
 def test_ranks_out_of_range_name_the_layer_and_cut_nothing() -> None:
