@@ -44,6 +44,7 @@ __all__ = [
     "save_artifact",
     "save_plan",
     "sum_tensor_bytes",
+    "tensors_digest",
 ]
 
 ONNX_FILE = "model.onnx"
@@ -155,6 +156,11 @@ def load_artifact(folder: Path) -> TracedModel:
             f"{folder / _GRAPH} and {_TENSORS} do not fit together ({one_line(error)}); compress the model again"
         ) from error
     return traced
+
+
+def tensors_digest(folder: Path) -> str:
+    """SHA-256 of the tensors in ``folder``, as its graph names it; :func:`load_artifact` compares the two."""
+    return str(_read_json(folder, _GRAPH).get(_DIGEST))
 
 
 def save_plan(plan: Plan, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.allocation.budgets import format_value
 from compress.allocation.ranks import layers_of
-from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact
+from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact, tensors_digest
 from compress.calib.output_loss import output_loss
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
@@ -125,7 +125,7 @@ def realize(
                 with new_folder(folder, overwrite) as partial:
                     write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
                     save_artifact(partial, compressed.model, plan)
-                    write_base(compare_base(intake.original, float_graph), partial)
+                    write_base(compare_base(intake.original, float_graph), partial, tensors_digest(partial))
                     (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return Result(report, folder, compressed.model.module)
 

@@ -1,7 +1,9 @@
 """Which float model an artifact was made of, and how its tensors came into the graph: what deltas to it need.
 
-``base.safetensors`` lies in the artifact's folder. Its ``__metadata__`` has ``compress.base``, JSON:
+``base.safetensors`` lies in the artifact's folder. Its ``__metadata__`` has ``compress.base``: a SHA-256 over what
+follows and all tensors (as in compress/sparse/deltafile.py), a space, and JSON:
 
+- ``of``: SHA-256 of the artifact's tensors, so that neither is taken for another's;
 - ``hashes``: SHA-256 of each of the float model's tensors by name, as compress/sparse/base.py takes them;
 - ``kept``: names of those that are in the float graph unchanged; other names with factors are scaled.
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from compress.errors import InputError
 from compress.graph.traced import TracedModel
 from compress.sparse.base import base_tensors, tensor_hashes
+from compress.sparse.deltafile import content_digest
 
 __all__ = ["BASE_FILE", "FloatBase", "compare_base", "read_base", "write_base"]
 
@@ -95,19 +98,19 @@ def compare_base(module: nn.Module, graph: TracedModel) -> FloatBase:
     return replace(found, kept=found.kept - found.entries.keys())
 
 
-def write_base(base: FloatBase, folder: Path) -> None:
-    """Write ``base`` into an artifact's ``folder``."""
+def write_base(base: FloatBase, folder: Path, of: str) -> None:
+    """Write ``base`` into an artifact's ``folder``; ``of``: SHA-256 of the artifact's tensors."""
     parts = {"rows": base.rows, "columns": base.columns, "entries": base.entries}
     tensors = {f"{part}/{name}": each.float().contiguous() for part, by in parts.items() for name, each in by.items()}
-    header = json.dumps({"hashes": base.hashes, "kept": sorted(base.kept)})
-    (folder / BASE_FILE).write_bytes(save(tensors, {_HEADER: header}))
+    header = json.dumps({"of": of, "hashes": base.hashes, "kept": sorted(base.kept)})
+    (folder / BASE_FILE).write_bytes(save(tensors, {_HEADER: f"{content_digest(header, tensors)} {header}"}))
 
 
-def read_base(folder: Path) -> FloatBase:
+def read_base(folder: Path, of: str) -> FloatBase:
     """What :func:`write_base` has written into ``folder``.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing, damaged, changed, or another artifact's.
     """
     path = folder / BASE_FILE
     if not path.is_file():
@@ -117,11 +120,17 @@ def read_base(folder: Path) -> FloatBase:
     parts: dict[str, dict[str, Tensor]] = {"rows": {}, "columns": {}, "entries": {}}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            for key in file.keys():  # noqa: SIM118 - no mapping
-                part, _, name = key.partition("/")
-                parts[part][name] = file.get_tensor(key)
-        hashes = {str(name): str(each) for name, each in header["hashes"].items()}
+            digest, _, text = (file.metadata() or {})[_HEADER].partition(" ")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        if content_digest(text, tensors) != digest:
+            raise ValueError("its SHA-256 differs")
+        header = json.loads(text)
+        if header["of"] != of:
+            raise ValueError("it is another artifact's")
+        for key, each in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = each
+        hashes = {str(name): str(found) for name, found in header["hashes"].items()}
         return FloatBase(hashes, frozenset(header["kept"]), **parts)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); compress the model again") from error

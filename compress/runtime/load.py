@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.artifact import load_artifact
+from compress.artifact import load_artifact, tensors_digest
 from compress.errors import InputError
 from compress.graph.traced import TracedModel
 from compress.runtime.base import read_base
@@ -40,7 +40,7 @@ def load_on(
     """
     traced = load_artifact(folder)
     if deltas:
-        add_to_graph(traced, read_base(folder), deltas, **adding)
+        add_to_graph(traced, read_base(folder, tensors_digest(folder)), deltas, **adding)
     place = check_device(device)
     if place.type == "cpu":
         if dtype is not None:

@@ -57,7 +57,7 @@ from compress.records import Record
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.gaps import decode, encode
 
-__all__ = ["VALUES", "Undo", "read_delta", "read_undo", "values_format", "write_delta", "write_undo"]
+__all__ = ["VALUES", "Undo", "content_digest", "read_delta", "read_undo", "values_format", "write_delta", "write_undo"]
 
 VALUES = {
     "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8,
@@ -172,7 +172,7 @@ def _write(path: Path, kind: str, delta: SparseDelta, values: str, base: str | N
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors gives its files to their owner alone
         # One string: safetensors writes several in any order, and the same delta is to be the same bytes.
-        save_file(tensors, temporary, {_HEADER: f"{_digest(header, tensors)} {header}"})
+        save_file(tensors, temporary, {_HEADER: f"{content_digest(header, tensors)} {header}"})
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -231,7 +231,7 @@ def _read(path: Path, kind: str) -> tuple[_Header, SparseDelta]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); get it again") from error
-    if _digest(text, tensors) != wanted:
+    if content_digest(text, tensors) != wanted:
         raise InputError(f"{path} was changed or damaged since it was written (its SHA-256 differs); get it again")
     # From here on only a wrong writer can have made what is refused.
     found: dict[str, SparseTensor] = {}
@@ -266,7 +266,8 @@ def _sparse(each: _Stored, data: Tensor, stored: Tensor, form: str) -> SparseTen
     return SparseTensor(each.shape, each.dtype, torch.from_numpy(index), values)
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+def content_digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a header and tensors, in the order of their names."""
     digest = hashlib.sha256(header.encode())
     for key in sorted(tensors):
         each = tensors[key].contiguous()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.artifact import load_artifact
+from compress.artifact import load_artifact, tensors_digest
 from compress.errors import InputError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.simplify import simplify
@@ -129,7 +129,7 @@ def test_a_delta_to_the_module_is_one_to_its_folded_and_scaled_graph(
     base = compare_base(net, traced)
     if transforms:
         assert base.columns
-    write_base(base, tmp_path)
+    write_base(base, tmp_path, "a")
     for head in (False, True):
         delta, graph = delta_to(net, head=head), traced.copy()
         if "equalize" in transforms:
@@ -140,7 +140,7 @@ def test_a_delta_to_the_module_is_one_to_its_folded_and_scaled_graph(
             del delta.tensors["deep.bias"]
         with torch.no_grad():
             before, wanted = net(x), merged(net, delta)(x)
-            add_to_graph(graph, read_base(tmp_path), {"d": delta})
+            add_to_graph(graph, read_base(tmp_path, "a"), {"d": delta})
             got = graph.module(x)
         assert relative(before, wanted) > 0.02
         assert relative(got, wanted) < 1e-4
@@ -190,7 +190,9 @@ def test_on_gpus_codes_stay_packed_beside_the_delta(artifact: Path) -> None:
 
     _, x = words()
     traced = load_artifact(artifact)
-    add_to_graph(traced, read_base(artifact), open_deltas([artifact.parent / "task.safetensors"]))
+    add_to_graph(
+        traced, read_base(artifact, tensors_digest(artifact)), open_deltas([artifact.parent / "task.safetensors"])
+    )
     for dtype, near in ((None, 1e-5), (torch.bfloat16, 2e-2)):
         packed = packed_for_gpu(traced, (9, 0), dtype)
         with torch.no_grad():
@@ -221,6 +223,11 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
     try:
         (artifact / BASE_FILE).write_bytes(content[:-5])
         refused(good, rf"{BASE_FILE} is damaged")
+        (artifact / BASE_FILE).write_bytes(content.replace(b"query.weight", b"value.weight"))
+        refused(good, rf"{BASE_FILE} is damaged \(its SHA-256 differs\)")
+        (artifact / BASE_FILE).write_bytes(content)
+        write_base(read_base(artifact, tensors_digest(artifact)), artifact, "a")
+        refused(good, rf"{BASE_FILE} is damaged \(it is another artifact's\)")
         (artifact / BASE_FILE).unlink()
         refused(good, f"holds no {BASE_FILE}")
     finally:

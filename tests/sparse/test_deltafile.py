@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import InputError
 from compress.sparse.delta import SparseDelta, SparseTensor
-from compress.sparse.deltafile import _digest, read_delta, read_undo, write_delta
+from compress.sparse.deltafile import content_digest, read_delta, read_undo, write_delta
 from compress.sparse.gaps import decode, encode
 
 
@@ -111,7 +111,7 @@ def rewritten(path: Path, change: Change) -> None:
         header = json.loads(file.metadata()["compress.delta"].partition(" ")[2])
     change(tensors, header)
     text = json.dumps(header)
-    save_file(tensors, path, {"compress.delta": f"{_digest(text, tensors)} {text}"})
+    save_file(tensors, path, {"compress.delta": f"{content_digest(text, tensors)} {text}"})
 
 
 def _set(key: str, value: object) -> Change:
