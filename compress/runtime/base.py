@@ -5,7 +5,8 @@ follows and all tensors (as in compress/sparse/deltafile.py), a space, and JSON:
 
 - ``of``: SHA-256 of the artifact's tensors, so that neither is taken for another's;
 - ``hashes``: SHA-256 of each of the float model's tensors by name, as compress/sparse/base.py takes them;
-- ``kept``: names of those that are in the float graph unchanged; other names with factors are scaled.
+- ``kept``: names of those that are in the float graph unchanged; other names with factors are scaled;
+- ``called``: names that tensors have there, where those are others: of a tied tensor tracing may take another name.
 
 BatchNorm is folded into rows of weights, equalization and SmoothQuant multiply rows and columns. A weight W [O, I, ...]
 becomes diag(rows) W diag(columns), and so does a difference to it. The file has, float32:
@@ -50,12 +51,14 @@ class FloatBase:
     Attributes:
         hashes: SHA-256 by tensor.
         kept: names of tensors that the graph has unchanged.
+        called: what the graph calls a tensor, by name, where that is something else.
         rows, columns: factors of weights by name, float32 [O] and [I].
         entries: factors of other tensors by name, float32 of their shapes.
     """
 
     hashes: dict[str, str]
     kept: frozenset[str]
+    called: dict[str, str] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[str, Tensor] = field(default_factory=dict)
@@ -78,12 +81,14 @@ def compare_base(module: nn.Module, graph: TracedModel) -> FloatBase:
     """What deltas need to know of ``module``, whose float ``graph`` has been folded and transformed."""
     there = {**dict(graph.module.named_parameters()), **dict(graph.module.named_buffers())}
     tensors = base_tensors(module)
-    pairs = {name: (each.detach().cpu(), _in(there, name)) for name, each in tensors.items()}
-    pairs = {name: pair for name, pair in pairs.items() if pair[1] is not None and pair[1].shape == pair[0].shape}
+    places = _places(module, tensors, there)
+    pairs = {name: (tensors[name].detach().cpu(), there[place]) for name, place in places.items()}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
     # A tensor of zeros is the same whatever it is multiplied with; where nothing was scaled it was not either.
     same = {name for name, (before, after) in pairs.items() if torch.equal(before, after)}
     silent = {name for name in same if not bool(pairs[name][0].any())} if len(same) < len(tensors) else set()
-    found = FloatBase(tensor_hashes(tensors), frozenset(same - silent))
+    called = {name: place for name, place in places.items() if place not in (name, f"{name}.weight")}
+    found = FloatBase(tensor_hashes(tensors), frozenset(same - silent), called)
     for name, pair in pairs.items():
         before, after = (each.double() for each in pair)
         if name in found.kept or not tensors[name].is_floating_point() or name.endswith("bias"):
@@ -102,7 +107,7 @@ def write_base(base: FloatBase, folder: Path, of: str) -> None:
     """Write ``base`` into an artifact's ``folder``; ``of``: SHA-256 of the artifact's tensors."""
     parts = {"rows": base.rows, "columns": base.columns, "entries": base.entries}
     tensors = {f"{part}/{name}": each.float().contiguous() for part, by in parts.items() for name, each in by.items()}
-    header = json.dumps({"of": of, "hashes": base.hashes, "kept": sorted(base.kept)})
+    header = json.dumps({"of": of, "hashes": base.hashes, "kept": sorted(base.kept), "called": base.called})
     (folder / BASE_FILE).write_bytes(save(tensors, {_HEADER: f"{content_digest(header, tensors)} {header}"}))
 
 
@@ -131,14 +136,27 @@ def read_base(folder: Path, of: str) -> FloatBase:
             part, _, name = key.partition("/")
             parts[part][name] = each
         hashes = {str(name): str(found) for name, found in header["hashes"].items()}
-        return FloatBase(hashes, frozenset(header["kept"]), **parts)
+        called = {str(name): str(place) for name, place in header["called"].items()}
+        return FloatBase(hashes, frozenset(header["kept"]), called, **parts)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); compress the model again") from error
 
 
-def _in(there: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """The graph's tensor for the module's ``name``: a bare parameter that a layer multiplies with is a weight there."""
-    return there.get(name, there.get(f"{name}.weight"))
+def _places(module: nn.Module, tensors: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, str]:
+    """What the graph calls the module's ``tensors``, by name, where it has them.
+
+    A tied parameter goes by one of its names; a bare one that a layer multiplies with is a weight there.
+    """
+    names: dict[int, list[str]] = {}
+    for name, each in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(each), []).append(name)
+    found = {}
+    for name, each in tensors.items():
+        possible = [name, *names.get(id(each), ()), f"{name}.weight"]
+        place = next((one for one in possible if one in there), None)
+        if place is not None:
+            found[name] = place
+    return found
 
 
 def _ratio(before: Tensor, after: Tensor) -> Tensor:

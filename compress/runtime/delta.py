@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from compress.errors import InputError
 from compress.graph.traced import TracedModel
 from compress.kernels.delta_rows import DeltaRows
+from compress.kernels.table import register_operators
 from compress.runtime.base import FloatBase
 from compress.runtime.edits import replace_node, stored_weight
 from compress.sparse.application import check_base, choose_head
@@ -49,6 +50,7 @@ def add_to_graph(
     Raises:
         InputError: a delta is for another base, or changes what the graph does not have; the graph is as it was.
     """
+    register_operators()
     if not any_base:
         check_base(deltas, base.hashes)
     dense = choose_head(deltas, head) if heads else {}
@@ -57,7 +59,7 @@ def add_to_graph(
     except ValueError as error:
         raise InputError(str(error)) from error
     called = ", ".join(deltas)
-    places = {name: _Place(traced, name) for name in (*summed, *dense)}
+    places = {name: _Place(traced, base.called.get(name, name)) for name in (*summed, *dense)}
     added, whole = dict[str, SparseTensor](), dict[str, Tensor]()
     for name, each in summed.items():
         if name not in dense and len(each.index):

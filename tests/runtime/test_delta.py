@@ -234,6 +234,30 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
         (artifact / BASE_FILE).write_bytes(content)
 
 
+def test_a_tied_weight_is_found_by_the_name_that_tracing_takes(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.between, self.out = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40)
+            self.out.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(torch.relu(self.between(self.table(x))))
+            return y
+
+    torch.manual_seed(0)
+    net, x = Tied(), torch.randint(0, 40, (64, 6))
+    index = torch.arange(0, 40 * 16, 7)
+    delta = SparseDelta(None, {"table.weight": SparseTensor((40, 16), "float32", index, 0.3 * torch.randn(len(index)))})
+    compress.quantize(net, calib={"x": x.numpy()}, bits=8, method="mse", out=tmp_path / "tied")
+    write_delta(delta, tmp_path / "d.safetensors", "fp32")
+    with torch.no_grad():
+        before, wanted = net(x), merged(net, delta)(x)
+        got = compress.load(tmp_path / "tied", deltas=tmp_path / "d.safetensors")(x)
+    assert relative(before, wanted) > 0.1
+    assert relative(got, wanted) < 0.2 * relative(before, wanted)
+
+
 def test_nothing_is_guessed_where_zeros_hide_a_factor() -> None:
     torch.manual_seed(0)
     before, after = nn.Linear(4, 3), nn.Linear(4, 3)
