@@ -20,6 +20,7 @@ from compress.sparse.deltafile import VALUES, read_delta, read_undo, values_form
 from compress.sparse.reference import REFERENCE_FILE, read_reference, write_reference
 
 __all__ = [
+    "REFERENCE_SUFFIX",
     "Composed",
     "DeltaSummary",
     "TensorSummary",
@@ -35,7 +36,7 @@ __all__ = [
     "undo_path",
 ]
 
-_REFERENCE = ".bin"
+REFERENCE_SUFFIX = ".bin"
 _TOOL = "compress sparse"
 
 
@@ -85,7 +86,7 @@ def open_delta(path: str | os.PathLike[str]) -> SparseDelta:
         InputError: the file is missing, damaged or something else.
     """
     given = Path(path)
-    return read_reference(given) if given.is_dir() or given.suffix == _REFERENCE else read_delta(given)
+    return read_reference(given) if given.is_dir() or given.suffix == REFERENCE_SUFFIX else read_delta(given)
 
 
 def open_deltas(paths: Sequence[str | os.PathLike[str]]) -> dict[str, SparseDelta]:
@@ -256,7 +257,7 @@ def compose(
     """
     check_free(out, overwrite)
     found = open_deltas(deltas)
-    published = out.suffix == _REFERENCE
+    published = out.suffix == REFERENCE_SUFFIX
     if published and values not in (None, "fp32"):
         raise InputError(f"--values {values}: the published code's form has fp32 alone; leave it out, or the .bin")
     base, notes = _common_base(found)
@@ -282,7 +283,7 @@ def compose(
 def inspect(path: Path) -> DeltaSummary:
     """What the delta in ``path`` holds."""
     delta = open_delta(path)
-    ours = path.is_file() and path.suffix != _REFERENCE
+    ours = path.is_file() and path.suffix != REFERENCE_SUFFIX
     tensors = {
         name: TensorSummary(
             shape=each.shape,
@@ -330,7 +331,7 @@ def _common_base(found: Mapping[str, SparseDelta]) -> tuple[SparseDelta, tuple[s
 
 
 def _widest(deltas: Sequence[Path]) -> str:
-    ours = [path for path in deltas if path.is_file() and path.suffix != _REFERENCE]
+    ours = [path for path in deltas if path.is_file() and path.suffix != REFERENCE_SUFFIX]
     forms = [values_format(path) for path in ours] + ["fp32"] * (len(deltas) - len(ours))
     return min(forms, key=list(VALUES).index)
 

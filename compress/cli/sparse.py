@@ -142,7 +142,10 @@ def train(
     for stop in result.stops:
         _warn(stop)
     if not quiet:
-        _report(result, model, out)
+        _report(result, out)
+        told = f" --model {factory}" if factory else ""
+        added = "".join(f" {each}" for each in (out, *_needed(given, sources, eval_source)))
+        _print(f"Apply it: compress sparse apply {model}{added}{told} -o {_beside(Path(model), 'task')}")
 
 
 @app.command(no_args_is_help=True)
@@ -294,7 +297,7 @@ def _tell(done: Composed, out: Path, given: dict[str, Any]) -> None:
     _print(f"Written to {out}: {done.k:,} entries{shared}{head}.")
 
 
-def _report(result: SparseResult, model: str, out: Path) -> None:
+def _report(result: SparseResult, out: Path) -> None:
     delta = result.delta
     for note in result.notes:
         _print(f"- {note}")
@@ -307,7 +310,14 @@ def _report(result: SparseResult, model: str, out: Path) -> None:
     if result.sparse is not None:
         full = f"fully fine-tuned {result.full:.4f}, " if result.full is not None else ""
         _print(f"{result.metric_name}: base {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
-    _print(f"Apply it: compress sparse apply {model} {out} -o {_beside(Path(model), 'task')}")
+
+
+def _needed(given: Any, sources: tuple[Path, ...], chosen: str | None) -> tuple[Path, ...]:
+    """Deltas that the new one was learned beside, and is used with: of several, that of ``chosen`` or of the first."""
+    if not isinstance(given, dict):
+        return sources
+    delta = given[chosen or next(iter(given))].delta
+    return (delta,) if delta is not None else ()
 
 
 def _sources(data: list[str], deltas: list[str], repeats: list[str]) -> tuple[object, tuple[Path, ...]]:

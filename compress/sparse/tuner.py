@@ -97,6 +97,11 @@ class SparseFineTuner:
             raise ValueError("no parameter is left to select from: all are frozen, in the head or in norms")
         self.pattern, self.rounds = pattern, rounds
         self.k = count_entries(self.parts.maskable, criterion, density, k, pattern)
+        if not self.k and not self.parts.dense:
+            raise ValueError(
+                f"0 of {self.parts.count:,} entries would be selected, and there is no head: nothing would be learned; "
+                "give a larger k or density"
+            )
         if not 1 <= rounds <= max(1, self.k) or (rounds > 1 and (criterion != "change" or pattern is not None)):
             raise ValueError(f"rounds {rounds}: with the criterion change and no pattern 1 to k, else 1")
         self.mask: dict[str, Tensor] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from compress.artifact import check_free
 from compress.checkpoint import LoadedModel, load_model
-from compress.deltas import open_delta, open_deltas, unbound
+from compress.deltas import REFERENCE_SUFFIX, open_delta, open_deltas, unbound
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.sparse.application import apply_deltas, check_base, revert
@@ -87,7 +86,7 @@ class SparseResult:
         size_bytes: the file's.
         metric_name: "accuracy" or "mean squared error", of the three metrics on the test samples, which are None where
             there are none: ``base``, ``full`` (after the full phase; None where there was no such phase), and
-            ``sparse``, of base and delta as the file has it.
+            ``sparse``, of base and delta as the file has it; deltas of sources are added in all three.
         histories: epochs of the full and the sparse phase.
         notes: what was assumed of model and samples.
         stops: why a phase ended early, as sentences.
@@ -135,6 +134,11 @@ def train_sparse(
         InputError: the model, the data or an option cannot be used, or training breaks in its first epoch.
     """
     check_free(out, options.overwrite)
+    if out.suffix == REFERENCE_SUFFIX:
+        raise InputError(
+            f"--out {out}: {REFERENCE_SUFFIX} is for the published code's form, which `compress sparse compose` "
+            "writes; give a name that ends in .safetensors"
+        )
     second = replace(recipe, epochs=sparse_epochs, rate=recipe.rate if sparse_rate is None else sparse_rate)
     recipe.check()
     if options.values not in VALUES:
@@ -152,23 +156,21 @@ def train_sparse(
     samples, given = (
         read_sources(several, loaded, options.length) if several else read_labelled(data, loaded, options.length)
     )
-    held, judged = (
-        read_labelled(each, loaded, options.length)[1] if each is not None else None for each in (test, dev)
-    )
+    others = [read_labelled(each, loaded, options.length) if each is not None else None for each in (test, dev)]
+    held, judged = (each[1] if each is not None else None for each in others)
     classes = new_classes(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
     module = loaded.module
-    for each, file in ((given, samples.source), (held, str(test)), (judged, str(dev))):
-        if each is not None:
-            check_labels(module, each, file)
+    check_labels(module, given, samples.source)
+    for other in others:
+        if other is not None:
+            check_labels(module, other[1], other[0].source)
     deltas = open_deltas(list(dict.fromkeys(each.delta for each in several.values() if each.delta is not None)))
-    base = None if several else _measured(module, held)
     beside = {name: deltas.get(str(each.delta), SparseDelta(None, {})) for name, each in several.items()}
     tuner = _make_tuner(loaded, options, recipe.seed, beside)
     source = options.eval_source
-    if several:
-        base = _measured(module, held, tuner, source)
+    base = _measured(tuner, held, source)
     start: tuple[object, ...] = (options.identity(loaded), samples.fingerprint, tuner.k, judged and judged.digest)
     if several:
         start += tuple((name, each.repeats, beside[name].digest) for name, each in several.items())
@@ -186,7 +188,7 @@ def train_sparse(
                 tuner.reopen()
             if options.criterion == "change" and tuner.k:
                 first_history += phases.train("full", turn, recipe, second if turn else None)
-                full = _measured(module, held, tuner, source)
+                full = _measured(tuner, held, source)
             elif options.criterion in BY_GRADIENT:
                 _gather(tuner, given, recipe.batch)
             tuner.select()
@@ -320,13 +322,11 @@ def _gather(tuner: SparseFineTuner, data: TrainingData, batch: int) -> None:
     tuner.module.zero_grad(set_to_none=True)
 
 
-def _measured(
-    module: nn.Module, held: TrainingData | None, tuner: SparseFineTuner | None = None, source: str | None = None
-) -> float | None:
+def _measured(tuner: SparseFineTuner, held: TrainingData | None, source: str | None) -> float | None:
     if held is None:
         return None
-    with tuner.step(source) if tuner is not None else contextlib.nullcontext():
-        return evaluate(module, held)
+    with tuner.step(source):
+        return evaluate(tuner.module, held)
 
 
 def _measured_with(
@@ -335,6 +335,6 @@ def _measured_with(
     """The metric of base and delta; the module is as it was at the start afterwards."""
     tuner.rewind()
     done = apply_deltas(tuner.module, {"the delta": delta}, any_base=True)
-    found = _measured(tuner.module, held, tuner, source)
+    found = _measured(tuner, held, source)
     revert(tuner.module, done.before)
     return found

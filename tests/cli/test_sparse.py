@@ -147,6 +147,7 @@ def test_several_sources(forks: Forks, folder: Path) -> None:
     several += ("--test", "one.npz", "--eval-source", "de", "--head", "5", "-o", "several.safetensors")
     run = forks.run(folder, *TRAIN, *several)
     assert run.returncode == 0, run.stderr
+    assert "Apply it: compress sparse apply base.pt several.safetensors language.safetensors -o " in run.stdout
     assert "130 of 2,976 entries" in run.stdout
     base = json.loads(forks.run(folder, "sparse", "inspect", "one.safetensors", "--json").stdout)["base"]
     assert json.loads(forks.run(folder, "sparse", "inspect", "several.safetensors", "--json").stdout)["base"] == base

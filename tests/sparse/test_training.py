@@ -152,6 +152,10 @@ def test_refusals(tmp_path: Path) -> None:
         InputError, match=r"numbers of shape \[2\] for 2 samples, the model's output has shape \[2, 3\]"
     ):
         train(out, data=data | {"y": data["x"][:, 0]})
+    with pytest.raises(InputError, match=r"task\.bin: \.bin is for the published code's form.* ends in \.safetensors"):
+        train(tmp_path / "task.bin")
+    with pytest.raises(InputError, match=r"0 of 1,344 entries would be selected, .* nothing would be learned"):
+        train(out, options={"head": (), "frozen": ("5",), "density": 1e-5})
     with pytest.raises(InputError, match="--values int4: known are fp64"):
         train(out, options={"values": "int4"})
     with pytest.raises(InputError, match="'classifier' is the name of no parameter or module"):

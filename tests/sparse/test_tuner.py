@@ -234,7 +234,7 @@ def test_a_source_is_there_for_a_step_and_leaves_no_bit() -> None:
         pass
     wrong = SparseDelta(None, {"weight": SparseTensor((8, 9), "float32", index, torch.zeros(len(index)))})
     with pytest.raises(ValueError, match=r"source 'x': weight of shape \[8, 9\] has shape \[8, 8\] here"):
-        SparseFineTuner(module, sources={"x": wrong})
+        SparseFineTuner(module, k=1, sources={"x": wrong})
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
