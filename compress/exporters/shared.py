@@ -120,8 +120,8 @@ def _write_base(slots: Mapping[str, _Slot], path: Path) -> None:
             same = all(file.read(len(part)) == part for part in _parts(slots)) and not file.read(1)
         if not same:
             raise InputError(
-                f"--share {path.name}: {path} is there already and holds something else than this base's tensors; "
-                "choose another name, or another folder"
+                f"--share {path.name}: a file of that name is there already and holds something else than this base's "
+                "tensors; choose another name, or another folder"
             )
         return
     temporary = path.with_name(f".{path.name}.partial")

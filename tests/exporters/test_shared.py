@@ -81,7 +81,7 @@ def test_tasks_share_the_bases_tensors(tmp_path: Path) -> None:
     with torch.no_grad():
         other[8].weight[4, 2047] += 1
     before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
-    with pytest.raises(InputError, match=r"base\.data is there already and holds something else than this base's"):
+    with pytest.raises(InputError, match=r"base\.data: a file of that name is there already and holds something else"):
         compress.export(other, tmp_path / "other.onnx", share="base.data", **given)  # type: ignore[arg-type]
     for name in ("../base.data", "other.onnx.data"):
         with pytest.raises(InputError, match=r"the name of a file beside other\.onnx is needed"):
