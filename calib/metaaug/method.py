@@ -9,4 +9,4 @@ from compress.calib.reconstruction import GENIE
 
 __all__ = ["METAAUG"]
 
-METAAUG = replace(GENIE, transform=MetaAug(), step_cost=2 * GENIE.step_cost)  # a step takes twice as many samples
+METAAUG = replace(GENIE, transform=MetaAug())

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calib import block_walk
 from compress.calib.metaaug import augmentation, method
 from compress.calib.metaaug.network import TokenResidual, make_network
 from compress.calib.metaaug.settings import MetaAug
@@ -23,7 +22,6 @@ from compress.errors import InputError
 from compress.intake import take_in
 from compress.options import Options
 from compress.planning import make_plan
-from compress.problem import STEP_SAMPLES
 
 QUICK = MetaAug(steps=3, warm_up=20, rate=2e-2)
 WORDS, LENGTH, WIDTH = 30, 6, 8
@@ -115,7 +113,6 @@ def test_without_a_change_it_is_genie_on_every_text_twice(
     monkeypatch.setattr(augmentation, "make_network", lambda *_: Unchanged())
     quick(replace(QUICK, margin_weight=0.0, similarity_weight=0.0))
     done = carried(texts(), "metaaug", tmp_path / "a")
-    monkeypatch.setattr(block_walk, "STEP_SAMPLES", 2 * STEP_SAMPLES)
     twice = tuple(torch.cat([x, x]) for x in texts())
     assert_same(done, carried(twice, "genie", tmp_path / "b"))  # type: ignore[arg-type]
 
