@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calib import block_walk, reconstruction
-from compress.calib.metaaug import augmentation, method, phase
+from compress.calib.metaaug import method, phase
 from compress.calib.metaaug.settings import PUBLISHED, MetaAug
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples, load_samples
@@ -37,17 +37,6 @@ class Blocks(nn.Module):
         for first, second in (self.layers[:2], self.layers[2:]):
             x = torch.relu(x + second(torch.relu(first(x))))
         return self.head(x.mean((2, 3)))
-
-
-class Unchanged(nn.Module):
-    """The identity, with a weight to train that changes nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0 * self.weight
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +88,8 @@ def assert_same(one: Compressed, other: Compressed) -> None:
 
 
 def test_without_a_change_it_is_genie_on_every_image_twice(
-    intake: Intake,
-    samples: Samples,
-    settings: Callable[[MetaAug], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], unchanged: None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(augmentation, "make_network", lambda *_: Unchanged())
     settings(replace(QUICK, margin_weight=0.0, similarity_weight=0.0))
     ends = ("stem", "head")  # those are learned on the originals alone
     done = carried(intake, samples, "metaaug", tmp_path / "a", ignore=ends)

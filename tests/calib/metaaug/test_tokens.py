@@ -96,21 +96,9 @@ def test_embeddings_are_transformed_and_their_blocks_learned_on_both(
     assert not torch.equal(*(each.model.tensor("up.weight_packed") for each in (done, genie)))
 
 
-class Unchanged(nn.Module):
-    """The identity, with a weight to train that changes nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 0 * self.weight
-
-
 def test_without_a_change_it_is_genie_on_every_text_twice(
-    quick: Callable[[MetaAug], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: Callable[[MetaAug], None], unchanged: None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(augmentation, "make_network", lambda *_: Unchanged())
     quick(replace(QUICK, margin_weight=0.0, similarity_weight=0.0))
     done = carried(texts(), "metaaug", tmp_path / "a")
     twice = tuple(torch.cat([x, x]) for x in texts())
