@@ -126,7 +126,7 @@ def choose(call: Call) -> Choice:
     refused = []
     for name, home in KERNELS[call.operator].items():
         # A kernel's module imports triton: without one, only the rows that need none can be looked at.
-        if "reference" not in home and not has_triton():
+        if name != "reference" and not has_triton():
             refused.append(f"{name}: triton is not installed")
             continue
         kernel: Kernel = resolve({name: home}, name, "kernel")

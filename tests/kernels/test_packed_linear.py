@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from compress.kernels import dispatch
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.packed_linear import packed_linear, packed_lowrank_linear
 from compress.kernels.table import KERNELS
@@ -69,6 +70,13 @@ def test_refusals_are_sentences() -> None:
     )
     assert [reason.partition(":")[0] for reason in refused] == ["packed_gemv", "packed_dot", "packed_unpack"]
     assert choose(replace(GPU_CALL, device="cpu", capability=None)).refused[0].endswith("it runs on GPUs")
+
+
+@pytest.mark.parametrize("operator", KERNELS)
+def test_without_triton_the_reference_runs(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    for call in (replace(GPU_CALL, operator=operator), Call(operator, "cpu", None, torch.float32, 1, 64, 64)):
+        assert choose(call).name == "reference"
 
 
 def test_each_operator_ends_in_its_reference() -> None:
