@@ -89,7 +89,7 @@ def _launch(
         source, arguments[0], arguments[1], weight.codes, weight.scale, weight.sums,
         bias if bias is not None else x, out,
         rows, outputs, inputs, steps, source.stride(0), arguments[2], out.stride(0),
-        M=m, N=n, K=k, KIND=grid.kind, OFFSET=128 if grid.kind == "tensor" else grid.offset, LOW=low, HIGH=high,
+        M=m, N=n, K=k, KIND=grid.kind, OFFSET=grid.offset, LOW=low, HIGH=high,
         CODES=not fused, HAS_BIAS=bias is not None, OVERLAP=overlaps(x), STAGES=stages,
         num_warps=warps, **launch_options(x),
     )  # fmt: skip

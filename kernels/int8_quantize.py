@@ -125,7 +125,7 @@ def quantize_rows(x: Tensor, grid: RowGrid, arguments: tuple[Tensor, Tensor, int
     k = min(1024, power_of_two(inputs))
     quantize_rows_fwd_kernel[(rows, triton.cdiv(inputs, k))](
         x, scale, zero, out, rows, inputs, x.stride(0), stride,
-        K=k, KIND=grid.kind, OFFSET=128 if grid.kind == "tensor" else grid.offset, LOW=low, HIGH=high,
+        K=k, KIND=grid.kind, OFFSET=grid.offset, LOW=low, HIGH=high,
         OVERLAP=overlaps(x), num_warps=4, **launch_options(x),
     )  # fmt: skip
     return out

@@ -47,7 +47,8 @@ class RowGrid:
     @property
     def offset(self) -> int:
         """What is taken off a zero point, as it is off codes."""
-        return 128 if self.zero_point is not None and self.zero_point.dtype is torch.uint8 else 0
+        unsigned = self.kind == "tensor" or (self.zero_point is not None and self.zero_point.dtype is torch.uint8)
+        return 128 if unsigned else 0
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of ``x`` [M, I] as float32, and scale and zero point, [M, 1] or [1, 1], as float32."""
@@ -58,7 +59,7 @@ class RowGrid:
             scale, zero = self.scale.reshape(-1, 1), self.zero_point.reshape(-1, 1).float() - self.offset
         elif self.kind == "tensor":
             scale, zero = (each.reshape(1, 1) for each in dynamic_grid(x))
-            zero = zero - 128
+            zero = zero - self.offset
         else:
             scale = x.abs().amax(1, keepdim=True) / 127
             scale = torch.where(scale > 0, scale, 1.0)

@@ -53,10 +53,10 @@ class Augmentation:
         self.walk, self.settings, self.seed, self.store, self.say = walk, settings, seed, store, say
         self.inputs = walk.inputs
         self.site = find_site(walk.float_model, self.inputs)
-        self.values = self._at_site(walk.float_model)
+        self.values = self.plain = self._at_site(walk.float_model)
         mask = real_tokens(walk.float_model, self.inputs)
         if mask is not None and self.values.shape[:2] == mask.shape:
-            self.values = self.values * mask[..., None]  # what stands at padding is no neighbour of what is real
+            self.values = self.plain * mask[..., None]  # what stands at padding is no neighbour of what is real
         layers = list(layer_calls(walk.model))
         self.ends = {layers[0], layers[-1]}
         self._unusable = _unusable(walk.model, self.values)
@@ -91,8 +91,7 @@ class Augmentation:
             )
         copies = self._copies()
         ahead = self._frontier(self.walk.model, self._at_site(self.walk.model), copies, "copies-quantized")
-        plain = self._at_site(self.walk.float_model)
-        reference = self._frontier(self.walk.float_model, plain, copies, "copies-float")
+        reference = self._frontier(self.walk.float_model, self.plain, copies, "copies-float")
         try:
             kept = [block.output]
             if block.input is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from compress.runtime.edits import UNPACKED, group_size_of
 from compress.runtime.pack import factor_place, packed_operator
 
 __all__ = ["explain"]
+
+_LAYOUT = re.compile(r"\.weight(_(bytes|units|packed|floats))?$")
 
 
 def explain(
@@ -51,24 +54,22 @@ def _layer_run(
             inputs, positions, groups = torch.Size(rest).numel(), y.numel() // outputs, node.args[11]
             device, found = ("cuda", capability) if capability else (x.device.type, capability_of(x))
             call = Call(operator, device, found, x.dtype, positions, outputs, inputs, 8, inputs, groups=groups)
-            return _run_of(str(node.args[3].target).removesuffix(".weight_bytes"), operator, call)
+            return _run_of(_layer(node.args[3]), operator, call)
         if operator in ("int8_linear", "int8_dynamic_linear"):
-            weight = node.args[3 if operator == "int8_linear" else 1]
-            name = str(weight.target).removesuffix(".weight_bytes")
+            name = _layer(node.args[3 if operator == "int8_linear" else 1])
             return _chosen(name, operator, x, outputs, 8, x.shape[-1], 0, capability)
         if operator in ("delta_linear", "packed_delta_linear"):
             weight = node.args[1]
-            name = str((weight.args[0] if is_stored(weight) else weight).target).removesuffix(".weight_units")
-            name = name.removesuffix(".weight_packed").removesuffix(".weight_floats").removesuffix(".weight")
+            name = _layer(weight.args[0] if is_stored(weight) else weight)
             bits, group_size = (0, x.shape[-1]) if operator == "delta_linear" else node.args[-2:]
             return _chosen(name, operator, x, outputs, bits, group_size, 0, capability)
         place = factor_place(operator)
         if place is not None:
             rank = traced.tensor(str(node.args[place].target)).shape[1]
-        bits, group_size = (None, None) if operator == "lowrank_linear" else node.args[-2:]
-        layer = str(node.args[1].target).removesuffix(".up.weight").removesuffix(".weight_units")
-        layer = layer.removesuffix(".up.weight_floats")
-        return _chosen(layer, operator, x, outputs, bits, group_size, rank, capability)
+        layer = _layer(node.args[1])
+        if operator == "lowrank_linear":
+            return _chosen(layer.removesuffix(".up"), operator, x, outputs, None, None, rank, capability)
+        return _chosen(layer, operator, x, outputs, *node.args[-2:], rank, capability)
     weight = node.args[weight_position(node)]
     operator = LAYER_KINDS.get(node.target, "embedding")  # type: ignore[call-overload]
     name = layer_name(node).removesuffix(".weight_floats")
@@ -89,6 +90,11 @@ def _layer_run(
         bits=weight.args[3] if stored else None, group_size=group_size_of(weight) if stored else None, rank=0,
         refused=refused,
     )  # fmt: skip
+
+
+def _layer(weight: fx.Node) -> str:
+    """The layer that ``weight``, in whatever layout it is, belongs to."""
+    return _LAYOUT.sub("", str(weight.target))
 
 
 def _chosen(

@@ -35,8 +35,7 @@ def load_on(
 
     Raises:
         InputError: the folder is not a finished artifact, or damaged; there is no such device; or ``dtype`` is given
-            where it has no meaning; or a delta is
-            for another base, or changes what the artifact does not have.
+            where it has no meaning; or a delta is for another base, or changes what the artifact does not have.
     """
     traced = load_artifact(folder)
     if deltas:
