@@ -6,6 +6,7 @@ Every verb takes the fields of :class:`~compress.options.Options`, :class:`~comp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact
 from compress.auto import settle_method
 from compress.cache import remembered
 from compress.compression import plan_fingerprint
-from compress.deltas import add_deltas, open_deltas
+from compress.deltas import add_deltas, open_deltas, unbound
 from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
 from compress.gate import verify as verify_file
@@ -274,6 +275,8 @@ def load(
         device: ``cpu``, ``cuda`` or ``cuda:1``; where the module then is, and takes its inputs.
         dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
 
+    A delta that names no base, as those of the published code, cannot be checked: a UserWarning says so.
+
     Raises:
         InputError: the folder, a delta or the device is not to be had, or they do not go together.
     """
@@ -285,7 +288,10 @@ def load(
         if dtype is not None:
             raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
         return load_elastic(path).to(check_device(device))
-    return load_on(path, device, dtype, files, weights=weights, head=head, heads=heads, any_base=any_base).module
+    loaded = load_on(path, device, dtype, files, weights=weights, head=head, heads=heads, any_base=any_base)
+    for sentence in () if any_base else unbound(files):
+        warnings.warn(sentence, stacklevel=2)
+    return loaded.module
 
 
 def export(

@@ -188,11 +188,22 @@ class _Clock:
 
 
 def _chosen(options: DistillOptions) -> tuple[DistillSettings, ExpertSettings]:
-    """The settings of the method, and experts with the same augmentations and seed."""
+    """The settings of the method, and experts with the same augmentations and seed.
+
+    Raises:
+        InputError: the method is unknown, or is MTT and one of AST's parts was set to a value of its own.
+    """
     if options.method not in ("ast", "mtt"):
         raise InputError(f"--method {options.method}: known are ast, mtt")
     settings, experts = options.settings, options.experts
     if options.method == "mtt":
+        for option, value, default, off in (
+            ("--intermediate", settings.beta, DistillSettings.beta, "none"),
+            ("--perturbation", settings.perturbation, DistillSettings.perturbation, 0),
+            ("--penalty", experts.penalty, ExpertSettings.penalty, 0),
+        ):
+            if value not in (default, off):
+                raise InputError(f"{option} {value}: a part of AST, which --method mtt goes without; leave one out")
         settings, experts = settings.mtt(), experts.mtt()
     given = asdict(experts) | {"augmentations": settings.augmentations, "seed": settings.seed}
     return settings, ExpertSettings(**given)

@@ -69,7 +69,8 @@ def _layer_run(
         layer = _layer(node.args[1])
         if operator == "lowrank_linear":
             return _chosen(layer.removesuffix(".up"), operator, x, outputs, None, None, rank, capability)
-        return _chosen(layer, operator, x, outputs, *node.args[-2:], rank, capability)
+        bits, group_size = node.args[-2:]
+        return _chosen(layer, operator, x, outputs, bits, group_size, rank, capability)
     weight = node.args[weight_position(node)]
     operator = LAYER_KINDS.get(node.target, "embedding")  # type: ignore[call-overload]
     name = layer_name(node).removesuffix(".weight_floats")

@@ -215,6 +215,7 @@ def test_neighbours_name_copies() -> None:
         ({"settings": {"perturbation": float("nan")}}, "--perturbation nan: a number, 0 or above"),
         ({"settings": {"model_weight": -1.0}}, "--model-weight -1: a number, 0 or above"),
         ({"method": "mt"}, "--method mt: known are ast, mtt"),
+        ({"method": "mtt", "settings": {"beta": "adaptive"}}, "--intermediate adaptive: a part of AST"),
     ],
 )
 def test_refusals(tmp_path: Path, cache: Path, change: dict[str, Any], message: str) -> None:
