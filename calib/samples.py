@@ -191,19 +191,18 @@ def _from_text(
         raise InputError(
             f"{path} is text, which takes the tokenizer of a Hugging Face model folder; give token ids in an .npz"
         )
-    texts, labels = read_texts(path)
-    if labelled and labels is None:
+    texts = read_texts(path)
+    if labelled and texts.labels is None:
         raise InputError(f"{path} has no labels; give a .tsv or .csv with a column label")
     more: tuple[str, ...] = ()
     if not reader.causal:
         chosen, more = _choose(len(texts), limit, seed, str(path))
-        if chosen is not None:
-            texts = [texts[i] for i in chosen.tolist()]
-            labels = None if labels is None else labels[chosen]
-    encoded = reader.encode(texts, length)
+        texts = texts if chosen is None else texts.take(chosen)
+    encoded = reader.encode(texts.first, length, texts.second)
     first = next(iter(encoded.values()))
-    notes = [f"text as {len(first)} samples of {first.shape[1]} tokens", *more]
-    samples = Samples(tuple(encoded.values()), labels, str(path), tuple(notes), reader.call_names(encoded))
+    what = "text" if texts.second is None else "pairs of texts"
+    notes = [f"{what} as {len(first)} samples of {first.shape[1]} tokens", *more]
+    samples = Samples(tuple(encoded.values()), texts.labels, str(path), tuple(notes), reader.call_names(encoded))
     return samples.take(limit, seed) if reader.causal else samples
 
 

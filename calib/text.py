@@ -1,9 +1,11 @@
-"""Texts from a file: one a line, or a table with a column of texts and maybe one of labels."""
+"""Texts from a file: one a line, or a table with a column of texts, or two of pairs, and maybe one of labels."""
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -11,33 +13,63 @@ import torch
 
 from compress.errors import InputError
 
-__all__ = ["TEXT_SUFFIXES", "read_texts"]
+__all__ = ["TEXT_SUFFIXES", "Texts", "read_texts"]
 
 TEXT_SUFFIXES = (".txt", ".tsv", ".csv")
 _TEXT_COLUMNS = ("sentence", "text", "sentence1", "question", "review")
-_LABEL_COLUMNS = ("label", "labels", "y", "target")
+_PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+_LABEL_COLUMNS = ("label", "labels", "y", "target", "score")
 
 
-def read_texts(path: Path) -> tuple[list[str], torch.Tensor | None]:
-    """The texts of a .txt file (empty lines left out), or of a .tsv or .csv table, and the table's labels [N] int64.
+@dataclass(frozen=True)
+class Texts:
+    """What a file holds.
+
+    Attributes:
+        first: a text a sample, or the first of each pair.
+        second: the pairs' second; None where there are no pairs.
+        labels: [N], int64 where all are whole numbers, else float32; None without.
+    """
+
+    first: list[str]
+    second: list[str] | None = None
+    labels: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def take(self, index: torch.Tensor) -> Texts:
+        """The samples at ``index``, int64 [n]."""
+        second = None if self.second is None else [self.second[i] for i in index.tolist()]
+        labels = None if self.labels is None else self.labels[index]
+        return Texts([self.first[i] for i in index.tolist()], second, labels)
+
+
+def read_texts(path: Path) -> Texts:
+    """The texts of a .txt file (empty lines left out), or of a .tsv or .csv table.
 
     Raises:
-        InputError: it is not UTF-8, empty, or a table without a column of texts.
+        InputError: it is not UTF-8, empty, or a table without a column of texts or with labels that are no numbers.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             if path.suffix.lower() == ".txt":
-                texts = [line.strip() for line in stream if line.strip()]
-                labels = None
+                texts = Texts([line.strip() for line in stream if line.strip()])
             else:
-                texts, labels = _table(path, [row for row in _reader(path, stream) if row])
+                texts = _table(path, [row for row in _reader(path, stream) if row])
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     except csv.Error as error:
         raise InputError(f"{path} is no table that can be read ({error})") from error
     if not texts:
         raise InputError(f"{path} holds no text")
-    return texts, labels
+    return texts
 
 
 def _reader(path: Path, stream: TextIO) -> Iterator[list[str]]:
@@ -46,22 +78,38 @@ def _reader(path: Path, stream: TextIO) -> Iterator[list[str]]:
     return csv.reader(stream)
 
 
-def _table(path: Path, rows: list[list[str]]) -> tuple[list[str], torch.Tensor | None]:
+def _table(path: Path, rows: list[list[str]]) -> Texts:
     header = [name.strip().lower() for name in rows[0]] if rows else []
-    column = next((header.index(name) for name in _TEXT_COLUMNS if name in header), None)
-    if column is None:
+    pair = next((each for each in _PAIR_COLUMNS if set(each) <= set(header)), None)
+    names = pair or [name for name in _TEXT_COLUMNS if name in header][:1]
+    if not names:
         raise InputError(
             f"{path}: its first line names no column of texts (found: {', '.join(header) or 'nothing'}); name it "
-            f"{', '.join(_TEXT_COLUMNS)}"
+            f"{', '.join(_TEXT_COLUMNS)}, or two of them {', '.join(' and '.join(each) for each in _PAIR_COLUMNS)}"
         )
-    label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
     wrong = next((number for number, row in enumerate(rows[1:], 2) if len(row) != len(header)), None)
     if wrong is not None:
         raise InputError(f"{path}: line {wrong} has {len(rows[wrong - 1])} columns, the first {len(header)}")
-    texts = [row[column] for row in rows[1:]]
-    if label is None:
-        return texts, None
+    first, *second = ([row[header.index(name)] for row in rows[1:]] for name in names)
+    label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
+    labels = None if label is None else _numbers([row[label] for row in rows[1:]], f"{path}: column {header[label]}")
+    return Texts(first, second[0] if second else None, labels)
+
+
+def _numbers(fields: list[str], source: str) -> torch.Tensor:
+    """int64 where all are whole numbers, else float32."""
     try:
-        return texts, torch.tensor([int(row[label]) for row in rows[1:]])
-    except ValueError as error:
-        raise InputError(f"{path}: column {header[label]} holds labels that are no whole numbers ({error})") from error
+        return torch.tensor([int(field) for field in fields], dtype=torch.int64)
+    except ValueError:
+        pass
+    wrong = next((field for field in fields if not _is_finite(field)), None)
+    if wrong is not None:
+        raise InputError(f"{source} holds labels that are no finite numbers (such as {wrong!r})")
+    return torch.tensor([float(field) for field in fields])
+
+
+def _is_finite(field: str) -> bool:
+    try:
+        return math.isfinite(float(field))
+    except ValueError:
+        return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -88,11 +89,13 @@ class TextReader:
     longest: int
     causal: bool
 
-    def encode(self, texts: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, texts: Sequence[str], length: int | None = None, second: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
         """``texts`` as int64 [N, L] by input, L at most ``length`` tokens (None: 128, or what the model takes).
 
-        A causal model's texts are run together and cut into N whole samples; other models get a text a sample, the
-        shorter ones padded.
+        A causal model's texts are run together and cut into N whole samples; other models get a text, or a pair of
+        one of ``texts`` and one of ``second``, a sample, the shorter ones padded.
 
         Raises:
             InputError: there is no tokenizer, it is another model's, or the model takes no such length.
@@ -100,14 +103,25 @@ class TextReader:
         length = self.check_length(length)
         tokenizer = self._tokenizer()
         if self.causal:
-            ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+            running = texts if second is None else itertools.chain.from_iterable(zip(texts, second, strict=True))
+            ids = [token for text in running for token in tokenizer(text)["input_ids"]]
             count = len(ids) // length
             if count == 0:
                 raise InputError(f"the text holds {len(ids)} tokens, less than one sample of {length}; give more text")
             rows = torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
             found = {"input_ids": rows}
         else:
-            encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+            given = (list(texts),) if second is None else (list(texts), list(second))
+            # Not every tokenizer says of itself which text of a pair a token is of, as its model may want to know.
+            typed = "token_type_ids" in self.inputs
+            encoded = tokenizer(
+                *given,
+                padding=True,
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+                return_token_type_ids=typed,
+            )
             found = {name: value.to(torch.int64) for name, value in encoded.items()}
         ids_found = found["input_ids"]
         self.check_ids(ids_found, f"the tokenizer in {self.folder} is another model's:")
@@ -179,7 +193,7 @@ def open_pretrained(folder: Path, classes: int | None = None, seed: int = 0) -> 
     """The module that ``folder`` holds.
 
     Args:
-        classes: put a new classification head with so many outputs on it, instead of the head it may have.
+        classes: put a new head with so many outputs on it, instead of the head it may have: classes, or one number.
         seed: of the new head's weights.
 
     Raises:
@@ -207,7 +221,8 @@ def open_pretrained(folder: Path, classes: int | None = None, seed: int = 0) -> 
     notes = [f"{folder.name} holds weights that {name} does not use: {', '.join(unused[:4])}"] if unused else []
     module.config.use_cache = False
     if missing:
-        notes.append(f"{type(module).__name__} with a new head for {classes} classes ({', '.join(missing)})")
+        what = "one number" if classes == 1 else f"{classes} classes"
+        notes.append(f"{type(module).__name__} with a new head for {what} ({', '.join(missing)})")
     return PretrainedFolder(module.eval(), text_reader(folder, module), tuple(notes), tuple(missing))
 
 

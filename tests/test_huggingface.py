@@ -51,14 +51,16 @@ def llama(layers: int = 2) -> nn.Module:
 
 
 def save_tokenizer(folder: Path, words: list[str], ends: bool) -> None:
-    """A word is a token; ``ends`` puts [CLS] and [SEP] around a text."""
+    """A word is a token; ``ends`` puts [CLS] and [SEP] around a text, and a pair's second into tokens of type 1."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     if ends:
         made.post_processor = tokenizers.processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
         )
     names = {f"{name[1:-1].lower()}_token": name for name in special}
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["CLASSES", "Overlap", "SparseDelta", "SparseTensor", "measure_overlap", "put", "sum_deltas", "take"]
 
-# The note of a delta whose base gets a new classification head: for how many classes.
+# The note of a delta whose base gets a new head: for how many classes, or 1 for a number.
 CLASSES = "classes"
 
 

@@ -15,7 +15,7 @@ from compress.errors import InputError
 from compress.huggingface import is_classifier
 from compress.training.data import TrainingData
 
-__all__ = ["Source", "check_labels", "named_sources", "new_classes", "read_labelled", "read_sources"]
+__all__ = ["Source", "check_labels", "named_sources", "new_outputs", "read_labelled", "read_sources"]
 
 _MASK = "attention_mask"
 
@@ -58,15 +58,17 @@ def read_sources(
     return Samples(joined.inputs, joined.labels, told, notes, joined.names), joined
 
 
-def new_classes(loaded: LoadedModel, data: TrainingData, source: str) -> int | None:
-    """Classes for which a Hugging Face folder's encoder needs a new head; None: it has one, or takes none."""
-    if loaded.text is None or not data.classes or is_classifier(loaded.module):
+def new_outputs(loaded: LoadedModel, data: TrainingData, source: str) -> int | None:
+    """How many outputs a new head of a Hugging Face folder's encoder needs; None: it has a head, or takes none."""
+    if loaded.text is None or is_classifier(loaded.module):
         return None
     if loaded.text.causal:
         raise InputError(
             f"{loaded.source} predicts the next token, and its texts are cut from running text; labelled texts need an "
             "encoder"
         )
+    if not data.classes:
+        return 1
     least, most = int(data.labels.min()), int(data.labels.max())
     if least < 0 or most < 1:
         raise InputError(f"{source} has classes {least} to {most}; a new head needs them numbered from 0, two at least")

@@ -25,7 +25,7 @@ from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.deltafile import VALUES, read_delta, write_delta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
-from compress.training.labelled import check_labels, named_sources, new_classes, read_labelled, read_sources
+from compress.training.labelled import check_labels, named_sources, new_outputs, read_labelled, read_sources
 from compress.training.loop import Epoch, Recipe, best_epoch, criterion_of, evaluate, fit
 
 __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
@@ -119,8 +119,8 @@ def train_sparse(
 ) -> SparseResult:
     """Fine-tune ``model`` sparsely on ``data`` and write the difference to ``out``.
 
-    A Hugging Face folder without a classification head gets one when the samples have classes: as many outputs as the
-    largest class says, weights from the recipe's seed. It is trained whole and stored in the delta.
+    A Hugging Face folder's encoder without a head gets one: as many outputs as the largest class says, or one where
+    numbers are to be predicted, weights from the recipe's seed. It is trained whole and stored in the delta.
 
     Args:
         data: labelled samples: classes as whole numbers, or numbers to predict; text for Hugging Face folders. Or a
@@ -158,7 +158,7 @@ def train_sparse(
     )
     others = [read_labelled(each, loaded, options.length) if each is not None else None for each in (test, dev)]
     held, judged = (each[1] if each is not None else None for each in others)
-    classes = new_classes(loaded, given, samples.source)
+    classes = new_outputs(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
     module = loaded.module

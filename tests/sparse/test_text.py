@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.calib.samples import load_samples
 from compress.checkpoint import load_model
 from compress.deltas import apply, compose, restore
 from compress.errors import InputError
@@ -67,6 +68,35 @@ def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: P
     restore(tmp_path / "task", tmp_path / "again")
     before, after = (load_model(path).module.state_dict() for path in (folder / "bert", tmp_path / "again"))
     assert all(torch.equal(each, after[f"bert.{name}"]) for name, each in before.items())
+
+
+def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
+    """The share of a second text's words that are of one kind, from a head of one output."""
+    generator = torch.Generator().manual_seed(0)
+    lines = ["sentence1\tsentence2\tscore"]
+    for number in range(96):
+        words = torch.randint(0, 16, (2, 4), generator=generator)
+        words[1, : number % 5] += 16
+        first, second = (" ".join(WORDS[each] for each in row.tolist()) for row in words)
+        lines.append(f"{first}\t{second}\t{(number % 5) / 4:.2f}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    options = SparseOptions(density=0.2, values="fp32")
+    path = str(tmp_path / "pairs.tsv")
+    result = train_sparse(
+        folder / "bert", path, tmp_path / "task.safetensors", test=path, options=options, recipe=RECIPE,
+        sparse_epochs=20, sparse_rate=2e-2,
+    )  # fmt: skip
+    assert any("a new head for one number" in note for note in result.notes)
+    assert result.sparse is not None
+    assert result.sparse < 0.06  # half of the scores' variance
+    apply(folder / "bert", [tmp_path / "task.safetensors"], tmp_path / "task")
+    loaded = load_model(tmp_path / "task")
+    assert loaded.text is not None
+    samples = load_samples(path, labelled=True, parameters=loaded.parameters, text=loaded.text)
+    assert samples.notes[0].startswith("pairs of texts as 96 samples")
+    types = samples.inputs[loaded.text.inputs.index("token_type_ids")]
+    assert types.sum(1).tolist() == [5] * 96  # four words and the end's mark
+    assert evaluate(loaded.module, TrainingData.of(samples)) == pytest.approx(result.sparse, rel=1e-5)
 
 
 def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_path: Path) -> None:
