@@ -1,6 +1,7 @@
 """Distilled images against random real ones and against those they began as: ConvNet of depth 3 and width 32, CIFAR-10.
 
     python -m benchmarks.distill run --work WORK --seeds 3    # goes on where it was stopped; writes results as it goes
+    python -m benchmarks.distill run --work WORK --name distill_parts --methods AST "AST without clipping" ...
     python -m benchmarks.distill memory                       # peak and time of both exact gradients, 20 to 100 steps
 
 Every set is trained on by fresh networks, the same starts for all sets, and judged on test images after the last step.
@@ -15,7 +16,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,15 @@ RATES = (0.003, 0.01)
 AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 AST = DistillSettings(iterations=150, steps=15, last=8, augmentations=AUGMENTATIONS, gradients="unrolled", looks=0)
 EXPERTS = ExpertSettings(count=3, epochs=10, batch=100, rate=0.01, augmentations=AUGMENTATIONS)
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "representative initialization": {"representative": False},
-    "intermediate matching": {"beta": "none"},
-    "balanced inner loss": {"balance": False},
-    "weight perturbation": {"perturbation": 0.0},
-}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Experts, by a name that they are stored under, and how a set is distilled from them."""
+
+    called: str
+    experts: ExpertSettings
+    settings: DistillSettings
 
 
 def main() -> None:
@@ -60,7 +64,7 @@ def main() -> None:
     run.add_argument("--images", type=int, default=2000)
     run.add_argument("--each", type=int, default=1)
     run.add_argument("--iterations", type=int, default=AST.iterations)
-    run.add_argument("--ablate", action="store_true", help="leave out AST's parts one by one")
+    run.add_argument("--methods", nargs="*", help="[default: AST MTT]; and 'AST without <part>', see methods()")
     run.add_argument("--name", default="distill")
     commands.add_parser("memory")
     one = commands.add_parser("peak")
@@ -84,6 +88,25 @@ def images_of(pattern: str, limit: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels).long()
 
 
+def methods(base: DistillSettings) -> dict[str, Method]:
+    """AST, MTT, and AST without each of its parts, by name."""
+    found = {"AST": Method("AST", EXPERTS, base), "MTT": Method("MTT", EXPERTS.mtt(), base.mtt())}
+    for part, expert in (
+        ("clipping", replace(EXPERTS, clipping=False)),
+        ("gradient penalty", replace(EXPERTS, penalty=0.0)),
+        ("clipping and penalty", replace(EXPERTS, clipping=False, penalty=0.0)),
+    ):
+        found[f"AST without {part}"] = Method(f"AST without {part}", expert, base)
+    for part, settings in (
+        ("representative initialization", replace(base, representative=False)),
+        ("intermediate matching", replace(base, beta="none")),
+        ("balanced inner loss", replace(base, balance=False)),
+        ("weight perturbation", replace(base, perturbation=0.0)),
+    ):
+        found[f"AST without {part}"] = Method("AST", EXPERTS, settings)
+    return found
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """All methods and seeds; whatever ``WORK`` has is not done again."""
     x, labels = images_of("*train*.npz", arguments.images)
@@ -92,9 +115,8 @@ def measure(arguments: argparse.Namespace) -> None:
     x, tx = standardisation.apply(x), standardisation.apply(tx)
     network = FlatNetwork(partial(convnet, 3, 10, (32, 32)))
     base = replace(AST, each=arguments.each, iterations=arguments.iterations)
-    methods = {"AST": base, "MTT": base.mtt()}
-    if arguments.ablate:
-        methods |= {f"AST without {name}": replace(base, **change) for name, change in LEFT_OUT.items()}
+    known = methods(base)
+    chosen = {name: known[name] for name in arguments.methods or ("AST", "MTT")}
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.distill", *sys.argv[1:]]),
         "environment": describe_environment().model_dump(),
@@ -113,22 +135,20 @@ def measure(arguments: argparse.Namespace) -> None:
 
     for seed in range(arguments.seeds):
         judge = Judge(network, tx, ty, nets=NETS, steps=STEPS, augmentations=AUGMENTATIONS, seed=1000 + seed)
-        for name, settings in methods.items():
-            plain = name == "MTT"
-            recipe = EXPERTS.mtt() if plain else EXPERTS
-            folder = arguments.work / f"experts-{'mtt' if plain else 'ast'}-{arguments.images}"
-            experts = Experts(folder, network, x, labels, 10, recipe, str(arguments.images))
+        for name, method in chosen.items():
+            folder = arguments.work / f"experts-{method.called.replace(' ', '-')}-{arguments.images}"
+            experts = Experts(folder, network, x, labels, 10, method.experts, str(arguments.images))
             there = experts.path(0).exists()
             begun = time.process_time()
             accuracies = experts.train(lambda what, done, total: print(what, done, total, flush=True))
             seconds = None if there else time.process_time() - begun
-            key = "MTT" if plain else "AST"
-            result["experts"].setdefault(key, {"accuracies": accuracies, "seconds": seconds})
-            logits = network.logits(experts.rows(seed % recipe.count, recipe.epochs, recipe.epochs + 1)[0], x)
+            result["experts"].setdefault(method.called, {"accuracies": accuracies, "seconds": seconds})
+            last = method.experts.epochs
+            logits = network.logits(experts.rows(seed % method.experts.count, last, last + 1)[0], x)
             middle = representatives(logits, labels, 10, arguments.each, seed)
             drawn = random_images(labels, 10, arguments.each, seed)
             for what, start in (("random real", drawn), ("representative real", middle)):
-                if plain or f"{what}/{seed}" in result["sets"]:
+                if name != "AST" or f"{what}/{seed}" in result["sets"]:
                     continue
                 found = [judge.accuracy(x[start], labels[start], rate) for rate in RATES]
                 result["sets"][f"{what}/{seed}"] = {"accuracy": max(found), "by_rate": found}
@@ -136,11 +156,11 @@ def measure(arguments: argparse.Namespace) -> None:
                 keep()
             if f"{name}/{seed}" in result["sets"]:
                 continue
+            settings = replace(method.settings, seed=seed)
             start = middle if settings.representative else drawn
             begun = time.process_time()
-            distiller = Distiller(
-                experts, x[start], labels[start], replace(settings, seed=seed), state=arguments.work / f"{name}-{seed}"
-            )
+            state_file = arguments.work / f"{arguments.name}-{name}-{seed}"
+            distiller = Distiller(experts, x[start], labels[start], settings, state=state_file)
             done = distiller.run()
             seconds = time.process_time() - begun
             result["sets"][f"{name}/{seed}"] = told(done, judge, labels[start], settings, seconds)

@@ -276,8 +276,8 @@ def table(result: dict[str, Any]) -> str:
         f"# Sparse fine-tuning: all-MiniLM-L6-v2 on {result['task']}",
         "",
         f"`{result['command']}`: {result['environment']['cpu']}. Metric: {TASKS[result['task']].called}; mean and "
-        f"standard error over seeds, after {full + sparse} epochs of {samples:,} samples, others at every seed (LT-SFT: "
-        f"{full} in full at a rate of {FULL_RATE:g}, then {sparse}). Rate: of two tried at the first seed, the better on "
+        f"standard error over seeds, after {full + sparse} epochs of {samples:,} samples, others at every seed. LT-SFT: "
+        f"{full} in full at a rate of {FULL_RATE:g}, then {sparse}. Rate: of two tried at the first seed, the better on "
         f"{_DEV} samples of the dev part; at the others that one. LoRA is PEFT's.",
         "",
         "| | entries | MB | metric | seeds | rate | at the other rate, first seed |",
