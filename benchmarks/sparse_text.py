@@ -261,8 +261,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`: {result['environment']['cpu']}. Accuracy in percent on {tested}; mean and standard "
         f"error over seeds, after {full + sparse} epochs of {samples:,} samples, others at every seed. LT-SFT: {full} "
-        f"in full at a rate of {FULL_RATE:g}, then {sparse}. Rate: of two tried at the first seed, the better on {_DEV} "
-        "samples of the dev part; at the others that one. LoRA is PEFT's.",
+        f"in full at a rate of {FULL_RATE:g}, then {sparse}. Rate: of two tried at the first seed, the better on "
+        f"{_DEV} samples of the dev part; at the others that one. LoRA is PEFT's.",
         "",
         "| | entries | MB | accuracy | seeds | rate | at the other rate, first seed |",
         "|---|---|---|---|---|---|---|",
