@@ -160,6 +160,11 @@ def _blame(path: Path, what: str) -> Iterator[None]:
     except _ORT_ERRORS as error:
         text = " ".join(str(error).split())
         if "INVALID_PROTOBUF" in text or "No graph was found" in text:
+            if path.suffix != ".onnx":
+                raise InputError(
+                    f"{path} is not an ONNX file; give one (`compress export MODEL` writes it), or a folder that "
+                    "`compress quantize` has written"
+                ) from error
             what = "not an ONNX file, or a damaged one"
         raise InputError(f"{path}: {what}: {text}") from error
 

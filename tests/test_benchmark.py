@@ -245,6 +245,11 @@ def test_file_that_is_no_model(tmp_path: Path, content: bytes, capfd: pytest.Cap
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"text\.onnx: not an ONNX file, or a damaged one"):
         quick([path])
+    path = path.rename(tmp_path / "model.pt")
+    with pytest.raises(
+        InputError, match=r"model\.pt is not an ONNX file; give one \(`compress export MODEL` writes it\)"
+    ):
+        quick([path])
     assert capfd.readouterr().err == ""
 
 
