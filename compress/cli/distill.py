@@ -40,7 +40,9 @@ def distill(
     expert_lr: Annotated[
         float, typer.Option("--expert-lr", help="With momentum; ten times it without", rich_help_panel=_EXPERTS)
     ] = 0.01,
-    penalty: Annotated[float, typer.Option(help="Weight of the gradient penalty", rich_help_panel=_EXPERTS)] = 2.0,
+    penalty: Annotated[
+        float, typer.Option(help="Weight of the gradient penalty; 2 as published", rich_help_panel=_EXPERTS)
+    ] = 0.0,
     expert_folder: Annotated[
         Path | None, typer.Option(help="Where they are kept  [default: in the user's cache]", rich_help_panel=_EXPERTS)
     ] = None,

@@ -1,7 +1,7 @@
 """Expert trajectories: a network's parameters after every epoch of training on the real data, kept on disk.
 
 AST (arXiv 2310.10541, section 3) makes experts that are strong and still smooth enough to be followed: SGD with
-momentum, a cross-entropy that is turned up over the first ten epochs, and a gradient penalty. MTT's are plain SGD.
+momentum, a cross-entropy that is turned up over the first ten epochs, and, as an option, a gradient penalty. MTT's are plain SGD.
 
 A file holds one expert: ``trajectory`` [epochs + 1, P], and who it is in its metadata. An expert in training is a file
 of its own, written after every epoch, from which the next run goes on to the same bytes.
@@ -39,7 +39,8 @@ class ExpertSettings:
     Attributes:
         rate: learning rate; falls to 0.6 of it after half of the epochs, where momentum starts anew (``drop``).
         clipping: multiply the cross-entropy by 0.50, 0.55 ... 0.95 over the first ten epochs.
-        penalty: weight of :func:`~compress.distill.penalty.gradient_penalty`; 2 in AST, 0 in MTT.
+        penalty: weight of :func:`~compress.distill.penalty.gradient_penalty`. AST publishes 2, under which these
+            short experts go where no student can follow: a part that is off until it is asked for.
     """
 
     count: int = 5
@@ -49,7 +50,7 @@ class ExpertSettings:
     momentum: float = 0.9
     decay: float = 1e-3
     clipping: bool = True
-    penalty: float = 2.0
+    penalty: float = 0.0
     drop: bool = True
     augmentations: tuple[str, ...] = ()
     seed: int = 0
