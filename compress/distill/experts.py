@@ -1,7 +1,8 @@
 """Expert trajectories: a network's parameters after every epoch of training on the real data, kept on disk.
 
 AST (arXiv 2310.10541, section 3) makes experts that are strong and still smooth enough to be followed: SGD with
-momentum, a cross-entropy that is turned up over the first ten epochs, and, as an option, a gradient penalty. MTT's are plain SGD.
+momentum, a cross-entropy that is turned up over the first ten epochs, and a gradient penalty (here: where asked for).
+MTT's are plain SGD.
 
 A file holds one expert: ``trajectory`` [epochs + 1, P], and who it is in its metadata. An expert in training is a file
 of its own, written after every epoch, from which the next run goes on to the same bytes.
