@@ -125,28 +125,28 @@ class BlockWalk:
             yield layer, Solution(found.weights[stored], found.biases.get(calls[layer])), note
 
     def _learn(self, problem: BlockProblem, method: BlockMethod, effort: Effort) -> BlockSolution:
-        say = self._say(problem.block)
         if method.weighted:
             problem = replace(problem, importance=self._importance(problem, effort.seed))
         try:
-            if self.augmentation is None or method.transform is None:
-                return reconstruct(problem, method, effort, say)
+            # Without steps copies would serve nothing.
+            if self.augmentation is None or method.transform is None or not effort.iterations:
+                return reconstruct(problem, method, effort, self._say(problem.block))
             with self.augmentation.augmented(problem, method) as (problem, remark):
-                found = reconstruct(problem, method, effort, say)
+                found = reconstruct(problem, method, effort, self._say(problem.block))
         finally:
             if problem.importance is not None:
                 problem.importance.close()
         return replace(found, note="; ".join(each for each in (remark, found.note) if each) or None)
 
     def _importance(self, problem: BlockProblem, seed: int) -> Importance | None:
-        """None for the block whose output is the model's: there every number counts the same."""
+        """None where the block's output is one of the model's, or no output is a float: all numbers count the same."""
         (output,) = self.walk.float_model.graph.find_nodes(op="output")
-        answer = output.all_input_nodes[0].name
-        if answer == problem.block.output:
+        answers = [node.name for node in output.all_input_nodes if node.meta["val"].is_floating_point()]
+        if not answers or problem.block.output in answers:
             return None
         batches = torch.arange(problem.samples).split(problem.batch)
         path = self.walk.scratch / "importance.samples"
-        return Importance(problem.reference, problem.block.output, answer, batches, seed, path)
+        return Importance(problem.reference, problem.block.output, answers, batches, seed, path)
 
     def _first(self, block: Block, whole: bool) -> str:
         """The node of the changed graph that a block begins at."""

@@ -2,14 +2,15 @@
 
 Between two such places lies a residual block, an inverted residual, the attention or the feed-forward half of a
 transformer's block, or a single layer with its activation where nothing runs beside it (BRECQ, arXiv 2102.05426,
-section 3.2). Values that no layer and no embedding of the samples has touched (masks, positions) do not count as alive.
+section 3.2). Where that is so nowhere, as between several outputs, every layer is alone. Values that no layer and no
+embedding of the samples has touched (masks, positions) do not count as alive.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from compress.graph.layers import LAYER_KINDS, TABLE, activation_of, layer_name
 from compress.graph.traced import TracedModel
@@ -23,7 +24,7 @@ class Block:
 
     Attributes:
         input: the one value that it reads from before; None for a first one that reads the graph's inputs.
-        output: the one value that is read after it, or the last.
+        output: the one value that is read after it.
         layers: in execution order, each whole within it.
     """
 
@@ -51,7 +52,7 @@ def find_blocks(traced: TracedModel, whole: bool = True) -> list[Block]:
     """
     nodes = [node for node in traced.graph.nodes if node.op not in ("get_attr", "output")]
     if not whole:
-        return [_alone(node) for node in nodes if _is_layer(node)]
+        return [_alone(node, nodes) for node in nodes if _is_layer(node)]
     cuts = _places(traced, nodes)
     blocks: list[Block] = []
     start: fx.Node | None = None
@@ -65,9 +66,13 @@ def find_blocks(traced: TracedModel, whole: bool = True) -> list[Block]:
                 blocks.append(Block(start.name if start else None, ends[node].name, tuple(dict.fromkeys(layers))))
             start, layers = ends[node], []
     if layers:
-        (output,) = traced.graph.find_nodes(op="output")
-        last = max(output.all_input_nodes, key=nodes.index)
-        blocks.append(Block(start.name if start else None, last.name, tuple(dict.fromkeys(layers))))
+        behind = nodes[max(index for index, node in enumerate(nodes) if _is_layer(node)) :]
+        places = [node for node in behind if node in cuts]
+        if places:
+            blocks.append(Block(start.name if start else None, cuts[places[-1]].name, tuple(dict.fromkeys(layers))))
+        else:  # several outputs: one of them would say nothing of what the others need
+            rest = nodes[nodes.index(start) + 1 if start is not None else 0 :]
+            blocks += [_alone(node, nodes) for node in rest if _is_layer(node)]
     return blocks
 
 
@@ -87,13 +92,16 @@ def _places(traced: TracedModel, nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]
         if begins or any(source in touched for source in node.all_input_nodes):
             touched.add(node)
         alive = [each for each in touched if last_read[each] > index]
-        if len(alive) == 1:
+        if len(alive) == 1 and _is_float(alive[0]):
             found[node] = alive[0]
     return found
 
 
-def _alone(call: fx.Node) -> Block:
-    return Block(call.args[0].name, activation_of(call)[1].name, (layer_name(call),))
+def _alone(call: fx.Node, nodes: list[fx.Node]) -> Block:
+    end = activation_of(call)[1]
+    if any(_is_layer(node) for node in nodes[nodes.index(call) + 1 : nodes.index(end)]):
+        end = call  # its activation comes behind another layer: blocks must not lie across each other
+    return Block(call.args[0].name, end.name, (layer_name(call),))
 
 
 def _wanted(nodes: list[fx.Node], cuts: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -108,6 +116,12 @@ def _wanted(nodes: list[fx.Node], cuts: dict[fx.Node, fx.Node]) -> dict[fx.Node,
         if node in cuts:
             place = node
     return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Not the number of a class, whose error has no gradient, and not several values."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_layer(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ model returns: ``E[(J^T v)^2]`` with ``v ~ N(0, 1)``. It needs no labels and hol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,19 +26,25 @@ class Importance:
 
     Args:
         reference: the float graph's frontier, past ``value``, which is kept.
-        answer: the node whose value is the model's answer.
+        answers: the nodes whose values the model returns, floats alone; what ``value`` has no part in is left out.
         batches: indices of consecutive samples, all of them.
         path: file that holds the weights until :meth:`close`.
     """
 
     def __init__(
-        self, reference: Frontier, value: str, answer: str, batches: tuple[Tensor, ...], seed: int, path: Path
+        self,
+        reference: Frontier,
+        value: str,
+        answers: Sequence[str],
+        batches: tuple[Tensor, ...],
+        seed: int,
+        path: Path,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._squares = SpilledSamples(path)
         total, count = 0.0, 0
         for index in batches:
-            squares = _squares(reference, value, answer, index, generator)
+            squares = _squares(reference, value, answers, index, generator)
             total, count = total + float(squares.sum(dtype=torch.float64)), count + squares.numel()
             self._squares.append(squares)
         self._mean = max(total / count, _SMALLEST)
@@ -51,12 +58,17 @@ class Importance:
         self._squares.close()
 
 
-def _squares(reference: Frontier, value: str, answer: str, index: Tensor, generator: torch.Generator) -> Tensor:
+def _squares(
+    reference: Frontier, value: str, answers: Sequence[str], index: Tensor, generator: torch.Generator
+) -> Tensor:
     start = reference.value(value, index).requires_grad_()
-    given = reference.real(reference.through(answer, index, {}, {value: start}), index)
     squares = torch.zeros_like(start)
-    for draw in range(_DRAWS):
-        direction = torch.randn(given.shape, generator=generator)
-        (gradient,) = torch.autograd.grad(given, start, direction, retain_graph=draw + 1 < _DRAWS)
-        squares += gradient.square()
+    for answer in answers:
+        given = reference.real(reference.through(answer, index, {}, {value: start}), index)
+        if not given.requires_grad:
+            continue
+        for draw in range(_DRAWS):
+            direction = torch.randn(given.shape, generator=generator)
+            (gradient,) = torch.autograd.grad(given, start, direction, retain_graph=draw + 1 < _DRAWS)
+            squares += gradient.square()
     return squares / _DRAWS

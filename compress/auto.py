@@ -7,6 +7,7 @@ enough and more samples than a step takes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -36,14 +37,18 @@ def settle_method(intake: Intake, options: Options, samples: Samples | None) -> 
     Raises:
         InputError: an unknown method; a time limit without ``auto``, or one that is not positive.
     """
-    if options.method is not None and options.method not in (*METHODS, AUTO):
-        raise InputError(f"unknown method {options.method!r}; known: {', '.join((*METHODS, AUTO))}")
+    asked = [] if options.method in (None, AUTO) else str(options.method).split(",")
+    for each in asked:
+        if each == AUTO:
+            raise InputError(f"--method {options.method}: auto chooses alone; leave out the others")
+        if each not in METHODS:
+            raise InputError(f"unknown method {each!r}; known: {', '.join((*METHODS, AUTO))}")
     if options.method != AUTO:
         if options.minutes is not None:
             raise InputError(f"--minutes limits --method auto; {options.method or 'the default'} takes --iterations")
         return options, None
-    if options.minutes is not None and not options.minutes > 0:
-        raise InputError(f"--minutes {options.minutes:g}: allowed is more than 0")
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        raise InputError(f"--minutes {options.minutes:g}: allowed is more than 0, and not without end")
     name, why = _wanted(options, samples)
     if name is None:
         return replace(options, method=None, minutes=None), f"method auto: the default, {why}"

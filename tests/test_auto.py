@@ -71,8 +71,9 @@ def test_another_method_is_left_alone_and_takes_no_minutes(intake: Intake, sampl
     assert auto.settle_method(intake, options, samples) == (options, None)
     with pytest.raises(InputError, match="--minutes limits --method auto; genie takes --iterations"):
         auto.settle_method(intake, Options(method="genie", minutes=3.0), samples)
-    with pytest.raises(InputError, match="--minutes 0: allowed is more than 0"):
-        auto.settle_method(intake, Options(method="auto", minutes=0.0), samples)
+    for minutes in (0.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=f"--minutes {minutes:g}: allowed is more than 0, and not without end"):
+            auto.settle_method(intake, Options(method="auto", minutes=minutes), samples)
 
 
 def test_an_unknown_method_is_told_of_all_and_of_auto(intake: Intake, samples: Samples) -> None:
@@ -85,3 +86,12 @@ def test_the_report_says_it(samples: Samples) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5)).eval()
     result = compress.quantize(model, calib=samples.inputs[0], bits=2, method="auto", iterations=5)
     assert any(note.startswith("method auto: genie, 5 steps: W2A8") for note in result.report.notes)
+
+
+def test_several_methods_pass_and_auto_is_none_of_several(intake: Intake, samples: Samples) -> None:
+    options = Options(method="mse,genie", budgets=("size=0.3x",))
+    assert auto.settle_method(intake, options, samples) == (options, None)
+    with pytest.raises(InputError, match="--method genie,auto: auto chooses alone"):
+        auto.settle_method(intake, Options(method="genie,auto"), samples)
+    with pytest.raises(InputError, match="unknown method 'magic'"):
+        auto.settle_method(intake, Options(method="mse,magic"), samples)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from compress import api
 from compress.calib.samples import load_samples
-from compress.estimate import Estimate, estimate
+from compress.estimate import Estimate, estimate, pass_seconds
 from compress.intake import take_in
 from compress.options import Options
 from compress.planning import make_plan
@@ -65,3 +66,10 @@ def test_a_fixed_batch_is_kept() -> None:
 
     seen = api.preview(Fixed(), calib=torch.zeros(10, 4))
     assert seen.estimate.seconds > 0
+
+
+def test_one_slow_pass_among_others_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    intake = take_in(nn.Linear(4, 4), input_shape=(4,))
+    reads = iter([0.0, 0.2, 1.0, 1.032, *(2.0 + 0.05 * count for count in range(40))])
+    monkeypatch.setattr("compress.estimate.time.perf_counter", lambda: next(reads))
+    assert pass_seconds(intake.traced) == pytest.approx(1e-3)

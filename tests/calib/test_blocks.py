@@ -108,3 +108,55 @@ def test_an_embedding_of_the_samples_is_where_a_residual_begins() -> None:
     traced = trace(Words().eval(), (torch.randint(9, (2, 5)),))
     simplify(traced)
     assert named(find_blocks(traced)) == [("up", "down"), ("head",)]
+
+
+class Several(nn.Module):
+    """An output on the way, and one at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.early = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 1)
+        self.body, self.late = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.stem(x))
+        return self.early(x), self.late(torch.relu(self.body(x)))
+
+
+def test_between_several_outputs_every_layer_is_alone() -> None:
+    assert named(find_blocks(traced_of(Several(), 1, 8, 8))) == [("stem",), ("early",), ("body",), ("late",)]
+
+
+def test_the_number_of_a_class_is_no_end_of_a_block() -> None:
+    class Numbered(nn.Module):
+        def __init__(self, both: bool) -> None:
+            super().__init__()
+            self.both, self.body, self.head = both, nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            y = self.head(x + self.body(x))
+            return (y.argmax(1), y) if self.both else y.argmax(1)
+
+    for both in (True, False):
+        traced = traced_of(Numbered(both), 6)
+        last = find_blocks(traced)[-1]
+        (node,) = (node for node in traced.graph.nodes if node.name == last.output)
+        assert node.target is torch.ops.aten.linear.default
+
+
+def test_an_activation_behind_another_layer_is_not_its_blocks() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side, self.a, self.b = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            side = self.side(x)
+            x = self.b(torch.relu(self.a(x)))
+            return torch.relu(side) + torch.relu(x)
+
+    traced = traced_of(Late(), 1, 6, 6)
+    ends = {block.name: block.output for block in find_blocks(traced, whole=False)}
+    targets = {node.name: node.target for node in traced.graph.nodes}
+    assert targets[ends["side"]] is torch.ops.aten.conv2d.default
+    assert targets[ends["a"]] is targets[ends["b"]] is torch.ops.aten.relu.default

@@ -25,14 +25,14 @@ def test_behind_a_linear_rest_they_are_its_squared_columns_with_a_mean_of_one(tm
     value = last.args[0].name
     frontier.advance(value, keep=(value,))
     batches = torch.arange(SAMPLES).split(32)
-    weights = Importance(frontier, value, last.name, batches, 0, tmp_path / "weights")
+    weights = Importance(frontier, value, [last.name], batches, 0, tmp_path / "weights")
     found = weights.take(torch.arange(SAMPLES))
     assert found.shape == (SAMPLES, 6)
     assert abs(float(found.mean()) - 1) < 1e-5
     # E[(W^T v)^2] is the column's squared norm, the same for every sample.
     columns = model[2].weight.square().sum(0)
     assert torch.allclose(found.mean(0), columns / columns.mean(), rtol=0.25)
-    again = Importance(frontier, value, last.name, batches, 0, tmp_path / "again")
+    again = Importance(frontier, value, [last.name], batches, 0, tmp_path / "again")
     assert torch.equal(found, again.take(torch.arange(SAMPLES)))
     weights.close()
     again.close()
@@ -55,7 +55,7 @@ def test_what_a_relu_blocks_counts_nothing(tmp_path: Path) -> None:
     frontier = Frontier(traced, (x,), tmp_path / "frontier")
     (call,), (last,) = layer_calls(traced)["a"], layer_calls(traced)["b"]
     frontier.advance(call.name, keep=(call.name,))
-    weights = Importance(frontier, call.name, last.name, torch.arange(SAMPLES).split(32), 0, tmp_path / "weights")
+    weights = Importance(frontier, call.name, [last.name], torch.arange(SAMPLES).split(32), 0, tmp_path / "weights")
     found = weights.take(torch.arange(SAMPLES))
     with torch.no_grad():
         alive = model.a(x) > 0

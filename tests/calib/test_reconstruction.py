@@ -205,3 +205,52 @@ def test_padding_is_not_learned_from(tmp_path: Path) -> None:
     assert any(label.startswith("block ") and label.endswith("s left") for label in told)
     for name, value in outputs[0].items():
         torch.testing.assert_close(value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+class Outputs(torch.nn.Module):
+    """The number of a class, what it comes from, and a map from on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.early = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 2, 1)
+        self.body, self.head = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.relu(self.stem(x))
+        early = self.early(x)
+        y = self.head(torch.relu(self.body(x)).mean((2, 3)))
+        return early, y.argmax(1), y
+
+
+@pytest.mark.parametrize("method", [*METHODS, "metaaug"])
+def test_no_output_is_forgotten(method: str, samples: Samples, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    intake = take_in(Outputs().eval(), samples=samples)
+    done = carried(intake, samples, method, ResumeStore(tmp_path / "a", "a"), iterations=60)
+    for result in done.layers:
+        assert "nothing better" not in (result.note or "")
+    (early,) = (result for result in done.layers if result.layer == "early")
+    assert early.output_error is not None
+    assert early.nearest_error is not None
+    assert early.output_error < early.nearest_error
+
+
+def test_an_activation_behind_another_layer(samples: Samples, tmp_path: Path) -> None:
+    class Late(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side, self.a = (torch.nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
+            self.b, self.head = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            side = self.side(x)
+            x = self.b(torch.relu(self.a(x)))
+            return self.head(torch.relu(side) + torch.relu(x))
+
+    torch.manual_seed(2)
+    intake = take_in(Late().eval(), samples=samples)
+    done = carried(intake, samples, "adaround", ResumeStore(tmp_path / "a", "a"), iterations=60, first_last_bits=2)
+    for result in done.layers:
+        assert result.output_error is not None
+        assert result.nearest_error is not None
+        assert result.output_error < 0.9 * result.nearest_error, result

@@ -264,3 +264,35 @@ def test_the_published_settings_run(
 
 def test_one_reconstruction_serves_both() -> None:
     assert replace(method.METAAUG, transform=None) == reconstruction.GENIE
+
+
+def test_without_steps_nothing_is_transformed(
+    intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    carried(intake, samples, "metaaug", tmp_path / "a", said.append, iterations=0)
+    assert said == []
+
+
+def test_time_left_counts_from_where_the_block_begins(
+    intake: Intake,
+    samples: Samples,
+    settings: Callable[[MetaAug], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    now = 0.0
+    plain = phase.MetaPhase.run
+
+    def slow(*given: object) -> object:
+        nonlocal now
+        now += 1e6
+        return plain(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(block_walk.time, "monotonic", lambda: now)
+    monkeypatch.setattr(phase.MetaPhase, "run", slow)
+    carried(intake, samples, "metaaug", tmp_path / "a", said.append)
+    steps = [each for each in said if ": step" in each]
+    assert steps
+    assert all(each.endswith(" 0 s left") for each in steps)
