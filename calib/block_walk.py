@@ -16,6 +16,7 @@ from compress.calib.metaaug.augmentation import Augmentation
 from compress.calib.reconstruction import BlockMethod, BlockProblem, BlockSolution, reconstruct
 from compress.calib.resume import ResumeStore
 from compress.calib.walk import Walk
+from compress.errors import InputError
 from compress.graph.layers import is_stored, layer_calls, tied_tables
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.rewrite import layer_bias, set_bias, set_grid, set_weight
@@ -36,6 +37,9 @@ class BlockWalk:
         computes: what each chosen layer runs on.
         store: finished blocks.
         say: called with how far a block is.
+
+    Raises:
+        InputError: the plan has layers of two methods that transform samples, each in its way.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class BlockWalk:
         self.ends: dict[str, Block] = {}
         self.augmentation: Augmentation | None = None
         transforms = {each.transform for each in self.methods.values() if each.transform is not None}
-        if transforms:
-            (transform,) = transforms  # one row of the table has one
+        if len(transforms) > 1:
+            raise InputError("the plan has layers of metaaug and of metaaug-published; give all of them one of the two")
+        for transform in transforms:
             self.augmentation = Augmentation(walk, transform, lambda name: layer_seed(plan.seed, name), store, say)
         self.order = [node.name for node in self.model.graph.nodes]
         for whole in (True, False):

@@ -10,8 +10,9 @@ One implementation, whose settings are the published methods:
 
 Biases are learned beside the weights, which none of the four does: they cost nothing at run time, and at few bits they
 are worth as much as the rest. A block starts from the grids of the smallest squared error. The iterate whose outputs,
-all codes decided, are best on a fixed part of the samples is kept, the start among them: no block is worse there than
-rounding to nearest. Once all codes are decided and nothing has become better for a while, the block is done.
+all codes decided, are best on a fixed part of the samples is kept, by their plain squared error also where learning is
+weighted, and with copies of them where there are any; the start is among them: no block is worse there than rounding to
+nearest. Once all codes are decided and nothing has become better for a while, the block is done.
 """
 
 from __future__ import annotations

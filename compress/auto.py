@@ -62,6 +62,10 @@ def settle_method(intake: Intake, options: Options, samples: Samples | None) -> 
             why += f", too few for blocks, and {affordable} layer by layer"
         most = _MOST_STEPS if name == _BLOCK_WISE else steps
         steps = max(min(affordable // _ROUND * _ROUND, most), _ROUND)
+        if affordable < _ROUND:
+            why += f"; {_ROUND} are the fewest, and take longer"
+    elif options.minutes is not None:
+        why += "; --iterations is what counts, --minutes does not"
     return replace(options, method=name, iterations=steps, minutes=None), f"method auto: {name}, {steps} steps: {why}"
 
 

@@ -16,4 +16,5 @@ METHODS = {
     "qdrop": "compress.calib.reconstruction:QDROP",
     "genie": "compress.calib.reconstruction:GENIE",
     "metaaug": "compress.calib.metaaug.method:METAAUG",
+    "metaaug-published": "compress.calib.metaaug.method:METAAUG_PUBLISHED",
 }

@@ -43,8 +43,13 @@ def a_pass_takes_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"bits": 2, "minutes": 1000.0}, "genie", 5000, "--minutes 1000 allows for about 8571 steps each"),
         ({"bits": 2, "minutes": 100.0}, "genie", 850, "--minutes 100 allows for about 857 steps each"),
         ({"bits": 2, "minutes": 30.0}, "adaquant", 300, "too few for blocks, and 450 layer by layer"),
-        ({"bits": 2, "minutes": 0.01}, "adaquant", 50, "too few for blocks, and 0 layer by layer"),
-        ({"bits": 2, "iterations": 70, "minutes": 0.01}, "genie", 70, "W2A8 needs"),
+        ({"bits": 2, "minutes": 0.01}, "adaquant", 50, "0 layer by layer; 50 are the fewest, and take longer"),
+        (
+            {"bits": 2, "iterations": 70, "minutes": 0.01},
+            "genie",
+            70,
+            "--iterations is what counts, --minutes does not",
+        ),
         ({"budgets": ("size=0.2x",)}, "adaquant", 300, "errors of single layers"),
         ({"bits": 4, "group_size": 32}, None, None, "groups of weights"),
     ],
@@ -77,7 +82,7 @@ def test_another_method_is_left_alone_and_takes_no_minutes(intake: Intake, sampl
 
 
 def test_an_unknown_method_is_told_of_all_and_of_auto(intake: Intake, samples: Samples) -> None:
-    with pytest.raises(InputError, match=r"unknown method 'magic'; known: minmax, .*, metaaug, auto$"):
+    with pytest.raises(InputError, match=r"unknown method 'magic'; known: minmax, .*, metaaug-published, auto$"):
         auto.settle_method(intake, Options(method="magic"), samples)
 
 

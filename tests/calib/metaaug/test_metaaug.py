@@ -16,6 +16,7 @@ from compress.calib.metaaug.settings import PUBLISHED, MetaAug
 from compress.calib.resume import ResumeStore
 from compress.calib.samples import Samples, load_samples
 from compress.compression import Compressed, apply_plan
+from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
@@ -262,8 +263,17 @@ def test_the_published_settings_run(
     assert "without" not in said["layers.0"]
 
 
-def test_one_reconstruction_serves_both() -> None:
+def test_one_reconstruction_serves_all() -> None:
     assert replace(method.METAAUG, transform=None) == reconstruction.GENIE
+    assert replace(reconstruction.GENIE, transform=PUBLISHED) == method.METAAUG_PUBLISHED
+
+
+def test_a_plan_has_one_way_of_transforming(intake: Intake, samples: Samples, tmp_path: Path) -> None:
+    plan = make_plan(intake, Options(method="metaaug", bits=2, act_bits=4), samples)
+    last = plan.choices[-1].model_copy(update={"method": "metaaug-published"})
+    plan = plan.model_copy(update={"choices": (*plan.choices[:-1], last)})
+    with pytest.raises(InputError, match="layers of metaaug and of metaaug-published"):
+        apply_plan(intake.traced.copy(), plan, samples.inputs, ResumeStore(tmp_path, "x"), lambda label: None, print)
 
 
 def test_without_steps_nothing_is_transformed(
