@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.calib.spill import SpilledSamples
-from compress.calib.tokens import RealTokens, real_tokens, select_real
+from compress.calib.tokens import RealTokens, blank_padding, real_tokens, select_real
 from compress.graph.traced import TracedModel
 
 __all__ = ["Frontier"]
@@ -167,6 +167,10 @@ class Frontier:
     def real(self, value: Tensor, index: Tensor) -> Tensor:
         """Of a value of the samples at ``index`` what belongs to real tokens; all of it without padding."""
         return self._real(value, index)
+
+    def blank(self, value: Tensor, index: Tensor) -> Tensor:
+        """A value of the samples at ``index`` with zeros at padding; as it is without padding."""
+        return value if self._mask is None else blank_padding(value, self._mask[index])
 
     def samples(self, name: str) -> SpilledSamples | RealTokens:
         """All samples of the value called ``name``, kept or still needed, along the first dimension.

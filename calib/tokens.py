@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.calib.spill import SpilledSamples
 from compress.graph.traced import TracedModel
 
-__all__ = ["RealTokens", "real_tokens", "select_real"]
+__all__ = ["RealTokens", "blank_padding", "real_tokens", "select_real"]
 
 _MASK = "attention_mask"
 _GROUP = 16
@@ -57,3 +57,12 @@ def select_real(value: Tensor, mask: Tensor) -> Tensor:
         mask: of the same samples.
     """
     return value[mask] if value.dim() == 3 and value.shape[:2] == mask.shape else value
+
+
+def blank_padding(value: Tensor, mask: Tensor) -> Tensor:
+    """``value`` [N, L, C] with zeros at padding; other values as they are.
+
+    Args:
+        mask: of the same samples.
+    """
+    return value * mask[..., None] if value.dim() == 3 and value.shape[:2] == mask.shape else value

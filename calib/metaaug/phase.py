@@ -176,7 +176,8 @@ class MetaPhase:
         got = self.rest(inputs, {learned.problem.block.output: output})
         with torch.no_grad():
             wanted = self.whole(inputs, {})
-        return validation_loss(wanted, got, self.settings.temperature)
+        aim, found = ([self._blank(each, index) for each in outputs] for outputs in (wanted, got))
+        return validation_loss(aim, found, self.settings.temperature)
 
     @torch.no_grad()
     def change(self) -> float:
@@ -200,6 +201,7 @@ class MetaPhase:
         return self.factors[name] * gradient
 
     def _similarity(self, index: Tensor, x: Tensor, transformed: Tensor) -> Tensor:
+        x, transformed = self._blank(x, index), self._blank(transformed, index)  # partners may be longer
         mixtures = self._mixture(len(x))
         others = self._mixture(len(x)) if self.settings.independent_mixup else mixtures
         with torch.no_grad():
@@ -211,7 +213,7 @@ class MetaPhase:
     def _features(self, index: Tensor, values: Tensor) -> Tensor:
         """What the float model's last layer reads, [B, F]."""
         (found,) = self.features(self._batch(index), {self.site: values})
-        return found.movedim(self.feature_dim, 0).reshape(len(values), -1)
+        return self._blank(found.movedim(self.feature_dim, 0), index).reshape(len(values), -1)
 
     def _mixture(self, count: int) -> tuple[float, Tensor]:
         """Share of the first sample and partners: the larger of b and 1 - b, b from Beta(4, 4), a median of 7."""
@@ -231,6 +233,9 @@ class MetaPhase:
 
     def _real(self, value: Tensor, index: Tensor) -> Tensor:
         return self.learned.problem.ahead.real(value, index)
+
+    def _blank(self, value: Tensor, index: Tensor) -> Tensor:
+        return self.learned.problem.ahead.blank(value, index)
 
     def _draw(self, count: int) -> Tensor:
         return torch.randperm(len(self.inputs[0]), generator=self.generator)[:count].sort().values
