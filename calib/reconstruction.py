@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _EVALUATED = 128
-_CHECKS = 10
+_CHECKS, _TICKS = 10, 100
 _PATIENCE = 3  # checks without a better iterate, once all codes are decided
 _DECIDED = 0.01
 _WARM_UP = 0.2
@@ -145,17 +145,17 @@ def reconstruct(
     """Learn the block of ``problem``.
 
     Args:
-        progress: called with steps done, steps in all and the loss.
+        progress: called with steps done, steps in all and the relative squared error of the last check.
     """
     generator = torch.Generator().manual_seed(effort.seed)
     learned = LearnedBlock(problem, method, generator)
     evaluated = _spread(problem.samples, problem.batch)
     best = learned.solution()
-    before = after = learned.hard_error(evaluated)
+    before = after = now = learned.hard_error(evaluated)
     optimizer = torch.optim.Adam(learned.groups(effort.iterations))
     rates = [group["lr"] for group in optimizer.param_groups]
     warm_up = int(_WARM_UP * effort.iterations)
-    interval = max(effort.iterations // _CHECKS, 1)
+    interval, tick = (max(effort.iterations // each, 1) for each in (_CHECKS, _TICKS))
     idle = 0
     note = None
     for step in range(effort.iterations):
@@ -179,9 +179,10 @@ def reconstruct(
             idle = 0 if now < after else idle + 1
             if now < after:
                 best, after = learned.solution(), now
-            progress(step + 1, effort.iterations, now)
             if idle >= _PATIENCE and learned.decided():
                 break
+        if (step + 1) % tick == 0:
+            progress(step + 1, effort.iterations, now)
     if note is None and after == before and effort.iterations:
         note = "reconstruction found nothing better than rounding to nearest"
     return BlockSolution(*best, before, after, note)

@@ -72,4 +72,4 @@ PUBLISHED = MetaAug(
     published_network=True,
     warm_up=5000,
 )
-"""Everything as in the published code; hours on a CPU."""
+"""Everything as in the published code."""
