@@ -66,6 +66,8 @@ def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: P
     texts, labels = zip(*(line.split("\t") for line in (folder / "two.tsv").read_text().split("\n")[1:-1]), strict=True)
     inputs = tuple(loaded.text.encode(texts).values())
     assert evaluate(loaded.module, TrainingData(inputs, torch.tensor([int(each) for each in labels]))) == result.sparse
+    with pytest.raises(InputError, match=r"takes back what was added to .*task before, and would be replaced"):
+        apply(tmp_path / "task", [tmp_path / "task.safetensors"], tmp_path / "task", overwrite=True)
     restore(tmp_path / "task", tmp_path / "again")
     before, after = (load_model(path).module.state_dict() for path in (folder / "bert", tmp_path / "again"))
     assert all(torch.equal(each, after[f"bert.{name}"]) for name, each in before.items())
