@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -62,7 +61,7 @@ def read_texts(path: Path) -> Texts:
             if path.suffix.lower() == ".txt":
                 texts = Texts([line.strip() for line in stream if line.strip()])
             else:
-                texts = _table(path, [row for row in _reader(path, stream) if row])
+                texts = _table(path, _rows(path, stream))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     except csv.Error as error:
@@ -72,13 +71,17 @@ def read_texts(path: Path) -> Texts:
     return texts
 
 
-def _reader(path: Path, stream: TextIO) -> Iterator[list[str]]:
+def _rows(path: Path, stream: TextIO) -> list[tuple[int, list[str]]]:
+    """Rows that are not empty, each with the number of the line that it ends in."""
     if path.suffix.lower() == ".tsv":  # quotes mean nothing there
-        return csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return csv.reader(stream)
+        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(stream)
+    return [(reader.line_num, row) for row in reader if row]
 
 
-def _table(path: Path, rows: list[list[str]]) -> Texts:
+def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Texts:
+    rows = [row for _, row in numbered]
     header = [name.strip().lower() for name in rows[0]] if rows else []
     pair = next((each for each in _PAIR_COLUMNS if set(each) <= set(header)), None)
     names = pair or [name for name in _TEXT_COLUMNS if name in header][:1]
@@ -87,9 +90,9 @@ def _table(path: Path, rows: list[list[str]]) -> Texts:
             f"{path}: its first line names no column of texts (found: {', '.join(header) or 'nothing'}); name it "
             f"{', '.join(_TEXT_COLUMNS)}, or two of them {', '.join(' and '.join(each) for each in _PAIR_COLUMNS)}"
         )
-    wrong = next((number for number, row in enumerate(rows[1:], 2) if len(row) != len(header)), None)
-    if wrong is not None:
-        raise InputError(f"{path}: line {wrong} has {len(rows[wrong - 1])} columns, the first {len(header)}")
+    for line, row in numbered:
+        if len(row) != len(header):
+            raise InputError(f"{path}: line {line} has {len(row)} columns, the first {len(header)}")
     first, *second = ([row[header.index(name)] for row in rows[1:]] for name in names)
     label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
     labels = None if label is None else _numbers([row[label] for row in rows[1:]], f"{path}: column {header[label]}")
@@ -105,7 +108,10 @@ def _numbers(fields: list[str], source: str) -> torch.Tensor:
     wrong = next((field for field in fields if not _is_finite(field)), None)
     if wrong is not None:
         raise InputError(f"{source} holds labels that are no finite numbers (such as {wrong!r})")
-    return torch.tensor([float(field) for field in fields])
+    labels = torch.tensor([float(field) for field in fields])
+    if not bool(labels.isfinite().all()):
+        raise InputError(f"{source} holds labels too large for float32 (such as {fields[int(labels.abs().argmax())]})")
+    return labels
 
 
 def _is_finite(field: str) -> bool:

@@ -253,7 +253,7 @@ def preview(
 def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
     """The model's layers, shapes and MACs, and what can be compressed; see :class:`~compress.intake.Intake`."""
     _, source = gather(settings)
-    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
     return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape)
 
 

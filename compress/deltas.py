@@ -183,11 +183,17 @@ def apply(
     """Write ``base`` with ``deltas`` added to ``out``, and with ``undo`` what takes them out again beside it.
 
     Raises:
-        InputError: see :func:`load_with_deltas`; ``out`` is there already.
+        InputError: see :func:`load_with_deltas`; ``out`` is there already, or is
+            ``base`` with deltas that could not be taken out any more.
     """
     check_target(base, out, overwrite)
     if undo:
         check_free(undo_path(out), overwrite)
+        if undo_path(out).exists() and base.resolve() == out.resolve():
+            raise InputError(
+                f"{undo_path(out)} takes back what was added to {base} before, and would be replaced; revert that "
+                "first, or choose another --out"
+            )
     loaded = _load(base, factory, allow)
     loaded, done, notes = load_with_deltas(
         loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo

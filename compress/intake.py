@@ -50,15 +50,21 @@ class Intake:
     names: tuple[str, ...] = ()
 
 
-def read_model(model: ModelLike, *, factory: str | None = None, allow: Sequence[str] = ()) -> LoadedModel:
+def read_model(
+    model: ModelLike, *, factory: str | None = None, allow: Sequence[str] = (), classes: int | None = None
+) -> LoadedModel:
     """Load ``model`` if it is a path; else a copy of it, so that the caller's module stays in the mode it is in.
 
     Raises:
-        InputError: see :func:`compress.checkpoint.load_model`.
+        InputError: see :func:`compress.checkpoint.load_model`; or ``classes`` are given for a module.
     """
+    if classes is not None and classes < 1:
+        raise InputError(f"--classes {classes}: at least 1")
     if isinstance(model, torch.nn.Module):
+        if classes is not None:
+            raise InputError(f"classes={classes}: only a Hugging Face folder gets a new head; give the folder")
         return LoadedModel(copy.deepcopy(model).eval(), None, type(model).__name__.lower(), fingerprint(model))
-    return load_model(model, model=factory, allow=allow)
+    return load_model(model, model=factory, allow=allow, classes=classes)
 
 
 def take_in(

@@ -38,7 +38,7 @@ def graph_of(model: ModelLike, source: Source) -> TracedModel:
                 "compress.load(folder, deltas=...) adds them to this one"
             )
         return load_artifact(Path(model))
-    loaded = read_model(model, factory=source.model_factory, allow=source.allow)
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
     return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape).traced
 
 

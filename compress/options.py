@@ -18,6 +18,8 @@ class Source:
     Attributes:
         model_factory: ``package.module:factory``, for files that hold weights only.
         allow: classes a model file may use besides torch.nn's own.
+        classes: a new, untrained head with so many outputs (1: a number) is put on a Hugging Face folder's encoder,
+            for deltas that bring theirs to what is made of it.
         deltas: delta files that are added to the model first, of one base and with one head at most.
         input_shape: shape of one input, where neither file nor data tell.
         mean, std, size: how images given as bytes or files are normalised and cropped.
@@ -26,6 +28,7 @@ class Source:
 
     model_factory: str | None = None
     allow: Sequence[str] = ()
+    classes: int | None = None
     deltas: Sequence[str] = ()
     input_shape: Sequence[int] | None = None
     mean: Sequence[float] | None = None
@@ -178,6 +181,7 @@ class Settings(TypedDict, total=False):
     latency_table: str | None
     model_factory: str | None
     allow: Sequence[str]
+    classes: int | None
     deltas: Sequence[str]
     input_shape: Sequence[int] | None
     mean: Sequence[float] | None

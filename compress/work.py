@@ -41,7 +41,8 @@ def open_work(
     Raises:
         InputError: one of them cannot be read, or they do not go together.
     """
-    loaded = add_deltas(read_model(model, factory=source.model_factory, allow=source.allow), source.deltas)
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
+    loaded = add_deltas(loaded, source.deltas)
     samples = labelled = None
     if calib is not None:
         samples = read_samples(calib, source, loaded.parameters, loaded.text, limit=options.samples, seed=options.seed)

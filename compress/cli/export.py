@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compress.cli.inputs import Allow, Delta, Factory, InputShape, shape
+from compress.cli.inputs import Allow, Classes, Delta, Factory, InputShape, shape
 
 
 def export(
@@ -15,6 +15,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="ONNX file to write")],
     factory: Factory = None,
     allow: Allow = None,
+    classes: Classes = None,
     delta: Delta = None,
     input_shape: InputShape = None,
     share: Annotated[
@@ -32,8 +33,8 @@ def export(
     from compress import api
 
     path = api.export(
-        model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), deltas=tuple(delta or ()),
-        input_shape=shape(input_shape), share=share,
+        model, out, overwrite=overwrite, model_factory=factory, allow=allow or (), classes=classes,
+        deltas=tuple(delta or ()), input_shape=shape(input_shape), share=share,
     )  # fmt: skip
     own = path.with_name(f"{path.name}.data")
     size = path.stat().st_size + (own.stat().st_size if share and own.exists() else 0)

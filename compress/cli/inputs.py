@@ -8,7 +8,7 @@ import typer
 
 from compress.errors import InputError
 
-__all__ = ["Allow", "Delta", "Factory", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape"]
+__all__ = ["Allow", "Classes", "Delta", "Factory", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape"]
 
 Factory = Annotated[
     str | None,
@@ -18,6 +18,10 @@ Factory = Annotated[
 ]
 Allow = Annotated[
     list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Put a new head of N outputs on a Hugging Face encoder, for deltas with heads"),
 ]
 Delta = Annotated[
     list[str] | None,

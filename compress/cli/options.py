@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Delta, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
+from compress.cli.inputs import Allow, Classes, Delta, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
 from compress.errors import InputError
 
 __all__ = ["Calib", "Eval", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
@@ -38,6 +38,7 @@ def reading(
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     factory: Factory = None,
     allow: Allow = None,
+    classes: Classes = None,
     delta: Delta = None,
     input_shape: InputShape = None,
     mean: Mean = None,

@@ -24,7 +24,7 @@ from compress.kernels.table import register_operators
 from compress.runtime.base import FloatBase
 from compress.runtime.edits import replace_node, stored_weight
 from compress.sparse.application import check_base, choose_head
-from compress.sparse.delta import SparseDelta, SparseTensor, sum_deltas
+from compress.sparse.delta import CLASSES, SparseDelta, SparseTensor, sum_deltas
 
 __all__ = ["add_to_graph"]
 
@@ -51,6 +51,12 @@ def add_to_graph(
         InputError: a delta is for another base, or changes what the graph does not have; the graph is as it was.
     """
     register_operators()
+    for called, delta in deltas.items():
+        if CLASSES in delta.notes and delta.without and not base.hashes.keys() & set(delta.without):
+            raise InputError(
+                f"{called} brings a head, and was trained beneath it; the compressed model has none: compress the "
+                f"float model again with --classes {delta.notes[CLASSES]}, or with the delta: --delta"
+            )
     if not any_base:
         check_base(deltas, base.hashes)
     dense = choose_head(deltas, head) if heads else {}

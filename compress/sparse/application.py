@@ -145,7 +145,8 @@ def choose_head(deltas: Mapping[str, SparseDelta], head: str | None) -> dict[str
     if len(with_head) > 1:
         raise InputError(
             f"{' and '.join(with_head)} all replace a head; say whose is to be used with --head "
-            f"{next(iter(with_head))}, or keep the base's with --no-heads"
+            f"{next(iter(with_head))}, or keep the base's with --no-heads; where there are no such options, to "
+            "`compress sparse compose`, which makes one delta of them"
         )
     return next(iter(with_head.values()), {})
 
@@ -161,7 +162,7 @@ def check_base(deltas: Mapping[str, SparseDelta], hashes: Mapping[str, str]) -> 
         if delta.base is not None and delta.base != found:
             raise InputError(
                 f"{called} is for another base: its hash is {delta.base[:12]}, the model's {found[:12]}; give the base "
-                "it was trained on, or, if this one fits as well, --any-base"
+                "it was trained on, or, if this one fits as well, say so to `compress sparse merge`: --any-base"
             )
 
 

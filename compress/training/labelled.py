@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from compress.errors import InputError
 from compress.huggingface import is_classifier
 from compress.training.data import TrainingData
 
-__all__ = ["Source", "check_labels", "named_sources", "new_outputs", "read_labelled", "read_sources"]
+__all__ = ["Source", "as_labels_of", "check_labels", "named_sources", "new_outputs", "read_labelled", "read_sources"]
 
 _MASK = "attention_mask"
 
@@ -69,10 +69,26 @@ def new_outputs(loaded: LoadedModel, data: TrainingData, source: str) -> int | N
         )
     if not data.classes:
         return 1
-    least, most = int(data.labels.min()), int(data.labels.max())
+    found = data.labels.unique()
+    least, most = int(found[0]), int(found[-1])
+    hint = "numbers to predict need a fraction, as in 3.0"
     if least < 0 or most < 1:
-        raise InputError(f"{source} has classes {least} to {most}; a new head needs them numbered from 0, two at least")
+        raise InputError(
+            f"{source} has classes {least} to {most}; a new head needs them numbered from 0, two at least; {hint}"
+        )
+    if 2 * len(found) < most + 1:
+        raise InputError(
+            f"{source} has {len(found):,} of the classes 0 to {most:,}; number them without gaps, or, if they are no "
+            f"classes: {hint}"
+        )
     return most + 1
+
+
+def as_labels_of(trained: TrainingData, other: TrainingData) -> TrainingData:
+    """``other`` with numbers to predict where ``trained`` has those: by chance all of its labels may be whole."""
+    if trained.classes or not other.classes:
+        return other
+    return replace(other, labels=other.labels.to(trained.labels.dtype))
 
 
 @torch.no_grad()

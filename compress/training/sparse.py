@@ -25,7 +25,14 @@ from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.deltafile import VALUES, read_delta, write_delta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
-from compress.training.labelled import check_labels, named_sources, new_outputs, read_labelled, read_sources
+from compress.training.labelled import (
+    as_labels_of,
+    check_labels,
+    named_sources,
+    new_outputs,
+    read_labelled,
+    read_sources,
+)
 from compress.training.loop import Epoch, Recipe, best_epoch, criterion_of, evaluate, fit
 
 __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
@@ -157,7 +164,7 @@ def train_sparse(
         read_sources(several, loaded, options.length) if several else read_labelled(data, loaded, options.length)
     )
     others = [read_labelled(each, loaded, options.length) if each is not None else None for each in (test, dev)]
-    held, judged = (each[1] if each is not None else None for each in others)
+    held, judged = (as_labels_of(given, each[1]) if each is not None else None for each in others)
     classes = new_outputs(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
@@ -165,7 +172,7 @@ def train_sparse(
     check_labels(module, given, samples.source)
     for other in others:
         if other is not None:
-            check_labels(module, other[1], other[0].source)
+            check_labels(module, as_labels_of(given, other[1]), other[0].source)
     deltas = open_deltas(list(dict.fromkeys(each.delta for each in several.values() if each.delta is not None)))
     beside = {name: deltas.get(str(each.delta), SparseDelta(None, {})) for name, each in several.items()}
     tuner = _make_tuner(loaded, options, recipe.seed, beside)

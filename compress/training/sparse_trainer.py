@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.errors import InputError
+from compress.huggingface import is_classifier
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
-from compress.sparse.delta import SparseDelta
+from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.callback import PenaltyCallback
 
@@ -80,8 +81,11 @@ class SparseCallback(PenaltyCallback):
         self._step = 0
 
     def delta(self) -> SparseDelta:
-        """What was learned; see the tuner's ``delta``."""
-        return self.tuner.delta()
+        """What was learned; see the tuner's ``delta``. It says of which size a head it needs, as folders have none."""
+        learned, model = self.tuner.delta(), self.tuner.module
+        if is_classifier(model):
+            learned.notes[CLASSES] = str(model.config.num_labels)  # type: ignore[union-attr]
+        return learned
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

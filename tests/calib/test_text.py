@@ -94,6 +94,7 @@ def test_a_table_without_texts(tmp_path: Path, suffix: str) -> None:
 def test_a_ragged_line_is_numbered(tmp_path: Path) -> None:
     refused(write(tmp_path, "a.tsv", "text\tlabel\na\t1\nb\nc\t0\n"), "line 3 has 1 columns, the first 2")
     refused(write(tmp_path, "a.csv", "text,label\na,1\nb,0\nwith, comma,1\n"), "line 4 has 3 columns, the first 2")
+    refused(write(tmp_path, "a.tsv", "\ntext\tlabel\na\t1\n\nb\n"), "line 5 has 1 columns, the first 2")
 
 
 @pytest.mark.parametrize("label", ["good", "nan", "inf", ""])
@@ -106,6 +107,7 @@ def test_labels_with_a_fraction_are_numbers_to_predict(tmp_path: Path) -> None:
     assert labels is not None
     assert labels.dtype == torch.float32
     assert labels.tolist() == [5.0, -1.0]
+    refused(write(tmp_path, "a.tsv", "text\tscore\na\t5.000\nb\t-1e39\n"), "too large for float32 (such as -1e39)")
 
 
 @pytest.mark.parametrize("columns", ["sentence1 sentence2", "premise hypothesis", "question sentence"])

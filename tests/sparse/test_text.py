@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import compress
 from compress.calib.samples import load_samples
 from compress.checkpoint import load_model
 from compress.deltas import apply, compose, restore
@@ -65,6 +66,8 @@ def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: P
     texts, labels = zip(*(line.split("\t") for line in (folder / "two.tsv").read_text().split("\n")[1:-1]), strict=True)
     inputs = tuple(loaded.text.encode(texts).values())
     assert evaluate(loaded.module, TrainingData(inputs, torch.tensor([int(each) for each in labels]))) == result.sparse
+    with pytest.raises(InputError, match=r"takes back what was added to .*task before, and would be replaced"):
+        apply(tmp_path / "task", [tmp_path / "task.safetensors"], tmp_path / "task", overwrite=True)
     restore(tmp_path / "task", tmp_path / "again")
     before, after = (load_model(path).module.state_dict() for path in (folder / "bert", tmp_path / "again"))
     assert all(torch.equal(each, after[f"bert.{name}"]) for name, each in before.items())
@@ -90,6 +93,14 @@ def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
     assert result.sparse is not None
     assert result.sparse < 0.06  # half of the scores' variance
     apply(folder / "bert", [tmp_path / "task.safetensors"], tmp_path / "task")
+    (tmp_path / "whole.tsv").write_text("\n".join(line for line in lines if not line.endswith((".25", ".50", ".75"))))
+    whole = (tmp_path / "whole.tsv").read_text().replace("0.00", "0").replace("1.00", "1")
+    (tmp_path / "whole.tsv").write_text(whole)
+    again = train_sparse(
+        folder / "bert", path, tmp_path / "again.safetensors", test=str(tmp_path / "whole.tsv"), options=options,
+        recipe=RECIPE, sparse_epochs=1,
+    )  # fmt: skip
+    assert again.metric_name == "mean squared error", "whole numbers are no classes where numbers are predicted"
     loaded = load_model(tmp_path / "task")
     assert loaded.text is not None
     samples = load_samples(path, labelled=True, parameters=loaded.parameters, text=loaded.text)
@@ -112,6 +123,27 @@ def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_pat
     assert all(torch.allclose(each, second[name], atol=1e-6) for name, each in first.items())
     done = apply(folder / "bert", deltas, tmp_path / "headless", heads=False)
     assert "classifier.bias, classifier.weight is new and untrained, as no delta's head was taken" in done.notes
+
+
+def test_a_compressed_encoder_takes_a_delta_with_a_head_beneath_one(folder: Path, tmp_path: Path) -> None:
+    delta = tmp_path / "task.safetensors"
+    train(folder, delta, sparse_epochs=1, sparse_rate=2e-2)
+    compress.quantize(folder / "bert", out=tmp_path / "bare", bits=8)
+    with pytest.raises(InputError, match=r"task\.safetensors brings a head.* has none: .* again with --classes 2"):
+        compress.load(tmp_path / "bare", deltas=delta)
+    compress.quantize(folder / "bert", out=tmp_path / "w8", bits=8, classes=2)
+    apply(folder / "bert", [delta], tmp_path / "task")
+    wanted = load_model(tmp_path / "task")
+    assert wanted.text is not None
+    inputs = tuple(wanted.text.example().values())
+    with torch.no_grad():
+        logits, base = wanted.module(*inputs).logits, compress.load(tmp_path / "w8")(*inputs)
+        found = compress.load(tmp_path / "w8", deltas=delta)(*inputs)
+    assert float((found - logits).norm()) < 0.05 * float((base - logits).norm())
+    with pytest.raises(InputError, match="--classes 0: at least 1"):
+        compress.quantize(folder / "bert", out=tmp_path / "never", classes=0)
+    with pytest.raises(InputError, match="only a Hugging Face folder gets a new head"):
+        compress.quantize(bert(1), out=tmp_path / "never", classes=2)
 
 
 def test_a_killed_run_with_dropout_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -147,6 +179,9 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.tsv").write_text("sentence\tlabel\nw1\t-1\nw2\t0\n")
     with pytest.raises(InputError, match=r"odd\.tsv has classes -1 to 0; a new head needs them numbered from 0"):
         train_sparse(folder / "bert", str(tmp_path / "odd.tsv"), out)
+    (tmp_path / "gaps.tsv").write_text("sentence\tlabel\nw1\t1000000\nw2\t0\n")
+    with pytest.raises(InputError, match=r"has 2 of the classes 0 to 1,000,000; .* need a fraction, as in 3\.0"):
+        train_sparse(folder / "bert", str(tmp_path / "gaps.tsv"), out)
     llama(1).save_pretrained(tmp_path / "llama")
     save_tokenizer(tmp_path / "llama", WORDS, ends=False)
     with pytest.raises(InputError, match="predicts the next token"):

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint import load_model
+from compress.deltas import apply
 from compress.errors import InputError
+from compress.sparse.deltafile import write_delta
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -73,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, 
     return out, model, callback
 
 
-def test_k_entries_move_and_no_bit_of_the_rest(trained: Any) -> None:
+def test_k_entries_move_and_no_bit_of_the_rest(trained: Any, tmp_path: Path) -> None:
     _, model, callback = trained
     moved = 0
     for (name, each), start in zip(model.named_parameters(), classifier().parameters(), strict=True):
@@ -89,6 +92,12 @@ def test_k_entries_move_and_no_bit_of_the_rest(trained: Any) -> None:
     delta = callback.delta()
     assert delta.k == 60
     assert sorted(delta.dense) == ["classifier.bias", "classifier.weight"]
+    # The folder of the encoder alone takes it.
+    classifier().bert.save_pretrained(tmp_path / "bert")
+    write_delta(delta, tmp_path / "task.safetensors", "fp32")
+    apply(tmp_path / "bert", [tmp_path / "task.safetensors"], tmp_path / "task")
+    found = load_model(tmp_path / "task").module.state_dict()
+    assert all(torch.allclose(each, found[name], atol=1e-7) for name, each in model.state_dict().items())
     assert callback.penalty > 0
     assert not any(each._backward_hooks for each in model.parameters())
 
