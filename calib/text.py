@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from dataclasses import dataclass
@@ -101,10 +102,12 @@ def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Texts:
 
 def _numbers(fields: list[str], source: str) -> torch.Tensor:
     """int64 where all are whole numbers, else float32."""
-    try:
-        return torch.tensor([int(field) for field in fields], dtype=torch.int64)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        whole = [int(field) for field in fields]
+        largest = max(map(abs, whole), default=0)
+        if largest >= 1 << 63:
+            raise InputError(f"{source} holds labels beyond 64 bits (such as {largest})")
+        return torch.tensor(whole, dtype=torch.int64)
     wrong = next((field for field in fields if not _is_finite(field)), None)
     if wrong is not None:
         raise InputError(f"{source} holds labels that are no finite numbers (such as {wrong!r})")

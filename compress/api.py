@@ -21,7 +21,7 @@ from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact
 from compress.auto import settle_method
 from compress.cache import remembered
 from compress.compression import plan_fingerprint
-from compress.deltas import add_deltas, open_deltas, unbound
+from compress.deltas import add_deltas, doubts, open_deltas
 from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
 from compress.gate import verify as verify_file
@@ -275,7 +275,8 @@ def load(
         device: ``cpu``, ``cuda`` or ``cuda:1``; where the module then is, and takes its inputs.
         dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
 
-    A delta that names no base, as those of the published code, cannot be checked: a UserWarning says so.
+    A delta that names no base, as those of the published code, cannot be checked: a UserWarning says so, and another
+    one where deltas have more than a fifth of the smallest one's entries in common.
 
     Raises:
         InputError: the folder, a delta or the device is not to be had, or they do not go together.
@@ -289,7 +290,7 @@ def load(
             raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
         return load_elastic(path).to(check_device(device))
     loaded = load_on(path, device, dtype, files, weights=weights, head=head, heads=heads, any_base=any_base)
-    for sentence in () if any_base else unbound(files):
+    for sentence in doubts(files, any_base=any_base):
         warnings.warn(sentence, stacklevel=2)
     return loaded.module
 

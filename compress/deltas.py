@@ -27,6 +27,7 @@ __all__ = [
     "add_deltas",
     "apply",
     "compose",
+    "doubts",
     "inspect",
     "load_with_deltas",
     "open_delta",
@@ -109,6 +110,13 @@ def unbound(deltas: Mapping[str, SparseDelta]) -> tuple[str, ...]:
     return tuple(f"{path} does not say which base it is for: not checked" for path in found)
 
 
+def doubts(deltas: Mapping[str, SparseDelta], *, any_base: bool) -> tuple[str, ...]:
+    """Sentences about those that name no base, unless ``any_base`` takes them, and about entries of several."""
+    given = list(deltas.values())
+    met = measure_overlap(given, sum_deltas(given)).warning() if len(given) > 1 else ()
+    return (*(() if any_base else unbound(deltas)), *met)
+
+
 def undo_path(model: Path) -> Path:
     """Where :func:`apply` keeps what the model was before; the whole name, so that no two models share one."""
     return model.with_name(f"{model.name}.undo.safetensors")
@@ -163,7 +171,7 @@ def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> L
     base, done, notes = load_with_deltas(base, deltas)
     shared = f", {done.overlap.entries:,} of them in more than one" if done.overlap.entries else ""
     notes += (f"{done.before.k:,} entries of {', '.join(map(str, deltas))} added to the model first{shared}",)
-    return replace(base, fingerprint=fingerprint(base.module), notes=(*base.notes, *notes))
+    return replace(base, fingerprint=fingerprint(base.module), notes=(*base.notes, *notes, *done.overlap.warning()))
 
 
 def apply(

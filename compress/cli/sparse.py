@@ -283,11 +283,8 @@ def _apply(
 
 def _tell(done: Composed, out: Path, given: dict[str, Any]) -> None:
     overlap = done.overlap
-    if overlap.share > given["max_overlap"]:
-        _warn(
-            f"{overlap.entries:,} entries are in more than one delta, {100 * overlap.share:.1f} % of the smallest "
-            "one's: tasks may disturb each other; check both, or lower --density in training"
-        )
+    for sentence in overlap.warning(given["max_overlap"]):
+        _warn(sentence)
     if given["quiet"]:
         return
     for note in done.notes:
@@ -309,7 +306,11 @@ def _report(result: SparseResult, out: Path) -> None:
     )
     if result.sparse is not None:
         full = f"fully fine-tuned {result.full:.4f}, " if result.full is not None else ""
-        _print(f"{result.metric_name}: base {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
+        base = "base with an untrained head" if result.new_head else "base"
+        _print(f"{result.metric_name}: {base} {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
+    for phase, history in zip(("in full", "sparse"), result.histories, strict=True):
+        if history:
+            _print(f"Mean loss {phase}: {history[0].loss:.4g} in the first epoch, {history[-1].loss:.4g} in the last.")
 
 
 def _needed(given: Any, sources: tuple[Path, ...], chosen: str | None) -> tuple[Path, ...]:

@@ -173,6 +173,11 @@ def _check_fits(called: str, delta: SparseDelta, tensors: Mapping[str, Tensor]) 
         if name not in tensors:
             raise InputError(f"{called}: the model has no {name}; the delta is for another architecture")
         if tuple(tensors[name].shape) != shape:
+            if name in delta.dense and tuple(tensors[name].shape[1:]) == shape[1:]:
+                raise InputError(
+                    f"{called}: its head {name} has {shape[0]} outputs, the model's {tensors[name].shape[0]}; apply it "
+                    "to the model it was trained on, or leave heads out"
+                )
             raise InputError(
                 f"{called}: {name} has shape {list(shape)} there and {list(tensors[name].shape)} in the model; the "
                 "delta is for another architecture"

@@ -13,10 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "Overlap", "SparseDelta", "SparseTensor", "measure_overlap", "put", "sum_deltas", "take"]
+__all__ = [
+    "CLASSES",
+    "MOST_OVERLAP",
+    "Overlap",
+    "SparseDelta",
+    "SparseTensor",
+    "measure_overlap",
+    "put",
+    "sum_deltas",
+    "take",
+]
 
 # The note of a delta whose base gets a new head: for how many classes, or 1 for a number.
 CLASSES = "classes"
+# Share of a delta's entries that others may have too before it is warned of.
+MOST_OVERLAP = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +95,15 @@ class Overlap:
 
     entries: int
     share: float
+
+    def warning(self, most: float = MOST_OVERLAP) -> tuple[str, ...]:
+        """A sentence where the share is above ``most``."""
+        if self.share <= most:
+            return ()
+        return (
+            f"{self.entries:,} entries are in more than one delta, {100 * self.share:.1f} % of the smallest one's: "
+            "tasks may disturb each other; check both, or lower --density in training",
+        )
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:

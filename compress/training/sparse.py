@@ -39,6 +39,7 @@ __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sp
 
 Progress = Callable[[str, int, int], None]
 
+_NO_DELTAS = (".pt", ".pth", ".pt2", ".onnx")
 FULL = Recipe(epochs=3, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
 
 
@@ -110,6 +111,11 @@ class SparseResult:
     notes: tuple[str, ...]
     stops: tuple[str, ...]
 
+    @property
+    def new_head(self) -> bool:
+        """Whether the base got a head for this task, which is untrained in ``base``."""
+        return CLASSES in self.delta.notes
+
 
 def train_sparse(
     model: ModelLike,
@@ -146,6 +152,8 @@ def train_sparse(
             f"--out {out}: {REFERENCE_SUFFIX} is for the published code's form, which `compress sparse compose` "
             "writes; give a name that ends in .safetensors"
         )
+    if out.suffix in _NO_DELTAS:
+        raise InputError(f"--out {out}: a delta is no model; give a name that ends in .safetensors")
     second = replace(recipe, epochs=sparse_epochs, rate=recipe.rate if sparse_rate is None else sparse_rate)
     recipe.check()
     if options.values not in VALUES:

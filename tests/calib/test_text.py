@@ -102,6 +102,10 @@ def test_a_label_that_is_no_number(tmp_path: Path, label: str) -> None:
     refused(write(tmp_path, "a.csv", f"text,label\na,1\nb,{label}\n"), "column label", "no finite numbers", repr(label))
 
 
+def test_a_label_beyond_64_bits(tmp_path: Path) -> None:
+    refused(write(tmp_path, "a.csv", f"text,label\na,1\nb,{1 << 64}\n"), "labels beyond 64 bits")
+
+
 def test_labels_with_a_fraction_are_numbers_to_predict(tmp_path: Path) -> None:
     labels = read_texts(write(tmp_path, "a.tsv", "text\tscore\na\t5.000\nb\t-1\n")).labels
     assert labels is not None

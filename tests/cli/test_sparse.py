@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_train_says_what_came_of_it(forks: Forks, folder: Path) -> None:
     assert "Written to told.safetensors: 130 of 2,976 entries (4.37 %), " in run.stdout
     assert "replaced whole: 5.bias, 5.weight" in run.stdout or "replaced whole: 5.weight, 5.bias" in run.stdout
     assert "accuracy: base 0." in run.stdout
+    assert re.search(r"Mean loss in full: [\d.]+ in the first epoch, [\d.]+ in the last.", run.stdout)
     assert "Apply it: compress sparse apply base.pt told.safetensors -o base-task.pt" in run.stdout
     modes = [(folder / name).stat().st_mode for name in ("told.safetensors", "base.pt")]
     assert modes[0] == modes[1]  # a file to hand on is no secret

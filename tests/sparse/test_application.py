@@ -83,6 +83,8 @@ def test_the_overlap_is_counted() -> None:
     done = apply_deltas(net(), {"a": a, "b": b})
     assert (done.overlap.entries, done.overlap.share) == (2, 2 / 3)
     assert sum_deltas([a, b], [1, 2])["3.weight"].values.tolist() == [1, 3, 1, 3, 2]
+    assert done.overlap.warning()[0].startswith("2 entries are in more than one delta, 66.7 % of the smallest one's")
+    assert done.overlap.warning(0.7) == ()
     assert apply_deltas(net(), {"a": a}).overlap.entries == 0
 
 
@@ -121,7 +123,8 @@ REFUSED = {
     "infinite": (lambda: _damaged(index=torch.tensor([1]), values=torch.tensor([math.nan])), "is not finite"),
     "sum": (lambda: _damaged(index=torch.tensor([1]), values=torch.tensor([1e39], dtype=torch.float64)),
             r"3\.weight would not be finite with the deltas"),
-    "dense": (lambda: SparseDelta(None, {}, {"3.bias": torch.ones(4)}), r"3\.bias has shape \[4\] there and \[5\]"),
+    "head": (lambda: SparseDelta(None, {}, {"3.bias": torch.ones(4)}), "its head 3.bias has 4 outputs, the model's 5"),
+    "dense": (lambda: SparseDelta(None, {}, {"3.weight": torch.ones(5, 9)}), r"has shape \[5, 9\] there and \[5, 12\]"),
     "whole numbers": (
         lambda: SparseDelta(
             None, {"1.num_batches_tracked": SparseTensor((), "int64", torch.tensor([0]), torch.ones(1))}

@@ -154,6 +154,8 @@ def test_refusals(tmp_path: Path) -> None:
         train(out, data=data | {"y": data["x"][:, 0]})
     with pytest.raises(InputError, match=r"task\.bin: \.bin is for the published code's form.* ends in \.safetensors"):
         train(tmp_path / "task.bin")
+    with pytest.raises(InputError, match=r"task\.pt: a delta is no model; give a name that ends in \.safetensors"):
+        train(tmp_path / "task.pt")
     with pytest.raises(InputError, match=r"0 of 1,344 entries would be selected, .* nothing would be learned"):
         train(out, options={"head": (), "frozen": ("5",), "density": 1e-5})
     with pytest.raises(InputError, match="--values int4: known are fp64"):
