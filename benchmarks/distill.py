@@ -41,7 +41,9 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 NETS, STEPS = 2, 150
 RATES = (0.003, 0.01)
 AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
-AST = DistillSettings(iterations=150, steps=15, last=8, augmentations=AUGMENTATIONS, gradients="unrolled", looks=0)
+AST = DistillSettings(
+    iterations=150, steps=15, last=8, balance=True, augmentations=AUGMENTATIONS, gradients="unrolled", looks=0
+)
 EXPERTS = ExpertSettings(count=3, epochs=10, batch=100, rate=0.01, augmentations=AUGMENTATIONS)
 
 

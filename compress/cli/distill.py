@@ -71,8 +71,9 @@ def distill(
     ] = "aggregate",
     perturbation: Annotated[float, typer.Option(help="Of starts, relative", rich_help_panel=_MATCHING)] = 1.0,
     balance: Annotated[
-        bool, typer.Option("--balance/--no-balance", help="Gentler at early epochs", rich_help_panel=_MATCHING)
-    ] = True,
+        bool,
+        typer.Option("--balance/--no-balance", help="AST's: gentler at early epochs", rich_help_panel=_MATCHING),
+    ] = False,
     representative: Annotated[
         bool,
         typer.Option("--representative/--random", help="Begin with cluster centres' images", rich_help_panel=_MATCHING),

@@ -49,7 +49,8 @@ class DistillSettings:
         rate_images, rate_rate: step sizes of the outer loop for images and a, with momentum 0.5. None: the first steps
             move images by 0.05 of a standard deviation and a by 2 %. The published ones (100 to 10,000; 1e-6 to 1e-4)
             differ by data set, images a class and N, as gradients do.
-        representative, beta, balance, perturbation, momentum: AST's parts; see :mod:`compress.distill.episode`.
+        representative, beta, balance, perturbation, momentum: AST's parts; see :mod:`compress.distill.episode`. The
+            balanced inner loss made sets worse (benchmarks/results/distill.md), and is off.
         looks: how often the set is judged, apart from the start; 0 keeps the last iterate unjudged.
         model_weight: length of the step on the model's terms, of that on the trajectories'.
     """
@@ -66,7 +67,7 @@ class DistillSettings:
     momentum: float = 0.9
     representative: bool = True
     beta: str = "aggregate"
-    balance: bool = True
+    balance: bool = False
     perturbation: float = 1.0
     augmentations: tuple[str, ...] = ()
     gradients: str = "recomputed"

@@ -116,7 +116,7 @@ def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
     losses = [
         run(tmp_path / f"{number}", cache, settings={"iterations": 1, "looks": 0, **change}).losses[0]
         for number, change in enumerate(
-            ({}, {"beta": "none"}, {"balance": False}, {"perturbation": 0.0}, {"representative": False})
+            ({}, {"beta": "none"}, {"balance": True}, {"perturbation": 0.0}, {"representative": False})
         )
     ]
     assert len(set(losses)) == 5
