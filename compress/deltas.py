@@ -10,7 +10,7 @@ from pathlib import Path
 from compress.artifact import check_free
 from compress.checkpoint import LoadedModel, fingerprint, load_model
 from compress.errors import InputError
-from compress.huggingface import is_classifier, is_pretrained
+from compress.huggingface import is_classifier, is_pretrained, without_head
 from compress.modelfile import check_target, save_like
 from compress.records import Record
 from compress.sparse.application import Applied, apply_deltas, choose_head, revert
@@ -39,6 +39,7 @@ __all__ = [
 
 REFERENCE_SUFFIX = ".bin"
 _TOOL = "compress sparse"
+_NEW_HEAD = "new head"  # note of an undo file: parameters that the base's folder did not have
 
 
 class TensorSummary(Record):
@@ -207,7 +208,10 @@ def apply(
         loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo
     )
     if undo:  # before the model: one that cannot be taken back is not to be there, not even for a moment
-        write_undo(done.undo(loaded.module), undo_path(out))
+        record = done.undo(loaded.module)
+        if loaded.head:
+            record = replace(record, before=replace(record.before, notes={_NEW_HEAD: ", ".join(loaded.head)}))
+        write_undo(record, undo_path(out))
     try:
         save_like(loaded, base, out, factory=factory, overwrite=overwrite)
     except InputError:
@@ -247,6 +251,8 @@ def restore(
     revert(loaded.module, record.before)
     if base_hash(tensor_hashes(base_tensors(loaded.module))) != record.base:
         raise InputError(f"{path} does not lead back to the base it names; apply the deltas to the base again")
+    if (new := record.before.notes.get(_NEW_HEAD)) is not None:
+        loaded = replace(loaded, module=without_head(loaded.module), head=tuple(new.split(", ")))
     save_like(loaded, model, out, factory=factory, overwrite=overwrite)
     return record.before.k
 

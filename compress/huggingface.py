@@ -33,6 +33,7 @@ __all__ = [
     "read_config",
     "save_pretrained",
     "text_reader",
+    "without_head",
 ]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -230,6 +231,11 @@ def save_pretrained(module: torch.nn.Module, folder: Path) -> None:
     """Write a folder's ``module``, without the tokenizer, to another folder."""
     with _quiet():
         module.save_pretrained(folder)  # type: ignore[operator]
+
+
+def without_head(module: torch.nn.Module) -> torch.nn.Module:
+    """The encoder inside a folder's ``module``."""
+    return module.base_model  # type: ignore[return-value]
 
 
 def is_classifier(module: torch.nn.Module) -> bool:

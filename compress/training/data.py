@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class TrainingData:
         Raises:
             InputError: they are not of one kind.
         """
+        if not all(each.classes for each in parts.values()):  # numbers to predict, though one source's may be whole
+            parts = {name: replace(each, labels=each.labels.float()) for name, each in parts.items()}
         given = list(parts.values())
         kinds = {
             name: [(x.dtype, () if each.mask is not None else tuple(x.shape[1:])) for x in (*each.inputs, each.labels)]

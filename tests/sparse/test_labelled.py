@@ -101,6 +101,12 @@ def test_epochs_and_order(languages: dict[str, Source]) -> None:
     assert joined.take(epoch[0][1])[0][0].shape[1] == (3 if epoch[0][0] == "a" else 6)
 
 
+def test_numbers_of_one_source_that_are_whole_by_chance() -> None:
+    x = torch.zeros(2, 3)
+    parts = {"a": TrainingData((x,), torch.tensor([0.5, 2.0])), "b": TrainingData((x,), torch.tensor([1, 2]))}
+    assert TrainingData.joined(parts, {}).labels.tolist() == [0.5, 2.0, 1.0, 2.0]
+
+
 def test_refusals(languages: dict[str, Source], tmp_path: Path) -> None:
     out = tmp_path / "never.safetensors"
     with pytest.raises(InputError, match="--eval-source fr: known are en, de"):
