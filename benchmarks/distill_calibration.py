@@ -87,7 +87,7 @@ def sets(
         if not out.exists():
             settings = DistillSettings(
                 each=EACH, iterations=iterations, steps=15, last=8, batch=20, augmentations=AUGMENTATIONS,
-                gradients="unrolled", looks=0, seed=seed,
+                gradients="unrolled", balance=True, looks=0, seed=seed,
             )  # fmt: skip
             options = DistillOptions(
                 settings=settings, experts=EXPERTS, expert_folder=work / f"experts-{seed}",
