@@ -171,8 +171,8 @@ def train_sparse(
     samples, given = (
         read_sources(several, loaded, options.length) if several else read_labelled(data, loaded, options.length)
     )
-    others = [read_labelled(each, loaded, options.length) if each is not None else None for each in (test, dev)]
-    held, judged = (as_labels_of(given, each[1]) if each is not None else None for each in others)
+    others = [_read_like(given, each, loaded, options.length) for each in (test, dev)]
+    held, judged = (each[1] if each is not None else None for each in others)
     classes = new_outputs(loaded, given, samples.source)
     if classes is not None:
         loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
@@ -180,7 +180,7 @@ def train_sparse(
     check_labels(module, given, samples.source)
     for other in others:
         if other is not None:
-            check_labels(module, as_labels_of(given, other[1]), other[0].source)
+            check_labels(module, other[1], other[0])
     deltas = open_deltas(list(dict.fromkeys(each.delta for each in several.values() if each.delta is not None)))
     beside = {name: deltas.get(str(each.delta), SparseDelta(None, {})) for name, each in several.items()}
     tuner = _make_tuner(loaded, options, recipe.seed, beside)
@@ -262,6 +262,16 @@ class _Phases:
             best = best_epoch(history)
             self.notes.append(f"{name}: of {len(history)} epochs number {best} was best on the samples of --dev")
         return tuple(history)
+
+
+def _read_like(
+    given: TrainingData, data: object | None, loaded: LoadedModel, length: int | None
+) -> tuple[str, TrainingData] | None:
+    """Other samples than ``given``, with labels of its kind, behind where they are from."""
+    if data is None:
+        return None
+    samples, read = read_labelled(data, loaded, length)
+    return samples.source, as_labels_of(given, read)
 
 
 class SparseCompanion:
