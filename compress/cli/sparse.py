@@ -309,8 +309,10 @@ def _report(result: SparseResult, out: Path) -> None:
         base = "base with an untrained head" if result.new_head else "base"
         _print(f"{result.metric_name}: {base} {result.base:.4f}, {full}base and delta {result.sparse:.4f}")
     for phase, history in zip(("in full", "sparse"), result.histories, strict=True):
-        if history:
+        if len(history) > 1:
             _print(f"Mean loss {phase}: {history[0].loss:.4g} in the first epoch, {history[-1].loss:.4g} in the last.")
+        elif history:
+            _print(f"Mean loss {phase}: {history[0].loss:.4g} in the one epoch.")
 
 
 def _needed(given: Any, sources: tuple[Path, ...], chosen: str | None) -> tuple[Path, ...]:
