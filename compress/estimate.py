@@ -22,6 +22,7 @@ _FRONTIER_BATCH = 64
 # Measured on ResNet-20 and MobileNetV1: the walk costs about four forward passes of every sample (both graphs, with
 # their scratch files).
 _WALK_FORWARDS = 4.0
+_COPIES = 3  # transformed samples, and all samples with them behind
 _TIMED_PASSES, _TIMED_SECONDS = 10, 0.5
 
 
@@ -75,5 +76,6 @@ def estimate(traced: TracedModel, plan: Plan, samples: int) -> Estimate:
     phases = sum(each.forwards(len(find_blocks(traced))) for each in transforms if each is not None)
     steps = phases + plan.iterations * cost
     seconds = (steps * STEP_SAMPLES + samples * _WALK_FORWARDS) * per_sample
-    inputs = sum(x[0].numel() * x.element_size() for x in traced.example) * samples
+    held = 1 + _COPIES if phases else 1
+    inputs = sum(x[0].numel() * x.element_size() for x in traced.example) * samples * held
     return Estimate(seconds, inputs + 3 * weights + 8 * largest * _FRONTIER_BATCH)

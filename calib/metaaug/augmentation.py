@@ -89,9 +89,7 @@ class Augmentation:
                 f"{'the transformation collapsed to the identity' if collapsed else 'margin not quite met'}: "
                 f"it changes the samples by {outcome.change:.2g} of their variance, {self.settings.margin:g} are wanted"
             )
-        copies = self._copies()
-        ahead = self._frontier(self.walk.model, self._at_site(self.walk.model), copies, "copies-quantized")
-        reference = self._frontier(self.walk.float_model, self.plain, copies, "copies-float")
+        ahead, reference = self._frontiers()
         try:
             kept = [block.output]
             if block.input is not None:
@@ -158,16 +156,28 @@ class Augmentation:
     @torch.no_grad()
     def _at_site(self, model: TracedModel) -> Tensor:
         """The value that is transformed, of all samples, as ``model`` has it: a quantized one looks up rounded rows."""
+        if self.site in model.input_names:
+            return self.inputs[model.input_names.index(self.site)]
         batch = self.settings.batch if model.dynamic_batch else len(model.example[0])
         site = Stretch(model, [self.site])
         batches = zip(*(x.split(batch) for x in self.inputs), strict=True)
         return torch.cat([site(each, {})[0] for each in batches])
 
-    def _frontier(self, model: TracedModel, values: Tensor, copies: Tensor, folder: str) -> Frontier:
-        """Over all samples and, behind them, their copies."""
-        twice = tuple(torch.cat([x, x]) for x in self.inputs)
-        given = {self.site: torch.cat([values, copies])}
-        return Frontier(model, twice, self.walk.scratch / folder, given=given)
+    def _frontiers(self) -> tuple[Frontier, Frontier]:
+        """Of the quantized and of the float graph, over all samples and, behind them, their copies."""
+        names, plain, quantized = self.walk.model.input_names, self.plain, self._at_site(self.walk.model)
+        copies = self._copies()
+        both = torch.cat([plain, copies])
+        # What is transformed may be all the memory there is to speak of: an input stands in its own place, and once.
+        twice = tuple(
+            both if name == self.site else torch.cat([x, x]) for name, x in zip(names, self.inputs, strict=True)
+        )
+        ahead = both if quantized is plain else torch.cat([quantized, copies])
+        scratch = self.walk.scratch
+        return (
+            Frontier(self.walk.model, twice, scratch / "copies-quantized", given={self.site: ahead}),
+            Frontier(self.walk.float_model, twice, scratch / "copies-float", given={self.site: both}),
+        )
 
     def _say(self, label: str) -> Callable[[int, int, float], None]:
         started = time.monotonic()
