@@ -63,8 +63,14 @@ def read_model(
     if isinstance(model, torch.nn.Module):
         if classes is not None:
             raise InputError(f"classes={classes}: only a Hugging Face folder gets a new head; give the folder")
-        return LoadedModel(copy.deepcopy(model).eval(), None, type(model).__name__.lower(), fingerprint(model))
+        return LoadedModel(_copy(model).eval(), None, type(model).__name__.lower(), fingerprint(model))
     return load_model(model, model=factory, allow=allow, classes=classes)
+
+
+def _copy(module: torch.nn.Module) -> torch.nn.Module:
+    # What a call has left behind (the older weight_norm keeps its product) has a history, and is not copied with it.
+    left = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(module, {id(value): value.detach() for value in left if not value.is_leaf})
 
 
 def take_in(

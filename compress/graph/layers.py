@@ -35,7 +35,16 @@ TABLE = aten.embedding.default
 
 _BAG = aten.embedding_bag.padding_idx
 
+_RECURRENT = {
+    aten.lstm.input: "lstm",
+    aten.gru.input: "gru",
+    aten.rnn_tanh.input: "rnn",
+    aten.rnn_relu.input: "rnn",
+}
+
 _REFUSED = {
+    **{target: (kind, "recurrent layers are not compressed yet") for target, kind in _RECURRENT.items()},
+    aten.bilinear.default: ("bilinear", "bilinear layers are not compressed yet"),
     _BAG: ("embedding_bag", "embeddings that are summed as they are looked up are not compressed yet"),
     aten.conv_transpose2d.input: ("conv_transpose2d", "transposed convolutions are not compressed yet"),
     aten.conv_transpose1d.default: ("conv_transpose1d", "transposed convolutions are not compressed yet"),
@@ -54,9 +63,11 @@ def is_stored(weight: fx.Node) -> bool:
 
 def layer_name(call: fx.Node) -> str:
     """The layer's name: its weight's path without the last ``.weight``; the node's own if the weight is computed."""
-    weight = call.args[weight_position(call)]
+    weight = _weight(call)
     if is_stored(weight):
         return str(weight.args[0].target).removesuffix(".weight_packed")
+    if call.target in _RECURRENT:  # the module's: its weights have names of their own
+        return str(weight.target).rpartition(".")[0] or call.name
     return str(weight.target).removesuffix(".weight") if weight.op == "get_attr" else call.name
 
 
@@ -86,8 +97,16 @@ def tied_tables(traced: TracedModel) -> set[str]:
 
 
 def weight_position(call: fx.Node) -> int:
-    """Which argument of ``call`` is its weight."""
-    return 0 if call.target in (TABLE, _BAG) else 1
+    """Which argument of ``call`` is its weight, or the list of them."""
+    if call.target in (TABLE, _BAG):
+        return 0
+    return 2 if call.target in _RECURRENT or call.target is aten.bilinear.default else 1
+
+
+def _weight(call: fx.Node) -> fx.Node:
+    """The weight that ``call`` reads, the first of several."""
+    found = call.args[weight_position(call)]
+    return found if isinstance(found, fx.Node) else found[0]
 
 
 def layer_computes(traced: TracedModel) -> dict[str, str]:
@@ -194,7 +213,7 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
     found: dict[str, LayerSpec] = {}
     for node in _weighted(traced):
         kind, reason = _REFUSED.get(node.target, (None, None))  # type: ignore[call-overload]
-        weight = node.args[weight_position(node)]
+        weight = _weight(node)
         if node.target in LAYER_KINDS and weight.op != "get_attr" and not is_stored(weight):
             kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
         if kind is None:

@@ -6,8 +6,9 @@
 3. A mean over all spatial positions becomes an adaptive average pool to 1, the form integer runtimes know.
 4. Every spelling of ReLU and ReLU6 (relu6, clamp, clamp_min) becomes ``relu`` or ``hardtanh(0, 6)``.
 5. Attention becomes its two products and the softmax between (compress/graph/attention.py).
-6. A size that a reshape leaves open (-1) is written down where it is the same for every batch.
-7. A layer's weight is called ``<layer>.weight``, so that the layer has a name and its bias, codes and scales a place.
+6. Weights that are computed are stored, and products with parameters become linears (compress/graph/settle.py).
+7. A size that a reshape leaves open (-1) is written down where it is the same for every batch.
+8. A layer's weight is called ``<layer>.weight``, so that the layer has a name and its bias, codes and scales a place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 
 from compress.graph.attention import open_attention
 from compress.graph.layers import LAYER_KINDS, TABLE, weight_position
+from compress.graph.settle import settle_weights
 from compress.graph.traced import TracedModel
 
 __all__ = ["simplify"]
@@ -36,6 +38,7 @@ _END = 1 << 62
 def simplify(traced: TracedModel) -> None:
     """Apply the rewrites in place."""
     open_attention(traced)
+    settle_weights(traced)
     for node in list(traced.graph.nodes):
         if node.op != "call_function":
             continue
