@@ -109,7 +109,8 @@ def distill(
 
     Example: [bold]compress distill train.npz --classes 10 --ipc 10 -o small[/]
 
-    Stopped with Ctrl-C, it keeps its state and a preview in the hidden folder .OUT.work; the same command goes on.
+    Stopped with Ctrl-C, it keeps its state and a preview in the hidden folder .OUT.work; the same command goes on, and
+    with --overwrite another one begins anew.
     """
     from compress.distill.augment import parse_augmentations
     from compress.distill.distiller import DistillSettings

@@ -8,6 +8,7 @@ The set that is kept is the best of a few looks at it along the way, the real im
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -26,8 +27,9 @@ from compress.distill.student import GRADIENTS, Student
 from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
 
-__all__ = ["DistillSettings", "Distilled", "Distiller"]
+__all__ = ["PREVIEW_FILE", "DistillSettings", "Distilled", "Distiller"]
 
+PREVIEW_FILE = "preview.png"
 _LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
 _PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
 _TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -167,6 +169,7 @@ class Distiller:
         terms: of a model that the set is to suit.
         state: file to go on from, and to write.
         every: iterations between two writes, and two calls of ``show``.
+        discard: begin anew where ``state`` is another run's, in the place of refusing it.
         show: called with the images as they are.
     """
 
@@ -181,12 +184,13 @@ class Distiller:
         terms: ModelTerms | None = None,
         state: Path | None = None,
         every: int = 25,
+        discard: bool = False,
         show: Callable[[Tensor], None] = lambda images: None,
     ) -> None:
         settings.check(experts.settings.epochs)
         self.experts, self.labels, self.settings = experts, labels, settings
         self._start, self._judge, self._terms = start, judge, terms
-        self._file, self._every, self._show = state, every, show
+        self._file, self._every, self._show, self._discard = state, every, show, discard
         self._student = Student(experts.network, settings.momentum, augmentations=settings.augmentations)
         judged = (judge.nets, judge.steps) if judge else None
         self.fingerprint = digest(
@@ -321,11 +325,29 @@ class Distiller:
             state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
         state.scores[state.iteration] = score
 
+    def forget(self) -> None:
+        """Delete the state and the preview beside it, and their folder if nothing else is in it."""
+        if self._file is None:
+            return
+        for name in (self._file.name, PREVIEW_FILE):
+            (self._file.parent / name).unlink(missing_ok=True)
+            # What a process that was killed while it wrote has left.
+            for left in self._file.parent.glob(f".{name}.*.tmp"):
+                left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or it holds what is not ours
+            self._file.parent.rmdir()
+
+    def _begun(self) -> _State:
+        return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+
     def _continued(self) -> _State:
         if self._file is None or not self._file.exists():
-            return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+            return self._begun()
         tensors, strings = read_tensors(self._file)
         if strings.get("run") != self.fingerprint:
+            if self._discard:
+                self.forget()
+                return self._begun()
             raise InputError(
                 f"{self._file.parent} holds the state of another run (network, data or options); finish that one, "
                 "choose another --out, or throw it away with --overwrite"

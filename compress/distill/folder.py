@@ -19,10 +19,11 @@ from compress.distill.neighbours import Neighbours
 from compress.distill.sheet import write_sheet
 from compress.distill.standardisation import Standardisation
 from compress.distill.tensorfile import write_tensors
+from compress.errors import InputError
 from compress.machine import Environment
 from compress.records import Record
 
-__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "write_folder"]
+__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "work_folder", "write_folder"]
 
 SET_FILE, REPORT_FILE = "distilled.npz", "distill.json"
 _VERB = "compress distill"
@@ -53,9 +54,25 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Refuse what is there, before any work is done.
 
     Raises:
-        InputError: ``out`` exists, or is to be replaced and is not a folder that distillation wrote.
+        InputError: ``out`` exists, or is to be replaced and is not a folder that distillation wrote, or is the current
+            folder or one around it.
     """
     check_folder(out, overwrite, REPORT_FILE, _VERB)
+    # It would be taken away from under whoever stands in it.
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise InputError(f"--out {out} is the current folder or one around it; give a new folder's name")
+
+
+def work_folder(out: Path) -> Path:
+    """Beside ``out``: where the state of a run is kept until the run is done.
+
+    Raises:
+        InputError: there is a file of this name.
+    """
+    work = out.with_name(f".{out.name}.work") if out.name not in ("", "..") else work_folder(out.resolve())
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file, and a folder of this name keeps the state; move it, or give another --out")
+    return work
 
 
 def write_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,9 +13,9 @@ from torch import Generator, Tensor, nn
 from compress.cache import cache_folder, digest
 from compress.calib.samples import Samples, load_samples
 from compress.distill.convnet import convnet
-from compress.distill.distiller import Distilled, Distiller, DistillSettings
+from compress.distill.distiller import PREVIEW_FILE, Distilled, Distiller, DistillSettings
 from compress.distill.experts import Experts, ExpertSettings
-from compress.distill.folder import DistillReport, refuse_existing, write_folder
+from compress.distill.folder import DistillReport, refuse_existing, work_folder, write_folder
 from compress.distill.judge import Judge
 from compress.distill.model_terms import ModelTerms
 from compress.distill.neighbours import find_neighbours
@@ -51,6 +50,7 @@ class DistillOptions:
         model: a model that the set is to suit, with ``factory`` and ``allow`` as everywhere.
         mean, std: of images given as bytes, as everywhere.
         nets, judge_steps: networks that are trained, so many steps each, when the set is judged.
+        overwrite: replace what is there, and throw the state of another run away; that of the same run goes on.
     """
 
     settings: DistillSettings = field(default_factory=DistillSettings)
@@ -96,10 +96,7 @@ def distill(
     settings.check(recipe.epochs)
     samples = load_samples(data, mean=options.mean, std=options.std, labelled=True)
     x, labels = _labelled_images(samples, classes, settings.each)
-    work = out.with_name(f".{out.name}.work")
-    if options.overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-
+    work = work_folder(out)
     if options.zca and x[0].numel() > _WHITENED:
         raise InputError(
             f"--zca: images of {x[0].numel():,} values need a matrix of that many squared; {_WHITENED:,} at most"
@@ -137,9 +134,9 @@ def distill(
     clock = _Clock(progress)
     distiller = Distiller(
         experts, z[start], labels[start], settings, judge=judge, terms=terms, state=work / "state.safetensors",
-        every=options.every,
+        every=options.every, discard=options.overwrite,
         show=lambda images: write_sheet(
-            work / "preview.png", standardisation.invert(images), settings.each, low, high
+            work / PREVIEW_FILE, standardisation.invert(images), settings.each, low, high
         ),
     )  # fmt: skip
     found = distiller.run(clock.update)
@@ -164,7 +161,7 @@ def distill(
     write_folder(
         out, images, labels[start], settings.momentum, standardisation, report, low, high, overwrite=options.overwrite
     )
-    shutil.rmtree(work, ignore_errors=True)
+    distiller.forget()
     return report
 
 

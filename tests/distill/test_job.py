@@ -241,3 +241,62 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path, cache: Path) -> N
         run(tmp_path / "out", cache)
     with pytest.raises(InputError, match="not a folder that `compress distill` has written"):
         run(tmp_path / "out", cache, overwrite=True)
+
+
+def stop_at(stop: int) -> Any:
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling") and done == stop:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: Path, cache: Path) -> None:
+    settings = {"looks": 0}
+    first = run(tmp_path / "out", cache, settings=settings)
+    state = tmp_path / ".out.work" / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", cache, settings=settings, overwrite=True, progress=stop_at(5))
+    held = state.read_bytes()
+    # A typo is refused before anything is thrown away.
+    for wrong in ({"model": "typo.pt"}, {"network": "nope:make"}, {"settings": {"each": 21, **settings}}):
+        with pytest.raises(InputError):
+            run(tmp_path / "out", cache, **{"settings": settings, "overwrite": True, **wrong})
+    assert state.read_bytes() == held
+    seen: list[int] = []
+    again = run(
+        tmp_path / "out", cache, settings=settings, overwrite=True,
+        progress=lambda what, done, total: seen.append(done) if what.startswith("distilling") else None,
+    )  # fmt: skip
+    assert seen == [5, 6]
+    assert again.provenance == first.provenance
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", cache, settings=settings, overwrite=True, progress=stop_at(5))
+    changed = {"looks": 0, "steps": 5}
+    with pytest.raises(InputError, match="exists already"):
+        run(tmp_path / "out", cache, settings=changed)
+    report = run(tmp_path / "out", cache, settings=changed, overwrite=True)
+    assert len(report.losses) == 6
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_others_keep_in_the_work_folder_stays(tmp_path: Path, cache: Path) -> None:
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    (work / "mine.txt").write_text("mine")
+    (work / ".state.safetensors.1.tmp").write_text("half written")
+    run(tmp_path / "out", cache, settings={"iterations": 1, "looks": 0})
+    run(tmp_path / "out", cache, settings={"iterations": 1, "looks": 0}, overwrite=True)
+    assert [each.name for each in work.iterdir()] == ["mine.txt"]
+    (tmp_path / ".other.work").write_text("mine")
+    with pytest.raises(InputError, match=r"\.other\.work is a file, .* give another --out"):
+        run(tmp_path / "other", cache)
+
+
+def test_current_folder_is_not_replaced(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^\. exists already"):
+        run(Path(), cache)
+    with pytest.raises(InputError, match=r"--out \. is the current folder or one around it; give a new folder's name"):
+        run(Path(), cache, overwrite=True)
