@@ -102,8 +102,11 @@ def distill(
     std: Std = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
+    allow_originals: Annotated[
+        bool, typer.Option("--allow-originals", help="Write real images where no distilled ones were better")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table; warnings stay")] = False,
 ) -> None:
     """Distil labelled images into a handful that --calib takes (AST, trajectory matching).
 
@@ -131,9 +134,12 @@ def distill(
         settings=settings, experts=recipe, method=method, network=network, width=width, depth=depth,
         expert_folder=expert_folder, zca=zca, model=model, factory=factory, allow=tuple(allow or ()),
         mean=numbers(mean, "--mean"), std=numbers(std, "--std"), overwrite=overwrite,
+        allow_originals=allow_originals,
     )  # fmt: skip
     with ProgressBar(enabled=not quiet) as bar:
         report = distill_data(data, out, classes=classes, options=options, progress=bar.update)
+    for sentence in report.warnings:
+        _warn(sentence)
     if json:
         print(report.model_dump_json(indent=2))
     elif not quiet:
@@ -160,5 +166,12 @@ def _print(report: DistillReport, out: Path) -> None:
         f"among each other {near.typical:.3f}. Of {len(near.distances)}, {near.nearest_is_start} are nearest to what "
         f"they began as, {near.nearer_than_typical} nearer to a real image than real ones are to each other."
     )
-    console.print(f"Written to {out}: {report.classes * report.each} images, step size {report.step_size:.4g}.")
+    images = "images" if report.iteration else "real images, none distilled"
+    console.print(f"Written to {out}: {report.classes * report.each} {images}, step size {report.step_size:.4g}.")
     console.print(f"Calibrate with it: compress quantize MODEL --calib {out}/distilled.npz")
+
+
+def _warn(sentence: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"WARNING: {sentence}")

@@ -325,6 +325,11 @@ class Distiller:
             state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
         state.scores[state.iteration] = score
 
+    @property
+    def kept(self) -> bool:
+        """Whether a state is on disk."""
+        return self._file is not None and self._file.exists()
+
     def forget(self) -> None:
         """Delete the state and the preview beside it, and their folder if nothing else is in it."""
         if self._file is None:
@@ -341,7 +346,7 @@ class Distiller:
         return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
 
     def _continued(self) -> _State:
-        if self._file is None or not self._file.exists():
+        if self._file is None or not self.kept:
             return self._begun()
         tensors, strings = read_tensors(self._file)
         if strings.get("run") != self.fingerprint:

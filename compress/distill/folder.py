@@ -47,6 +47,7 @@ class DistillReport(Record):
     neighbours: Neighbours
     settings: dict[str, object]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = Field((), description="what makes the set as sensitive as the originals")
     environment: Environment
 
 

@@ -18,7 +18,7 @@ from compress.distill.experts import Experts, ExpertSettings
 from compress.distill.folder import DistillReport, refuse_existing, work_folder, write_folder
 from compress.distill.judge import Judge
 from compress.distill.model_terms import ModelTerms
-from compress.distill.neighbours import find_neighbours
+from compress.distill.neighbours import Neighbours, find_neighbours
 from compress.distill.network import FlatNetwork
 from compress.distill.representatives import random_images, representatives, require_enough
 from compress.distill.sheet import write_sheet
@@ -51,6 +51,7 @@ class DistillOptions:
         mean, std: of images given as bytes, as everywhere.
         nets, judge_steps: networks that are trained, so many steps each, when the set is judged.
         overwrite: replace what is there, and throw the state of another run away; that of the same run goes on.
+        allow_originals: write the real images of the start where no iterate was better, in the place of refusing.
     """
 
     settings: DistillSettings = field(default_factory=DistillSettings)
@@ -70,6 +71,7 @@ class DistillOptions:
     judge_steps: int = 200
     every: int = 25
     overwrite: bool = False
+    allow_originals: bool = False
 
 
 def distill(
@@ -88,7 +90,8 @@ def distill(
         data: what ``--calib`` takes, with labels 0 to ``classes`` - 1; images [N, C, H, W].
 
     Raises:
-        InputError: the data, the network or an option cannot be used, or an expert does not learn.
+        InputError: the data, the network or an option cannot be used, an expert does not learn, or no iterate was
+            better than the real images of the start (unless ``allow_originals``).
     """
     refuse_existing(out, overwrite=options.overwrite)
     settings, recipe = _chosen(options)
@@ -140,7 +143,10 @@ def distill(
         ),
     )  # fmt: skip
     found = distiller.run(clock.update)
+    if found.scores and found.iteration == 0 and not options.allow_originals:
+        raise InputError(_originals(found, len(start), work if distiller.kept else None))
     images = standardisation.invert(found.images)
+    neighbours = find_neighbours(images, start, x, settings.seed)
     report = DistillReport(
         classes=classes,
         each=settings.each,
@@ -153,9 +159,10 @@ def distill(
         matching=tuple(found.matching),
         expert_accuracies=tuple(accuracies),
         seconds_per_100=clock.seconds_per_100,
-        neighbours=find_neighbours(images, start, x, settings.seed),
+        neighbours=neighbours,
         settings={"distillation": asdict(settings), "experts": asdict(recipe)},
         notes=(*samples.notes, *_notes(found, terms, len(some))),
+        warnings=tuple(_warnings(found, neighbours)),
         environment=describe_environment(),
     )
     write_folder(
@@ -225,6 +232,29 @@ def _factory(options: DistillOptions, x: Tensor, classes: int) -> Callable[[], n
         return network
     channels, height, width = x.shape[1:]
     return lambda: convnet(channels, classes, (height, width), width=options.width, depth=options.depth)
+
+
+def _originals(found: Distilled, count: int, work: Path | None) -> str:
+    ended = f" (stopped early: {found.stopped})" if found.stopped else ""
+    anew = f" (each with --overwrite, as {work} keeps this run's state)" if work else ""
+    return (
+        f"nothing is written: no iterate was better than the {count} real images of the start{ended}; try more "
+        f"--iterations or another --lr-images{anew}, or write real images with --allow-originals"
+    )
+
+
+def _warnings(found: Distilled, near: Neighbours) -> list[str]:
+    """What makes the file as sensitive as the data, where that can be seen."""
+    count = len(near.distances)
+    if found.iteration == 0:
+        return [f"the {count} images written are real ones: no iterate was better; treat this file like the originals"]
+    if near.nearest_is_start or near.nearer_than_typical:
+        return [
+            f"{near.nearest_is_start} of the {count} images written are nearest to the real ones they began as, and "
+            f"{near.nearer_than_typical} are as near to a real one as real ones are to each other: they can be matched "
+            "to their originals; treat this file like the originals"
+        ]
+    return []
 
 
 def _notes(found: Distilled, terms: ModelTerms | None, judged: int) -> list[str]:

@@ -50,6 +50,21 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     assert json.loads(told.stdout)["provenance"] == report["provenance"]
 
 
+def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
+    arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 2, "--lr-images", 1e30, "-o", "real")
+    refused = forks.run(folder, *arguments)
+    assert refused.returncode == 2
+    assert "no iterate was better than the 6 real images of the start" in refused.stderr
+    assert not (folder / "real").exists()
+    quiet = forks.run(folder, *arguments, "--allow-originals", "-q")
+    assert (quiet.returncode, quiet.stdout) == (0, "")
+    warning = "WARNING: the 6 images written are real ones: no iterate was better; treat this file like the originals\n"
+    assert quiet.stderr == warning
+    told = forks.run(folder, *arguments, "--allow-originals", "--overwrite")
+    assert warning in told.stderr
+    assert "Written to real: 6 real images, none distilled, step size" in told.stdout
+
+
 def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
     arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1500, "--looks", 0)
     process = subprocess.Popen(

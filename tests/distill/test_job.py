@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from compress.calib.samples import load_samples
-from compress.distill.distiller import DistillSettings
+from compress.distill.distiller import Distilled, DistillSettings
 from compress.distill.experts import ExpertSettings
 from compress.distill.folder import DistillReport
-from compress.distill.job import DistillOptions, distill
+from compress.distill.job import DistillOptions, _originals, _warnings, distill
 from compress.distill.model_terms import ModelTerms
 from compress.distill.neighbours import find_neighbours
 from compress.distill.standardisation import Standardisation
@@ -43,6 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(out: Path, cache: Path, data: Any = None, progress: Any = None, **given: Any) -> DistillReport:
     options = DistillOptions(
         settings=replace(SETTINGS, **given.pop("settings", {})), experts=EXPERTS, width=4, depth=2,
+        allow_originals=given.pop("allow_originals", True),
         expert_folder=given.pop("expert_folder", cache / "ast"), nets=1, judge_steps=10, every=2, **given,
     )  # fmt: skip
     return distill(data or arrays(), out, classes=3, options=options, progress=progress or (lambda *_: None))
@@ -223,6 +224,36 @@ def test_refusals(tmp_path: Path, cache: Path, change: dict[str, Any], message: 
         run(tmp_path / "out", cache, **change)
 
 
+def test_real_images_are_written_only_when_asked_for(tmp_path: Path, cache: Path) -> None:
+    settings = {"rate_images": 1e-30}  # images stay what they are
+    with pytest.raises(
+        InputError,
+        match=r"nothing is written: no iterate was better than the 6 real images of the start .*; try more --iterations "
+        r"or another --lr-images, or write real images with --allow-originals",
+    ):
+        run(tmp_path / "out", cache, settings={"rate_images": 1e30}, allow_originals=False)
+    assert not (tmp_path / "out").exists()
+    # The same run goes on from its state, and says what it has written.
+    report = run(tmp_path / "out", cache, settings={"rate_images": 1e30})
+    assert report.iteration == 0
+    assert report.warnings == (
+        "the 6 images written are real ones: no iterate was better; treat this file like the originals",
+    )
+    near = run(tmp_path / "near", cache, settings={"looks": 0, **settings}, allow_originals=False)
+    assert near.iteration == 6
+    assert len(near.warnings) == 1
+    assert "6 of the 6 images written are nearest to the real ones they began as" in near.warnings[0]
+    assert "treat this file like the originals" in near.warnings[0]
+    # Far from all real images, and still nearest to others than they began as.
+    far = find_neighbours(torch.full((2, 1, 8, 8), 9.0), torch.tensor([0, 1]), torch.from_numpy(arrays()["images"]))
+    assert (far.nearest_is_start, far.nearer_than_typical) == (0, 0)
+    found = Distilled(torch.zeros(2, 1, 8, 8), 0.1, 6, {}, [], [])
+    assert _warnings(found, far) == []
+    assert "another --lr-images (each with --overwrite, as .a.work keeps this run's state), or write real" in _originals(
+        found, 2, Path(".a.work")
+    )
+
+
 def test_images_that_blow_up_leave_the_best_so_far(tmp_path: Path, cache: Path) -> None:
     report = run(tmp_path / "far", cache, settings={"rate_images": 1e30})
     assert report.iteration == 0
@@ -259,7 +290,8 @@ def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: P
         run(tmp_path / "out", cache, settings=settings, overwrite=True, progress=stop_at(5))
     held = state.read_bytes()
     # A typo is refused before anything is thrown away.
-    for wrong in ({"model": "typo.pt"}, {"network": "nope:make"}, {"settings": {"each": 21, **settings}}):
+    wrongs: tuple[dict[str, Any], ...] = ({"model": "typo.pt"}, {"network": "nope:make"}, {"settings": {"each": 21}})
+    for wrong in wrongs:
         with pytest.raises(InputError):
             run(tmp_path / "out", cache, **{"settings": settings, "overwrite": True, **wrong})
     assert state.read_bytes() == held
