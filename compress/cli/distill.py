@@ -156,10 +156,14 @@ def _print(report: DistillReport, out: Path) -> None:
         console.print(f"- {note}")
     scores = ", ".join(f"{100 * score:.1f} % at {number}" for number, score in sorted(report.scores.items()))
     console.print(
-        f"Experts: {', '.join(f'{100 * each:.1f} %' for each in report.expert_accuracies)} of their own images"
+        f"Experts: {', '.join(f'{100 * each:.1f} %' for each in report.expert_accuracies)} of the images they "
+        "were trained on"
     )
     if scores:
-        console.print(f"Networks trained on the set, by iteration: {scores}; kept is {report.iteration}")
+        console.print(
+            f"Networks trained on the set, by iteration: {scores}, of images the experts were trained on; kept is "
+            f"{report.iteration}"
+        )
     near = report.neighbours
     console.print(
         f"Nearest real images: at {min(near.distances):.3f} or more, median {median(near.distances):.3f}; real ones "
@@ -167,7 +171,16 @@ def _print(report: DistillReport, out: Path) -> None:
         f"they began as, {near.nearer_than_typical} nearer to a real image than real ones are to each other."
     )
     images = "images" if report.iteration else "real images, none distilled"
-    console.print(f"Written to {out}: {report.classes * report.each} {images}, step size {report.step_size:.4g}.")
+    learned = report.learned_step_size
+    which = " (the learned one)"
+    if learned != report.step_size:
+        than = f"; networks became no better with the learned one, {learned:.4g}" if learned else ""
+        which = f" (a usual one{than})"
+    if report.seconds_per_100 is not None:
+        console.print(f"Time: {report.seconds_per_100:.3g} seconds per 100 iterations, judging left out")
+    console.print(
+        f"Written to {out}: {report.classes * report.each} {images}, step size {report.step_size:.4g}{which}."
+    )
     console.print(f"Calibrate with it: compress quantize MODEL --calib {out}/distilled.npz")
 
 

@@ -127,9 +127,10 @@ class Distilled:
         images: [n, C, H, W], in the standardised form.
         rate: step size to train on them with: the learned one, or a usual one where networks became better with it.
         iteration: which iterate it is; 0 for the real images of the start.
-        scores: accuracy by iteration judged.
+        scores: accuracy by iteration judged, on images the experts were trained on.
         losses: L_out of every iteration. matching: L_TM of every iteration.
         stopped: why the loop ended early, or None.
+        learned: the step size as learned; None: from a state that an older version wrote.
     """
 
     images: Tensor
@@ -139,6 +140,7 @@ class Distilled:
     losses: list[float]
     matching: list[float]
     stopped: str | None = None
+    learned: float | None = None
 
 
 @dataclass(eq=False)
@@ -157,6 +159,7 @@ class _State:
     scores: dict[int, float] = field(default_factory=dict)
     best: Tensor | None = None
     best_rate: float = 0.0
+    best_learned: float | None = None
     best_iteration: int = 0
 
 
@@ -229,9 +232,11 @@ class Distiller:
                 break
             progress(f"distilling, loss {state.losses[-1]:.3f}", state.iteration, settings.iterations)
         images, rate, iteration = state.images, state.rate, state.iteration
+        learned: float | None = rate
         if state.best is not None:
             images, rate, iteration = state.best, state.best_rate, state.best_iteration
-        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped)
+            learned = state.best_learned
+        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
 
     def episode(self, iteration: int) -> Episode:
         """What iteration ``iteration`` matches; the same at every call."""
@@ -323,6 +328,7 @@ class Distiller:
         score, rate = max((self._judge.accuracy(state.images, self.labels, each), each) for each in (state.rate, usual))
         if state.best is None or score >= max(state.scores.values()):
             state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
+            state.best_learned = state.rate
         state.scores[state.iteration] = score
 
     @property

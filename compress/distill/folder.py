@@ -1,14 +1,16 @@
 """What distillation writes: a folder with the set, a sheet to look at, and a report.
 
 ``distilled.npz`` is plain NumPy: ``images`` [n, C, H, W] float32 as the model takes them (so that ``--calib`` takes the
-file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``), ``mean`` and
-``std`` [C] (the network of distillation saw (images - mean) / std), ``provenance``, a hash of data, network, experts
-and settings. With ZCA ``whitening.safetensors`` holds what came after that.
+file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``: the learned one or a
+usual one, whichever networks became better with), ``learned_step_size``, ``mean`` and ``std`` [C] (the network of
+distillation saw (images - mean) / std), ``provenance``, a hash of data, network, experts and settings. With ZCA
+``whitening.safetensors`` holds what came after that.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -37,9 +39,12 @@ class DistillReport(Record):
     each: int = Field(description="images a class")
     method: str = Field(description="ast or mtt")
     provenance: str
-    step_size: float
+    step_size: float = Field(description="to train on the set with: the learned one or a usual one, the better of both")
+    learned_step_size: float | None = Field(None, description="as learned; None: an older version's")
     iteration: int = Field(description="the iterate that was kept; 0: the real images of the start")
-    scores: dict[int, float] = Field(description="accuracy on real training images of networks trained on the set")
+    scores: dict[int, float] = Field(
+        description="accuracy of networks trained on the set, on images the experts were trained on"
+    )
     losses: tuple[float, ...] = Field(description="L_out by iteration")
     matching: tuple[float, ...] = Field(description="L_TM by iteration")
     expert_accuracies: tuple[float, ...] = Field(description="on their own training images")
@@ -93,12 +98,16 @@ def write_folder(
     Raises:
         InputError: as :func:`refuse_existing`, or there is no room.
     """
+    learned: dict[str, Any] = {}
+    if report.learned_step_size is not None:
+        learned = {"learned_step_size": np.float32(report.learned_step_size)}
     with new_folder(out, overwrite, REPORT_FILE, _VERB) as partial:
         np.savez(
             partial / SET_FILE,
             images=images.numpy().astype(np.float32),
             labels=labels.numpy().astype(np.int64),
             step_size=np.float32(report.step_size),
+            **learned,
             momentum=np.float32(momentum),
             mean=standardisation.mean.numpy(),
             std=standardisation.std.numpy(),

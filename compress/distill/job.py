@@ -153,6 +153,7 @@ def distill(
         method=options.method,
         provenance=digest([distiller.fingerprint, found.iteration]),
         step_size=found.rate,
+        learned_step_size=found.learned,
         iteration=found.iteration,
         scores=found.scores,
         losses=tuple(found.losses),
@@ -258,7 +259,7 @@ def _warnings(found: Distilled, near: Neighbours) -> list[str]:
 
 
 def _notes(found: Distilled, terms: ModelTerms | None, judged: int) -> list[str]:
-    notes = [f"sets were judged on {judged} training images that are not among the start's"]
+    notes = [f"sets were judged on {judged} of the images the experts were trained on, none of them among the start's"]
     if not found.scores:
         notes = ["no set was judged: the last one was kept"]
     elif found.iteration == 0:

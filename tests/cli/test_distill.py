@@ -35,6 +35,8 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more)
     assert run.returncode == 0, run.stderr
     assert "Written to small: 6 images, step size" in run.stdout
+    assert "(the learned one)." in run.stdout
+    assert " seconds per 100 iterations" in run.stdout
     assert "Nearest real images: at " in run.stdout
     report = json.loads((folder / "small" / "distill.json").read_text())
     assert len(report["losses"]) == 20
@@ -62,7 +64,9 @@ def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
     assert quiet.stderr == warning
     told = forks.run(folder, *arguments, "--allow-originals", "--overwrite")
     assert warning in told.stderr
+    assert "step size 0.01 (a usual one; networks became no better with the learned one, " in told.stdout
     assert "Written to real: 6 real images, none distilled, step size" in told.stdout
+    assert ", of images the experts were trained on; kept is 0" in told.stdout
 
 
 def test_stopped_and_continued(forks: Forks, folder: Path) -> None:

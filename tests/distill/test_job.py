@@ -61,6 +61,7 @@ def test_folder_that_calib_takes(tmp_path: Path, cache: Path) -> None:
     with np.load(folder / "distilled.npz") as held:
         assert str(held["provenance"]) == report.provenance
         assert float(held["step_size"]) == pytest.approx(report.step_size)
+        assert float(held["learned_step_size"]) == pytest.approx(report.learned_step_size)
         assert held["mean"] == pytest.approx(arrays()["images"].mean(), abs=1e-5)
     with PIL.Image.open(folder / "distilled.png") as sheet:
         assert sheet.size == (2 * 64 + 2, 3 * 64 + 2 * 2)
@@ -95,6 +96,20 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     assert report.iteration == 6
     names = ("distilled.npz", "distilled.png")
     assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
+
+
+def test_the_learned_step_size_is_told_beside_the_one_kept(tmp_path: Path, cache: Path) -> None:
+    # Networks learn nothing at the learned one, and the usual one is kept.
+    settings = {"rate": 1e-5, "rate_rate": 1e-12}
+    report = run(tmp_path / "small", cache, settings=settings)
+    assert report.step_size == 0.01
+    assert report.learned_step_size == pytest.approx(1e-5, rel=1e-3)
+    with pytest.raises(KeyboardInterrupt):  # it outlives a stop
+        run(tmp_path / "again", cache, settings=settings, progress=stop_at(5))
+    again = run(tmp_path / "again", cache, settings=settings)
+    assert (again.step_size, again.learned_step_size) == (report.step_size, report.learned_step_size)
+    unjudged = run(tmp_path / "unjudged", cache, settings={"looks": 0})
+    assert unjudged.step_size == unjudged.learned_step_size
 
 
 def test_nothing_left_to_judge_on(tmp_path: Path, cache: Path) -> None:
@@ -228,8 +243,8 @@ def test_real_images_are_written_only_when_asked_for(tmp_path: Path, cache: Path
     settings = {"rate_images": 1e-30}  # images stay what they are
     with pytest.raises(
         InputError,
-        match=r"nothing is written: no iterate was better than the 6 real images of the start .*; try more --iterations "
-        r"or another --lr-images, or write real images with --allow-originals",
+        match=r"nothing is written: no iterate was better than the 6 real images of the start .*; try more "
+        r"--iterations or another --lr-images, or write real images with --allow-originals",
     ):
         run(tmp_path / "out", cache, settings={"rate_images": 1e30}, allow_originals=False)
     assert not (tmp_path / "out").exists()
@@ -249,9 +264,8 @@ def test_real_images_are_written_only_when_asked_for(tmp_path: Path, cache: Path
     assert (far.nearest_is_start, far.nearer_than_typical) == (0, 0)
     found = Distilled(torch.zeros(2, 1, 8, 8), 0.1, 6, {}, [], [])
     assert _warnings(found, far) == []
-    assert "another --lr-images (each with --overwrite, as .a.work keeps this run's state), or write real" in _originals(
-        found, 2, Path(".a.work")
-    )
+    told = _originals(found, 2, Path(".a.work"))
+    assert "another --lr-images (each with --overwrite, as .a.work keeps this run's state), or write real" in told
 
 
 def test_images_that_blow_up_leave_the_best_so_far(tmp_path: Path, cache: Path) -> None:
@@ -290,10 +304,14 @@ def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: P
         run(tmp_path / "out", cache, settings=settings, overwrite=True, progress=stop_at(5))
     held = state.read_bytes()
     # A typo is refused before anything is thrown away.
-    wrongs: tuple[dict[str, Any], ...] = ({"model": "typo.pt"}, {"network": "nope:make"}, {"settings": {"each": 21}})
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"model": "typo.pt", "settings": settings},
+        {"network": "nope:make", "settings": settings},
+        {"settings": {"each": 21}},
+    )
     for wrong in wrongs:
         with pytest.raises(InputError):
-            run(tmp_path / "out", cache, **{"settings": settings, "overwrite": True, **wrong})
+            run(tmp_path / "out", cache, overwrite=True, **wrong)
     assert state.read_bytes() == held
     seen: list[int] = []
     again = run(
