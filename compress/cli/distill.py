@@ -19,6 +19,7 @@ _EXPERTS, _MATCHING, _MODEL = "Experts", "Matching", "Suiting a model"
 
 
 def distill(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="Labelled images: .npz with images and labels, or as --calib elsewhere")],
     classes: Annotated[int, typer.Option(help="Classes; labels are 0 to one less")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write")],
@@ -121,6 +122,8 @@ def distill(
     from compress.distill.job import DistillOptions
     from compress.distill.job import distill as distill_data
 
+    if method == "mtt":
+        _refuse_ast_parts(context)
     settings = DistillSettings(
         each=ipc, iterations=iterations, steps=steps, ahead=ahead, last=start_epochs, batch=batch, rate=step_size,
         rate_images=lr_images, rate_rate=lr_step, representative=representative, beta=intermediate, balance=balance,
@@ -144,6 +147,19 @@ def distill(
         print(report.model_dump_json(indent=2))
     elif not quiet:
         _print(report, out)
+
+
+def _refuse_ast_parts(context: typer.Context) -> None:
+    """Refuse options of AST's parts that were given, whatever their value, unless it turns the part off."""
+    from compress.errors import InputError
+
+    for name, off in (
+        ("intermediate", "none"), ("perturbation", 0), ("penalty", 0), ("balance", False), ("representative", False),
+    ):  # fmt: skip
+        value, source = context.params[name], context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and value != off:
+            told = "" if isinstance(value, bool) else f" {value}"
+            raise InputError(f"--{name}{told}: a part of AST, which --method mtt goes without; leave one out")
 
 
 def _print(report: DistillReport, out: Path) -> None:

@@ -94,6 +94,9 @@ def distill(
             better than the real images of the start (unless ``allow_originals``).
     """
     refuse_existing(out, overwrite=options.overwrite)
+    given = options.expert_folder
+    if given is not None and given.exists() and not given.is_dir():
+        raise InputError(f"--expert-folder {given}: it is a file, and a folder is wanted; give another name")
     settings, recipe = _chosen(options)
     recipe.check()
     settings.check(recipe.epochs)
@@ -209,6 +212,8 @@ def _chosen(options: DistillOptions) -> tuple[DistillSettings, ExpertSettings]:
         ):
             if value not in (default, off):
                 raise InputError(f"{option} {value}: a part of AST, which --method mtt goes without; leave one out")
+        if settings.balance:
+            raise InputError("--balance: a part of AST, which --method mtt goes without; leave one out")
         settings, experts = settings.mtt(), experts.mtt()
     given = asdict(experts) | {"augmentations": settings.augmentations, "seed": settings.seed}
     return settings, ExpertSettings(**given)
@@ -222,13 +227,17 @@ def _labelled_images(samples: Samples, classes: int, each: int) -> tuple[Tensor,
     if classes < 2:
         raise InputError(f"--classes {classes}: at least 2")
     require_enough(labels, classes, each, samples.source)
+    if bool((x == x[:1]).all()):
+        raise InputError(
+            f"{samples.source}: all {len(x)} images are the same, and nothing can be learned from them; check the file"
+        )
     return x, labels
 
 
 def _factory(options: DistillOptions, x: Tensor, classes: int) -> Callable[[], nn.Module]:
     network = options.network
     if isinstance(network, str):
-        return lambda: build_module(network)
+        return lambda: build_module(network, "--network")
     if network is not None:
         return network
     channels, height, width = x.shape[1:]

@@ -101,6 +101,10 @@ def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
         (("--augment", "blur"), "--augment blur: known are color, crop"),
         (("--depth", 4), "--depth 4: 8 x 8 pixels are 1 x 1 after 3 blocks"),
         (("--network", "nets:make"), "keeps running statistics"),
+        (("--method", "mtt", "--balance"), "--balance: a part of AST, which --method mtt goes without; leave one out"),
+        (("--method", "mtt", "--intermediate", "aggregate"), "--intermediate aggregate: a part of AST"),
+        (("--method", "mtt", "--perturbation", 1.0), "--perturbation 1.0: a part of AST"),
+        (("--method", "mtt", "--representative"), "--representative: a part of AST"),
     ],
 )
 def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], message: str) -> None:
@@ -108,6 +112,13 @@ def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], messag
     assert run.returncode == 2
     assert message in run.stderr
     assert not (folder / "refused").exists()
+
+
+def test_mtt_takes_asts_options_that_turn_parts_off(forks: Forks, folder: Path) -> None:
+    off = ("--intermediate", "none", "--perturbation", 0, "--penalty", 0, "--no-balance", "--random")
+    more = ("--method", "mtt", "--iterations", 1, "--looks", 0, "-o", "mtt")
+    run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, "--expert-lr", 0.005, *off, *more)
+    assert run.returncode == 0, run.stderr
 
 
 def test_trajectories_of_another_network(forks: Forks, folder: Path) -> None:

@@ -129,11 +129,12 @@ def test_mtt_is_ast_without_its_parts(tmp_path: Path, cache: Path) -> None:
 
 
 def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
+    changes: tuple[dict[str, Any], ...] = (
+        {}, {"beta": "none"}, {"balance": True}, {"perturbation": 0.0}, {"representative": False}
+    )  # fmt: skip
     losses = [
         run(tmp_path / f"{number}", cache, settings={"iterations": 1, "looks": 0, **change}).losses[0]
-        for number, change in enumerate(
-            ({}, {"beta": "none"}, {"balance": True}, {"perturbation": 0.0}, {"representative": False})
-        )
+        for number, change in enumerate(changes)
     ]
     assert len(set(losses)) == 5
 
@@ -230,6 +231,10 @@ def test_neighbours_name_copies() -> None:
         ({"settings": {"seed": -1}}, "--seed -1: 0 to 4294967295"),
         ({"settings": {"perturbation": float("nan")}}, "--perturbation nan: a number, 0 or above"),
         ({"settings": {"model_weight": -1.0}}, "--model-weight -1: a number, 0 or above"),
+        ({"data": arrays() | {"images": np.full((60, 1, 8, 8), 3.0, np.float32)}}, "all 60 images are the same"),
+        ({"network": "nope:make"}, "--network nope:make: there is no Python module 'nope'"),
+        ({"expert_folder": Path(__file__)}, r"--expert-folder .*test_job\.py: it is a file, and a folder is wanted"),
+        ({"method": "mtt", "settings": {"balance": True}}, "--balance: a part of AST"),
         ({"method": "mt"}, "--method mt: known are ast, mtt"),
         ({"method": "mtt", "settings": {"beta": "adaptive"}}, "--intermediate adaptive: a part of AST"),
     ],
