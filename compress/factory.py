@@ -108,27 +108,27 @@ def _attribute(found: object, dotted: str, option: str, spec: str) -> object:
     return found
 
 
-def build_module(spec: str) -> torch.nn.Module:
+def build_module(spec: str, option: str = "--model") -> torch.nn.Module:
     """The nn.Module that the factory `package.module:factory` returns when called without arguments.
 
     Raises:
-        InputError: the factory cannot be found, raises, or returns something else.
+        InputError: naming `option`, when the factory cannot be found, raises, or returns something else.
     """
-    factory = import_object(spec, "--model")
+    factory = import_object(spec, option)
     if isinstance(factory, torch.nn.Module):
         return factory
     if not callable(factory):
-        raise InputError(f"--model {spec} is a {type(factory).__name__}, not a function that returns the model.")
+        raise InputError(f"{option} {spec} is a {type(factory).__name__}, not a function that returns the model.")
     with user_code():
         try:
             module = factory()
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"--model {spec} raised {one_line(error)}; it is called without arguments, so wrap it in a function "
+                f"{option} {spec} raised {one_line(error)}; it is called without arguments, so wrap it in a function "
                 "that needs none."
             ) from error
     if not isinstance(module, torch.nn.Module):
-        raise InputError(f"--model {spec} returned a {type(module).__name__}, not a torch.nn.Module.")
+        raise InputError(f"{option} {spec} returned a {type(module).__name__}, not a torch.nn.Module.")
     return module
 
 

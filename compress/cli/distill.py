@@ -19,6 +19,7 @@ _EXPERTS, _MATCHING, _MODEL = "Experts", "Matching", "Suiting a model"
 
 
 def distill(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="Labelled images: .npz with images and labels, or as --calib elsewhere")],
     classes: Annotated[int, typer.Option(help="Classes; labels are 0 to one less")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write")],
@@ -102,14 +103,18 @@ def distill(
     std: Std = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
+    allow_originals: Annotated[
+        bool, typer.Option("--allow-originals", help="Write real images where no distilled ones were better")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table; warnings stay")] = False,
 ) -> None:
     """Distil labelled images into a handful that --calib takes (AST, trajectory matching).
 
     Example: [bold]compress distill train.npz --classes 10 --ipc 10 -o small[/]
 
-    Stopped with Ctrl-C, it keeps its state and a preview in the hidden folder .OUT.work; the same command goes on.
+    Stopped with Ctrl-C, it keeps its state and a preview in the hidden folder .OUT.work; the same command goes on, and
+    with --overwrite another one begins anew.
     """
     from compress.distill.augment import parse_augmentations
     from compress.distill.distiller import DistillSettings
@@ -117,6 +122,8 @@ def distill(
     from compress.distill.job import DistillOptions
     from compress.distill.job import distill as distill_data
 
+    if method == "mtt":
+        _refuse_ast_parts(context)
     settings = DistillSettings(
         each=ipc, iterations=iterations, steps=steps, ahead=ahead, last=start_epochs, batch=batch, rate=step_size,
         rate_images=lr_images, rate_rate=lr_step, representative=representative, beta=intermediate, balance=balance,
@@ -130,13 +137,29 @@ def distill(
         settings=settings, experts=recipe, method=method, network=network, width=width, depth=depth,
         expert_folder=expert_folder, zca=zca, model=model, factory=factory, allow=tuple(allow or ()),
         mean=numbers(mean, "--mean"), std=numbers(std, "--std"), overwrite=overwrite,
+        allow_originals=allow_originals,
     )  # fmt: skip
     with ProgressBar(enabled=not quiet) as bar:
         report = distill_data(data, out, classes=classes, options=options, progress=bar.update)
+    for sentence in report.warnings:
+        _warn(sentence)
     if json:
         print(report.model_dump_json(indent=2))
     elif not quiet:
         _print(report, out)
+
+
+def _refuse_ast_parts(context: typer.Context) -> None:
+    """Refuse options of AST's parts that were given, whatever their value, unless it turns the part off."""
+    from compress.errors import InputError
+
+    for name, off in (
+        ("intermediate", "none"), ("perturbation", 0), ("penalty", 0), ("balance", False), ("representative", False),
+    ):  # fmt: skip
+        value, source = context.params[name], context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and value != off:
+            told = "" if isinstance(value, bool) else f" {value}"
+            raise InputError(f"--{name}{told}: a part of AST, which --method mtt goes without; leave one out")
 
 
 def _print(report: DistillReport, out: Path) -> None:
@@ -149,15 +172,35 @@ def _print(report: DistillReport, out: Path) -> None:
         console.print(f"- {note}")
     scores = ", ".join(f"{100 * score:.1f} % at {number}" for number, score in sorted(report.scores.items()))
     console.print(
-        f"Experts: {', '.join(f'{100 * each:.1f} %' for each in report.expert_accuracies)} of their own images"
+        f"Experts: {', '.join(f'{100 * each:.1f} %' for each in report.expert_accuracies)} of the images they "
+        "were trained on"
     )
     if scores:
-        console.print(f"Networks trained on the set, by iteration: {scores}; kept is {report.iteration}")
+        console.print(
+            f"Networks trained on the set, by iteration: {scores}, of images the experts were trained on; kept is "
+            f"{report.iteration}"
+        )
     near = report.neighbours
     console.print(
         f"Nearest real images: at {min(near.distances):.3f} or more, median {median(near.distances):.3f}; real ones "
         f"among each other {near.typical:.3f}. Of {len(near.distances)}, {near.nearest_is_start} are nearest to what "
         f"they began as, {near.nearer_than_typical} nearer to a real image than real ones are to each other."
     )
-    console.print(f"Written to {out}: {report.classes * report.each} images, step size {report.step_size:.4g}.")
+    images = "images" if report.iteration else "real images, none distilled"
+    learned = report.learned_step_size
+    which = " (the learned one)"
+    if learned != report.step_size:
+        than = f"; networks became no better with the learned one, {learned:.4g}" if learned else ""
+        which = f" (a usual one{than})"
+    if report.seconds_per_100 is not None:
+        console.print(f"Time: {report.seconds_per_100:.3g} seconds per 100 iterations, judging left out")
+    console.print(
+        f"Written to {out}: {report.classes * report.each} {images}, step size {report.step_size:.4g}{which}."
+    )
     console.print(f"Calibrate with it: compress quantize MODEL --calib {out}/distilled.npz")
+
+
+def _warn(sentence: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"WARNING: {sentence}")

@@ -8,6 +8,7 @@ The set that is kept is the best of a few looks at it along the way, the real im
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -26,8 +27,9 @@ from compress.distill.student import GRADIENTS, Student
 from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
 
-__all__ = ["DistillSettings", "Distilled", "Distiller"]
+__all__ = ["PREVIEW_FILE", "DistillSettings", "Distilled", "Distiller"]
 
+PREVIEW_FILE = "preview.png"
 _LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
 _PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
 _TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -125,9 +127,10 @@ class Distilled:
         images: [n, C, H, W], in the standardised form.
         rate: step size to train on them with: the learned one, or a usual one where networks became better with it.
         iteration: which iterate it is; 0 for the real images of the start.
-        scores: accuracy by iteration judged.
+        scores: accuracy by iteration judged, on images the experts were trained on.
         losses: L_out of every iteration. matching: L_TM of every iteration.
         stopped: why the loop ended early, or None.
+        learned: the step size as learned; None: from a state that an older version wrote.
     """
 
     images: Tensor
@@ -137,6 +140,7 @@ class Distilled:
     losses: list[float]
     matching: list[float]
     stopped: str | None = None
+    learned: float | None = None
 
 
 @dataclass(eq=False)
@@ -155,6 +159,7 @@ class _State:
     scores: dict[int, float] = field(default_factory=dict)
     best: Tensor | None = None
     best_rate: float = 0.0
+    best_learned: float | None = None
     best_iteration: int = 0
 
 
@@ -167,6 +172,7 @@ class Distiller:
         terms: of a model that the set is to suit.
         state: file to go on from, and to write.
         every: iterations between two writes, and two calls of ``show``.
+        discard: begin anew where ``state`` is another run's, in the place of refusing it.
         show: called with the images as they are.
     """
 
@@ -181,12 +187,13 @@ class Distiller:
         terms: ModelTerms | None = None,
         state: Path | None = None,
         every: int = 25,
+        discard: bool = False,
         show: Callable[[Tensor], None] = lambda images: None,
     ) -> None:
         settings.check(experts.settings.epochs)
         self.experts, self.labels, self.settings = experts, labels, settings
         self._start, self._judge, self._terms = start, judge, terms
-        self._file, self._every, self._show = state, every, show
+        self._file, self._every, self._show, self._discard = state, every, show, discard
         self._student = Student(experts.network, settings.momentum, augmentations=settings.augmentations)
         judged = (judge.nets, judge.steps) if judge else None
         self.fingerprint = digest(
@@ -225,9 +232,11 @@ class Distiller:
                 break
             progress(f"distilling, loss {state.losses[-1]:.3f}", state.iteration, settings.iterations)
         images, rate, iteration = state.images, state.rate, state.iteration
+        learned: float | None = rate
         if state.best is not None:
             images, rate, iteration = state.best, state.best_rate, state.best_iteration
-        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped)
+            learned = state.best_learned
+        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
 
     def episode(self, iteration: int) -> Episode:
         """What iteration ``iteration`` matches; the same at every call."""
@@ -319,13 +328,37 @@ class Distiller:
         score, rate = max((self._judge.accuracy(state.images, self.labels, each), each) for each in (state.rate, usual))
         if state.best is None or score >= max(state.scores.values()):
             state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
+            state.best_learned = state.rate
         state.scores[state.iteration] = score
 
+    @property
+    def kept(self) -> bool:
+        """Whether a state is on disk."""
+        return self._file is not None and self._file.exists()
+
+    def forget(self) -> None:
+        """Delete the state and the preview beside it, and their folder if nothing else is in it."""
+        if self._file is None:
+            return
+        for name in (self._file.name, PREVIEW_FILE):
+            (self._file.parent / name).unlink(missing_ok=True)
+            # What a process that was killed while it wrote has left.
+            for left in self._file.parent.glob(f".{name}.*.tmp"):
+                left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or it holds what is not ours
+            self._file.parent.rmdir()
+
+    def _begun(self) -> _State:
+        return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+
     def _continued(self) -> _State:
-        if self._file is None or not self._file.exists():
-            return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+        if self._file is None or not self.kept:
+            return self._begun()
         tensors, strings = read_tensors(self._file)
         if strings.get("run") != self.fingerprint:
+            if self._discard:
+                self.forget()
+                return self._begun()
             raise InputError(
                 f"{self._file.parent} holds the state of another run (network, data or options); finish that one, "
                 "choose another --out, or throw it away with --overwrite"

@@ -136,7 +136,10 @@ class Experts:
                 )  # fmt: skip
             if claimed is not None:
                 self._require_same(path, trajectory, claimed)
-            accuracy = require_learned(self.network, trajectory, self._x, self._labels, self._classes, number)
+            accuracy = require_learned(
+                self.network, trajectory, self._x, self._labels, self._classes, number,
+                batch=self.settings.batch,
+            )  # fmt: skip
             if claimed is None:
                 write_tensors(path, {"trajectory": trajectory}, {**self.identity, "accuracy": repr(accuracy)})
                 path.with_suffix(".partial").unlink(missing_ok=True)
@@ -229,9 +232,9 @@ def train_expert(
 
 
 def require_learned(
-    network: FlatNetwork, trajectory: Tensor, x: Tensor, labels: Tensor, classes: int, number: int = 0
+    network: FlatNetwork, trajectory: Tensor, x: Tensor, labels: Tensor, classes: int, number: int = 0, *, batch: int
 ) -> float:
-    """The last epoch's accuracy on ``x``.
+    """The last epoch's accuracy on ``x``; ``batch`` images a step made the trajectory.
 
     Raises:
         InputError: it is less than a fifth of the way to 1, from what guessing the largest class or the expert's own
@@ -239,13 +242,14 @@ def require_learned(
     """
     before, accuracy = (accuracy_of(network, trajectory[place], x, labels) for place in (0, -1))
     chance = max(float(torch.bincount(labels, minlength=classes).max()) / len(labels), before)
-    needed = chance + _LEARNED * (1 - chance)
+    epochs, needed = len(trajectory) - 1, chance + _LEARNED * (1 - chance)
     if accuracy < needed:
+        steps = -(-len(x) // batch)
         raise InputError(
             f"expert {number + 1} did not learn: {100 * accuracy:.1f} % of its own training images are right after "
-            f"{len(trajectory) - 1} epochs, guessing or its random start gives {100 * chance:.1f} %, and "
-            f"{100 * needed:.1f} % are needed for a trajectory worth matching; check the labels, or change --expert-lr "
-            "or --expert-epochs"
+            f"{epochs} epochs of {steps} steps ({epochs * steps} in all), guessing or its random start gives "
+            f"{100 * chance:.1f} %, and {100 * needed:.1f} % are needed for a trajectory worth matching; check the "
+            "labels, or change --expert-lr, --expert-epochs or --expert-batch (fewer images a step make more steps)"
         )
     return accuracy
 

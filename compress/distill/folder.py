@@ -1,14 +1,16 @@
 """What distillation writes: a folder with the set, a sheet to look at, and a report.
 
 ``distilled.npz`` is plain NumPy: ``images`` [n, C, H, W] float32 as the model takes them (so that ``--calib`` takes the
-file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``), ``mean`` and
-``std`` [C] (the network of distillation saw (images - mean) / std), ``provenance``, a hash of data, network, experts
-and settings. With ZCA ``whitening.safetensors`` holds what came after that.
+file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``: the learned one or a
+usual one, whichever networks became better with), ``learned_step_size``, ``mean`` and ``std`` [C] (the network of
+distillation saw (images - mean) / std), ``provenance``, a hash of data, network, experts and settings. With ZCA
+``whitening.safetensors`` holds what came after that.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -19,10 +21,11 @@ from compress.distill.neighbours import Neighbours
 from compress.distill.sheet import write_sheet
 from compress.distill.standardisation import Standardisation
 from compress.distill.tensorfile import write_tensors
+from compress.errors import InputError
 from compress.machine import Environment
 from compress.records import Record
 
-__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "write_folder"]
+__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "work_folder", "write_folder"]
 
 SET_FILE, REPORT_FILE = "distilled.npz", "distill.json"
 _VERB = "compress distill"
@@ -36,9 +39,12 @@ class DistillReport(Record):
     each: int = Field(description="images a class")
     method: str = Field(description="ast or mtt")
     provenance: str
-    step_size: float
+    step_size: float = Field(description="to train on the set with: the learned one or a usual one, the better of both")
+    learned_step_size: float | None = Field(None, description="as learned; None: an older version's")
     iteration: int = Field(description="the iterate that was kept; 0: the real images of the start")
-    scores: dict[int, float] = Field(description="accuracy on real training images of networks trained on the set")
+    scores: dict[int, float] = Field(
+        description="accuracy of networks trained on the set, on images the experts were trained on"
+    )
     losses: tuple[float, ...] = Field(description="L_out by iteration")
     matching: tuple[float, ...] = Field(description="L_TM by iteration")
     expert_accuracies: tuple[float, ...] = Field(description="on their own training images")
@@ -46,6 +52,7 @@ class DistillReport(Record):
     neighbours: Neighbours
     settings: dict[str, object]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = Field((), description="what makes the set as sensitive as the originals")
     environment: Environment
 
 
@@ -53,9 +60,25 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Refuse what is there, before any work is done.
 
     Raises:
-        InputError: ``out`` exists, or is to be replaced and is not a folder that distillation wrote.
+        InputError: ``out`` exists, or is to be replaced and is not a folder that distillation wrote, or is the current
+            folder or one around it.
     """
     check_folder(out, overwrite, REPORT_FILE, _VERB)
+    # It would be taken away from under whoever stands in it.
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise InputError(f"--out {out} is the current folder or one around it; give a new folder's name")
+
+
+def work_folder(out: Path) -> Path:
+    """Beside ``out``: where the state of a run is kept until the run is done.
+
+    Raises:
+        InputError: there is a file of this name.
+    """
+    work = out.with_name(f".{out.name}.work") if out.name not in ("", "..") else work_folder(out.resolve())
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work} is a file, and a folder of this name keeps the state; move it, or give another --out")
+    return work
 
 
 def write_folder(
@@ -75,12 +98,16 @@ def write_folder(
     Raises:
         InputError: as :func:`refuse_existing`, or there is no room.
     """
+    learned: dict[str, Any] = {}
+    if report.learned_step_size is not None:
+        learned = {"learned_step_size": np.float32(report.learned_step_size)}
     with new_folder(out, overwrite, REPORT_FILE, _VERB) as partial:
         np.savez(
             partial / SET_FILE,
             images=images.numpy().astype(np.float32),
             labels=labels.numpy().astype(np.int64),
             step_size=np.float32(report.step_size),
+            **learned,
             momentum=np.float32(momentum),
             mean=standardisation.mean.numpy(),
             std=standardisation.std.numpy(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,12 +13,12 @@ from torch import Generator, Tensor, nn
 from compress.cache import cache_folder, digest
 from compress.calib.samples import Samples, load_samples
 from compress.distill.convnet import convnet
-from compress.distill.distiller import Distilled, Distiller, DistillSettings
+from compress.distill.distiller import PREVIEW_FILE, Distilled, Distiller, DistillSettings
 from compress.distill.experts import Experts, ExpertSettings
-from compress.distill.folder import DistillReport, refuse_existing, write_folder
+from compress.distill.folder import DistillReport, refuse_existing, work_folder, write_folder
 from compress.distill.judge import Judge
 from compress.distill.model_terms import ModelTerms
-from compress.distill.neighbours import find_neighbours
+from compress.distill.neighbours import Neighbours, find_neighbours
 from compress.distill.network import FlatNetwork
 from compress.distill.representatives import random_images, representatives, require_enough
 from compress.distill.sheet import write_sheet
@@ -51,6 +50,8 @@ class DistillOptions:
         model: a model that the set is to suit, with ``factory`` and ``allow`` as everywhere.
         mean, std: of images given as bytes, as everywhere.
         nets, judge_steps: networks that are trained, so many steps each, when the set is judged.
+        overwrite: replace what is there, and throw the state of another run away; that of the same run goes on.
+        allow_originals: write the real images of the start where no iterate was better, in the place of refusing.
     """
 
     settings: DistillSettings = field(default_factory=DistillSettings)
@@ -70,6 +71,7 @@ class DistillOptions:
     judge_steps: int = 200
     every: int = 25
     overwrite: bool = False
+    allow_originals: bool = False
 
 
 def distill(
@@ -88,18 +90,19 @@ def distill(
         data: what ``--calib`` takes, with labels 0 to ``classes`` - 1; images [N, C, H, W].
 
     Raises:
-        InputError: the data, the network or an option cannot be used, or an expert does not learn.
+        InputError: the data, the network or an option cannot be used, an expert does not learn, or no iterate was
+            better than the real images of the start (unless ``allow_originals``).
     """
     refuse_existing(out, overwrite=options.overwrite)
+    given = options.expert_folder
+    if given is not None and given.exists() and not given.is_dir():
+        raise InputError(f"--expert-folder {given}: it is a file, and a folder is wanted; give another name")
     settings, recipe = _chosen(options)
     recipe.check()
     settings.check(recipe.epochs)
     samples = load_samples(data, mean=options.mean, std=options.std, labelled=True)
     x, labels = _labelled_images(samples, classes, settings.each)
-    work = out.with_name(f".{out.name}.work")
-    if options.overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-
+    work = work_folder(out)
     if options.zca and x[0].numel() > _WHITENED:
         raise InputError(
             f"--zca: images of {x[0].numel():,} values need a matrix of that many squared; {_WHITENED:,} at most"
@@ -137,34 +140,39 @@ def distill(
     clock = _Clock(progress)
     distiller = Distiller(
         experts, z[start], labels[start], settings, judge=judge, terms=terms, state=work / "state.safetensors",
-        every=options.every,
+        every=options.every, discard=options.overwrite,
         show=lambda images: write_sheet(
-            work / "preview.png", standardisation.invert(images), settings.each, low, high
+            work / PREVIEW_FILE, standardisation.invert(images), settings.each, low, high
         ),
     )  # fmt: skip
     found = distiller.run(clock.update)
+    if found.scores and found.iteration == 0 and not options.allow_originals:
+        raise InputError(_originals(found, len(start), work if distiller.kept else None))
     images = standardisation.invert(found.images)
+    neighbours = find_neighbours(images, start, x, settings.seed)
     report = DistillReport(
         classes=classes,
         each=settings.each,
         method=options.method,
         provenance=digest([distiller.fingerprint, found.iteration]),
         step_size=found.rate,
+        learned_step_size=found.learned,
         iteration=found.iteration,
         scores=found.scores,
         losses=tuple(found.losses),
         matching=tuple(found.matching),
         expert_accuracies=tuple(accuracies),
         seconds_per_100=clock.seconds_per_100,
-        neighbours=find_neighbours(images, start, x, settings.seed),
+        neighbours=neighbours,
         settings={"distillation": asdict(settings), "experts": asdict(recipe)},
         notes=(*samples.notes, *_notes(found, terms, len(some))),
+        warnings=tuple(_warnings(found, neighbours)),
         environment=describe_environment(),
     )
     write_folder(
         out, images, labels[start], settings.momentum, standardisation, report, low, high, overwrite=options.overwrite
     )
-    shutil.rmtree(work, ignore_errors=True)
+    distiller.forget()
     return report
 
 
@@ -204,6 +212,8 @@ def _chosen(options: DistillOptions) -> tuple[DistillSettings, ExpertSettings]:
         ):
             if value not in (default, off):
                 raise InputError(f"{option} {value}: a part of AST, which --method mtt goes without; leave one out")
+        if settings.balance:
+            raise InputError("--balance: a part of AST, which --method mtt goes without; leave one out")
         settings, experts = settings.mtt(), experts.mtt()
     given = asdict(experts) | {"augmentations": settings.augmentations, "seed": settings.seed}
     return settings, ExpertSettings(**given)
@@ -217,21 +227,48 @@ def _labelled_images(samples: Samples, classes: int, each: int) -> tuple[Tensor,
     if classes < 2:
         raise InputError(f"--classes {classes}: at least 2")
     require_enough(labels, classes, each, samples.source)
+    if bool((x == x[:1]).all()):
+        raise InputError(
+            f"{samples.source}: all {len(x)} images are the same, and nothing can be learned from them; check the file"
+        )
     return x, labels
 
 
 def _factory(options: DistillOptions, x: Tensor, classes: int) -> Callable[[], nn.Module]:
     network = options.network
     if isinstance(network, str):
-        return lambda: build_module(network)
+        return lambda: build_module(network, "--network")
     if network is not None:
         return network
     channels, height, width = x.shape[1:]
     return lambda: convnet(channels, classes, (height, width), width=options.width, depth=options.depth)
 
 
+def _originals(found: Distilled, count: int, work: Path | None) -> str:
+    ended = f" (stopped early: {found.stopped})" if found.stopped else ""
+    anew = f" (each with --overwrite, as {work} keeps this run's state)" if work else ""
+    return (
+        f"nothing is written: no iterate was better than the {count} real images of the start{ended}; try more "
+        f"--iterations or another --lr-images{anew}, or write real images with --allow-originals"
+    )
+
+
+def _warnings(found: Distilled, near: Neighbours) -> list[str]:
+    """What makes the file as sensitive as the data, where that can be seen."""
+    count = len(near.distances)
+    if found.iteration == 0:
+        return [f"the {count} images written are real ones: no iterate was better; treat this file like the originals"]
+    if near.nearest_is_start or near.nearer_than_typical:
+        return [
+            f"{near.nearest_is_start} of the {count} images written are nearest to the real ones they began as, and "
+            f"{near.nearer_than_typical} are as near to a real one as real ones are to each other: they can be matched "
+            "to their originals; treat this file like the originals"
+        ]
+    return []
+
+
 def _notes(found: Distilled, terms: ModelTerms | None, judged: int) -> list[str]:
-    notes = [f"sets were judged on {judged} training images that are not among the start's"]
+    notes = [f"sets were judged on {judged} of the images the experts were trained on, none of them among the start's"]
     if not found.scores:
         notes = ["no set was judged: the last one was kept"]
     elif found.iteration == 0:

@@ -1,4 +1,8 @@
-"""What a small set is worth: accuracy, on real images, of fresh networks trained on it alone."""
+"""What a small set is worth: accuracy, on real images, of fresh networks trained on it alone.
+
+In `compress distill` these are images the experts were trained on: scores say which iterate is best, and may be higher
+than on images that nothing has seen.
+"""
 
 from __future__ import annotations
 

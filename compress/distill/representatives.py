@@ -26,14 +26,20 @@ def require_enough(labels: Tensor, classes: int, each: int, source: str) -> None
         raise InputError(f"{source}: labels are numbers with a point; distillation needs classes, whole numbers from 0")
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= classes:
+        remedy = "check --classes and the labels"
+        if (least, most) == (1, classes):
+            remedy = "they seem to count from 1: subtract 1 from them in the file"
         raise InputError(
-            f"{source}: labels go from {least} to {most}; with --classes {classes} they are 0 to {classes - 1}"
+            f"{source}: labels go from {least} to {most}; with --classes {classes} they are 0 to {classes - 1}; "
+            f"{remedy}"
         )
     counts = torch.bincount(labels, minlength=classes).tolist()
     few = [f"class {number} has {count}" for number, count in enumerate(counts) if count < each]
     if few:
         more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        raise InputError(f"{source}: --ipc {each} images a class are asked for, and {', '.join(few[:5])}{more}")
+        least, told = min(counts), ", ".join(few[:5]) + more
+        remedy = f"give --ipc {least} or less" if least else "every class needs images: check --classes and the labels"
+        raise InputError(f"{source}: --ipc {each} images a class are asked for, and {told}; {remedy}")
 
 
 def representatives(logits: Tensor, labels: Tensor, classes: int, each: int, seed: int = 0) -> Tensor:

@@ -35,6 +35,8 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more)
     assert run.returncode == 0, run.stderr
     assert "Written to small: 6 images, step size" in run.stdout
+    assert "(the learned one)." in run.stdout
+    assert " seconds per 100 iterations" in run.stdout
     assert "Nearest real images: at " in run.stdout
     report = json.loads((folder / "small" / "distill.json").read_text())
     assert len(report["losses"]) == 20
@@ -48,6 +50,23 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     assert "small exists already" in again.stderr
     told = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more, "--overwrite", "--json")
     assert json.loads(told.stdout)["provenance"] == report["provenance"]
+
+
+def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
+    arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 2, "--lr-images", 1e30, "-o", "real")
+    refused = forks.run(folder, *arguments)
+    assert refused.returncode == 2
+    assert "no iterate was better than the 6 real images of the start" in refused.stderr
+    assert not (folder / "real").exists()
+    quiet = forks.run(folder, *arguments, "--allow-originals", "-q")
+    assert (quiet.returncode, quiet.stdout) == (0, "")
+    warning = "WARNING: the 6 images written are real ones: no iterate was better; treat this file like the originals\n"
+    assert quiet.stderr == warning
+    told = forks.run(folder, *arguments, "--allow-originals", "--overwrite")
+    assert warning in told.stderr
+    assert "step size 0.01 (a usual one; networks became no better with the learned one, " in told.stdout
+    assert "Written to real: 6 real images, none distilled, step size" in told.stdout
+    assert ", of images the experts were trained on; kept is 0" in told.stdout
 
 
 def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
@@ -82,6 +101,10 @@ def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
         (("--augment", "blur"), "--augment blur: known are color, crop"),
         (("--depth", 4), "--depth 4: 8 x 8 pixels are 1 x 1 after 3 blocks"),
         (("--network", "nets:make"), "keeps running statistics"),
+        (("--method", "mtt", "--balance"), "--balance: a part of AST, which --method mtt goes without; leave one out"),
+        (("--method", "mtt", "--intermediate", "aggregate"), "--intermediate aggregate: a part of AST"),
+        (("--method", "mtt", "--perturbation", 1.0), "--perturbation 1.0: a part of AST"),
+        (("--method", "mtt", "--representative"), "--representative: a part of AST"),
     ],
 )
 def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], message: str) -> None:
@@ -89,6 +112,13 @@ def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], messag
     assert run.returncode == 2
     assert message in run.stderr
     assert not (folder / "refused").exists()
+
+
+def test_mtt_takes_asts_options_that_turn_parts_off(forks: Forks, folder: Path) -> None:
+    off = ("--intermediate", "none", "--perturbation", 0, "--penalty", 0, "--no-balance", "--random")
+    more = ("--method", "mtt", "--iterations", 1, "--looks", 0, "-o", "mtt")
+    run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, "--expert-lr", 0.005, *off, *more)
+    assert run.returncode == 0, run.stderr
 
 
 def test_trajectories_of_another_network(forks: Forks, folder: Path) -> None:

@@ -113,7 +113,9 @@ def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
 
 def test_an_expert_that_does_not_learn_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"expert 1 did not learn: .* guessing or its random start gives .* % are needed"
+        InputError,
+        match=r"expert 1 did not learn: .* after 1 epochs of 4 steps \(4 in all\), guessing or its random start gives "
+        r".* % are needed .* --expert-batch",
     ):
         experts(tmp_path, replace(SETTINGS, rate=1e-9, epochs=1)).train()
     assert not (tmp_path / "expert-000.safetensors").exists()

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from compress.calib.samples import load_samples
-from compress.distill.distiller import DistillSettings
+from compress.distill.distiller import Distilled, DistillSettings
 from compress.distill.experts import ExpertSettings
 from compress.distill.folder import DistillReport
-from compress.distill.job import DistillOptions, distill
+from compress.distill.job import DistillOptions, _originals, _warnings, distill
 from compress.distill.model_terms import ModelTerms
 from compress.distill.neighbours import find_neighbours
 from compress.distill.standardisation import Standardisation
@@ -43,6 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(out: Path, cache: Path, data: Any = None, progress: Any = None, **given: Any) -> DistillReport:
     options = DistillOptions(
         settings=replace(SETTINGS, **given.pop("settings", {})), experts=EXPERTS, width=4, depth=2,
+        allow_originals=given.pop("allow_originals", True),
         expert_folder=given.pop("expert_folder", cache / "ast"), nets=1, judge_steps=10, every=2, **given,
     )  # fmt: skip
     return distill(data or arrays(), out, classes=3, options=options, progress=progress or (lambda *_: None))
@@ -60,6 +61,7 @@ def test_folder_that_calib_takes(tmp_path: Path, cache: Path) -> None:
     with np.load(folder / "distilled.npz") as held:
         assert str(held["provenance"]) == report.provenance
         assert float(held["step_size"]) == pytest.approx(report.step_size)
+        assert float(held["learned_step_size"]) == pytest.approx(report.learned_step_size)
         assert held["mean"] == pytest.approx(arrays()["images"].mean(), abs=1e-5)
     with PIL.Image.open(folder / "distilled.png") as sheet:
         assert sheet.size == (2 * 64 + 2, 3 * 64 + 2 * 2)
@@ -96,6 +98,20 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
 
 
+def test_the_learned_step_size_is_told_beside_the_one_kept(tmp_path: Path, cache: Path) -> None:
+    # Networks learn nothing at the learned one, and the usual one is kept.
+    settings = {"rate": 1e-5, "rate_rate": 1e-12}
+    report = run(tmp_path / "small", cache, settings=settings)
+    assert report.step_size == 0.01
+    assert report.learned_step_size == pytest.approx(1e-5, rel=1e-3)
+    with pytest.raises(KeyboardInterrupt):  # it outlives a stop
+        run(tmp_path / "again", cache, settings=settings, progress=stop_at(5))
+    again = run(tmp_path / "again", cache, settings=settings)
+    assert (again.step_size, again.learned_step_size) == (report.step_size, report.learned_step_size)
+    unjudged = run(tmp_path / "unjudged", cache, settings={"looks": 0})
+    assert unjudged.step_size == unjudged.learned_step_size
+
+
 def test_nothing_left_to_judge_on(tmp_path: Path, cache: Path) -> None:
     report = run(tmp_path / "all", cache, settings={"each": 20, "iterations": 1})
     assert (report.iteration, report.scores) == (1, {})
@@ -113,11 +129,12 @@ def test_mtt_is_ast_without_its_parts(tmp_path: Path, cache: Path) -> None:
 
 
 def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
+    changes: tuple[dict[str, Any], ...] = (
+        {}, {"beta": "none"}, {"balance": True}, {"perturbation": 0.0}, {"representative": False}
+    )  # fmt: skip
     losses = [
         run(tmp_path / f"{number}", cache, settings={"iterations": 1, "looks": 0, **change}).losses[0]
-        for number, change in enumerate(
-            ({}, {"beta": "none"}, {"balance": True}, {"perturbation": 0.0}, {"representative": False})
-        )
+        for number, change in enumerate(changes)
     ]
     assert len(set(losses)) == 5
 
@@ -214,6 +231,10 @@ def test_neighbours_name_copies() -> None:
         ({"settings": {"seed": -1}}, "--seed -1: 0 to 4294967295"),
         ({"settings": {"perturbation": float("nan")}}, "--perturbation nan: a number, 0 or above"),
         ({"settings": {"model_weight": -1.0}}, "--model-weight -1: a number, 0 or above"),
+        ({"data": arrays() | {"images": np.full((60, 1, 8, 8), 3.0, np.float32)}}, "all 60 images are the same"),
+        ({"network": "nope:make"}, "--network nope:make: there is no Python module 'nope'"),
+        ({"expert_folder": Path(__file__)}, r"--expert-folder .*test_job\.py: it is a file, and a folder is wanted"),
+        ({"method": "mtt", "settings": {"balance": True}}, "--balance: a part of AST"),
         ({"method": "mt"}, "--method mt: known are ast, mtt"),
         ({"method": "mtt", "settings": {"beta": "adaptive"}}, "--intermediate adaptive: a part of AST"),
     ],
@@ -221,6 +242,35 @@ def test_neighbours_name_copies() -> None:
 def test_refusals(tmp_path: Path, cache: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(tmp_path / "out", cache, **change)
+
+
+def test_real_images_are_written_only_when_asked_for(tmp_path: Path, cache: Path) -> None:
+    settings = {"rate_images": 1e-30}  # images stay what they are
+    with pytest.raises(
+        InputError,
+        match=r"nothing is written: no iterate was better than the 6 real images of the start .*; try more "
+        r"--iterations or another --lr-images, or write real images with --allow-originals",
+    ):
+        run(tmp_path / "out", cache, settings={"rate_images": 1e30}, allow_originals=False)
+    assert not (tmp_path / "out").exists()
+    # The same run goes on from its state, and says what it has written.
+    report = run(tmp_path / "out", cache, settings={"rate_images": 1e30})
+    assert report.iteration == 0
+    assert report.warnings == (
+        "the 6 images written are real ones: no iterate was better; treat this file like the originals",
+    )
+    near = run(tmp_path / "near", cache, settings={"looks": 0, **settings}, allow_originals=False)
+    assert near.iteration == 6
+    assert len(near.warnings) == 1
+    assert "6 of the 6 images written are nearest to the real ones they began as" in near.warnings[0]
+    assert "treat this file like the originals" in near.warnings[0]
+    # Far from all real images, and still nearest to others than they began as.
+    far = find_neighbours(torch.full((2, 1, 8, 8), 9.0), torch.tensor([0, 1]), torch.from_numpy(arrays()["images"]))
+    assert (far.nearest_is_start, far.nearer_than_typical) == (0, 0)
+    found = Distilled(torch.zeros(2, 1, 8, 8), 0.1, 6, {}, [], [])
+    assert _warnings(found, far) == []
+    told = _originals(found, 2, Path(".a.work"))
+    assert "another --lr-images (each with --overwrite, as .a.work keeps this run's state), or write real" in told
 
 
 def test_images_that_blow_up_leave_the_best_so_far(tmp_path: Path, cache: Path) -> None:
@@ -241,3 +291,67 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path, cache: Path) -> N
         run(tmp_path / "out", cache)
     with pytest.raises(InputError, match="not a folder that `compress distill` has written"):
         run(tmp_path / "out", cache, overwrite=True)
+
+
+def stop_at(stop: int) -> Any:
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("distilling") and done == stop:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: Path, cache: Path) -> None:
+    settings = {"looks": 0}
+    first = run(tmp_path / "out", cache, settings=settings)
+    state = tmp_path / ".out.work" / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", cache, settings=settings, overwrite=True, progress=stop_at(5))
+    held = state.read_bytes()
+    # A typo is refused before anything is thrown away.
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"model": "typo.pt", "settings": settings},
+        {"network": "nope:make", "settings": settings},
+        {"settings": {"each": 21}},
+    )
+    for wrong in wrongs:
+        with pytest.raises(InputError):
+            run(tmp_path / "out", cache, overwrite=True, **wrong)
+    assert state.read_bytes() == held
+    seen: list[int] = []
+    again = run(
+        tmp_path / "out", cache, settings=settings, overwrite=True,
+        progress=lambda what, done, total: seen.append(done) if what.startswith("distilling") else None,
+    )  # fmt: skip
+    assert seen == [5, 6]
+    assert again.provenance == first.provenance
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", cache, settings=settings, overwrite=True, progress=stop_at(5))
+    changed = {"looks": 0, "steps": 5}
+    with pytest.raises(InputError, match="exists already"):
+        run(tmp_path / "out", cache, settings=changed)
+    report = run(tmp_path / "out", cache, settings=changed, overwrite=True)
+    assert len(report.losses) == 6
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_others_keep_in_the_work_folder_stays(tmp_path: Path, cache: Path) -> None:
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    (work / "mine.txt").write_text("mine")
+    (work / ".state.safetensors.1.tmp").write_text("half written")
+    run(tmp_path / "out", cache, settings={"iterations": 1, "looks": 0})
+    run(tmp_path / "out", cache, settings={"iterations": 1, "looks": 0}, overwrite=True)
+    assert [each.name for each in work.iterdir()] == ["mine.txt"]
+    (tmp_path / ".other.work").write_text("mine")
+    with pytest.raises(InputError, match=r"\.other\.work is a file, .* give another --out"):
+        run(tmp_path / "other", cache)
+
+
+def test_current_folder_is_not_replaced(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^\. exists already"):
+        run(Path(), cache)
+    with pytest.raises(InputError, match=r"--out \. is the current folder or one around it; give a new folder's name"):
+        run(Path(), cache, overwrite=True)

@@ -59,9 +59,11 @@ def test_random_images_are_distinct_and_seeded() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, 2, 3], r"digits\.npz: labels go from 0 to 3; with --classes 3 they are 0 to 2"),
+        ([0, 1, 2, 3], r"digits\.npz: labels go from 0 to 3; with --classes 3 they are 0 to 2; check --classes"),
+        ([1, 2, 3], "labels go from 1 to 3; .* they seem to count from 1: subtract 1 from them in the file"),
         ([-1, 0, 1], "labels go from -1 to 1"),
-        ([0, 0, 1, 1, 2], "--ipc 2 images a class are asked for, and class 2 has 1"),
+        ([0, 0, 1, 1, 2], "--ipc 2 images a class are asked for, and class 2 has 1; give --ipc 1 or less"),
+        ([0, 0, 2, 2], "class 1 has 0; every class needs images: check --classes"),
         ([0.5, 1.0], "classes, whole numbers from 0"),
     ],
 )
