@@ -91,7 +91,7 @@ def packed_unpack(
     x: Tensor, weight: LaneWeight, bias: Tensor | None = None, branch: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O], ``x``'s dtype."""
-    y = torch.nn.functional.linear(x, unpack_weight(weight, x.dtype), bias)
+    y = torch.nn.functional.linear(x, unpack_weight(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     return torch.addmm(y, branch[0].to(x.dtype), branch[1].T) if branch else y
 
 
