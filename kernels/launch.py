@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "launch_options", "multiprocessors", "overlaps", "power_of_two"]
+__all__ = ["capability", "launch_options", "multiprocessors", "overlaps", "power_of_two", "shared_memory"]
+
+# What one program may ask for, in KiB; elsewhere the least of them.
+_SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 
 
 @cache
@@ -27,6 +30,12 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 def multiprocessors(x: Tensor) -> int:
     """How many multiprocessors the GPU has that ``x`` is on; 1 elsewhere."""
     return _properties(x.device)[1]
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program may ask for on the GPU that ``x`` is on; the least there is elsewhere."""
+    found = capability(x)
+    return 1024 * (_SHARED.get(found, 99) if found is not None else 99)
 
 
 def overlaps(x: Tensor) -> bool:
