@@ -22,7 +22,15 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import CHUNK, LANES, LaneWeight, block_columns
-from compress.kernels.launch import capability, launch_options, multiprocessors, overlaps, power_of_two, shared_memory
+from compress.kernels.launch import (
+    capability,
+    launch_options,
+    multiprocessors,
+    on_its_device,
+    overlaps,
+    power_of_two,
+    shared_memory,
+)
 from compress.kernels.packed_tile import Step, default_tile, step_units
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
@@ -200,6 +208,7 @@ def packed_dot_fwd_kernel(
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_o[:, None] & m_m[None, :])
 
 
+@on_its_device
 def packed_dot(
     x: Tensor,
     weight: LaneWeight,
