@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.kernels.delta_gemv import row_entries
 from compress.kernels.delta_rows import DeltaRows
-from compress.kernels.launch import launch_options, overlaps
+from compress.kernels.launch import launch_options, on_its_device, overlaps
 
 __all__ = ["delta_add"]
 
@@ -43,6 +43,7 @@ def delta_add_fwd_kernel(
         tl.store(p_row + b_column, b_sum.to(tl.float32).to(p_weight.dtype.element_ty), mask=m_w)
 
 
+@on_its_device
 def delta_add(weight: Tensor, delta: DeltaRows, number: int = 0, tile: tuple[int, int, int] = (4, 128, 4)) -> None:
     """Add delta ``number`` of a stack to ``weight`` [O, ...], contiguous, in place; ``tile``: rows, entries, warps."""
     n, k, warps = tile

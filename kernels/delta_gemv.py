@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.delta_rows import DeltaRows
-from compress.kernels.launch import launch_options, overlaps, power_of_two
+from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
 
 __all__ = ["delta_gemv", "row_entries"]
 
@@ -67,6 +67,7 @@ def delta_gemv_fwd_kernel(
     tl.store(p_out + o_m.to(tl.int64)[:, None] * outputs + o_n[None, :], b_y.to(p_out.dtype.element_ty), mask=m_y)
 
 
+@on_its_device
 def delta_gemv(
     x: Tensor, y: Tensor, deltas: DeltaRows, task: Tensor | None, tile: tuple[int, int, int, int] | None = None
 ) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.kernels.delta_rows import DeltaRows, column_dtype
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.lanes import LaneWeight
-from compress.kernels.packed_linear import checked_weight, flat_rows
+from compress.kernels.packed_linear import checked_bias, checked_weight, flat_rows
 
 __all__ = ["add_delta_", "choose_delta", "delta_linear", "packed_delta_linear"]
 
@@ -54,6 +54,7 @@ def _run(x: Tensor, base: Tensor | LaneWeight, deltas: DeltaRows, task: Tensor |
         raise ValueError(f"{deltas.count} deltas and no task; say of each row which of them is its own")
     if task is not None and (tuple(task.shape) != x.shape[:-1] or task.dtype is not torch.int32):
         raise ValueError(f"task {task.dtype} {tuple(task.shape)}; rows {tuple(x.shape[:-1])} need as many torch.int32")
+    bias = checked_bias(bias, deltas.outputs, x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], deltas.outputs)
     own = task.reshape(-1).contiguous() if task is not None else None
@@ -71,7 +72,7 @@ def delta_linear(
     task: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """``x`` [..., I], ``weight`` [O, I] and ``bias`` [O] of its dtype, deltas as in DeltaRows, ``task`` int32 [...], to
+    """``x`` [..., I], ``weight`` [O, I] of its dtype, ``bias`` [O], deltas as in DeltaRows, ``task`` int32 [...], to
     [..., O].
 
     Raises:

@@ -35,7 +35,7 @@ def beside(
 def _base_product(x: Tensor, base: Tensor | LaneWeight, bias: Tensor | None) -> Tensor:
     if isinstance(base, LaneWeight):
         return choose_packed(x, base).run(x, base, bias)
-    return linear(x, base, bias)
+    return linear(x, base, None if bias is None else bias.to(x.dtype))
 
 
 def merged(
@@ -45,7 +45,7 @@ def merged(
     assert task is None
     weight = unpack_weight(base, x.dtype) if isinstance(base, LaneWeight) else base.clone()
     delta_add(weight, deltas)
-    return linear(x, weight, bias)
+    return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 # Where merging gets faster depends on density, and was not measured: this is where the packed kernels hand over, too.

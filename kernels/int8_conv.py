@@ -21,7 +21,7 @@ from compress.kernels.conv_problem import ConvProblem
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.int8_quantize import quantize_block
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
-from compress.kernels.launch import launch_options, overlaps, power_of_two
+from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
 
 __all__ = ["KERNEL", "int8_conv"]
 
@@ -91,6 +91,7 @@ def int8_conv_fwd_kernel(
         tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_y)
 
 
+@on_its_device
 def int8_conv(
     x: Tensor,
     weight: Int8Weight,

@@ -15,6 +15,7 @@ from compress.kernels.conv_problem import ConvProblem
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.int8_linear import checked_int8
 from compress.kernels.launch import capability
+from compress.kernels.packed_linear import checked_bias
 from compress.kernels.row_grid import RowGrid
 
 __all__ = ["choose_conv", "dequantize_codes", "int8_conv2d"]
@@ -86,6 +87,7 @@ def int8_conv2d(
         )
     inputs = channels * kernel_h * kernel_w
     found = checked_int8(weight, weight_scale, weight_sums, inputs, outputs)
+    bias = checked_bias(bias, outputs, x)
     following = None
     if next_scale is not None and next_zero_point is not None:
         following = _static("the next grid", next_scale, next_zero_point, next_bits)

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.int8_quantize import grid_arguments, quantize_block, quantize_rows, row_grids
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
-from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.launch import launch_options, multiprocessors, on_its_device, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.row_grid import RowGrid
 
@@ -71,6 +71,7 @@ def int8_dot_fwd_kernel(
 Tile = tuple[int, int, int, int, int, int]
 
 
+@on_its_device
 def _launch(
     x: Tensor, grid: RowGrid, weight: Int8Weight, bias: Tensor | None, fused: bool, tile: Tile | None
 ) -> Tensor:

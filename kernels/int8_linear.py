@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.int8_weight import Int8Weight
-from compress.kernels.packed_linear import flat_rows
+from compress.kernels.packed_linear import checked_bias, flat_rows
 from compress.kernels.row_grid import RowGrid
 
 __all__ = ["checked_int8", "choose_int8", "int8_dynamic_linear", "int8_linear"]
@@ -42,6 +42,7 @@ def checked_int8(weight: Tensor, weight_scale: Tensor, weight_sums: Tensor, inpu
 def _run(x: Tensor, grid: RowGrid, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     flat = flat_rows(x)
     outputs = weight.codes.shape[0]
+    bias = checked_bias(bias, outputs, x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], outputs)
     y: Tensor = choose_int8(flat, weight).run(flat, grid, weight, bias)

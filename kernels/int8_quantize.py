@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.launch import launch_options, overlaps, power_of_two
+from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
 from compress.kernels.row_grid import RowGrid
 
 __all__ = ["grid_arguments", "quantize_block", "quantize_rows", "row_grids", "row_ranges"]
@@ -96,6 +96,7 @@ def quantize_rows_fwd_kernel(
     tl.store(p_out + o_m.to(tl.int64)[:, None] * inputs + o_k[None, :], b_q, mask=m_k)
 
 
+@on_its_device
 def row_ranges(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each row of ``x`` [M, I], zero among them: float32 [M] each."""
     rows, inputs = x.shape
@@ -116,6 +117,7 @@ def grid_arguments(x: Tensor, grid: RowGrid) -> tuple[Tensor, Tensor, int]:
     return (*row_ranges(x), 1)
 
 
+@on_its_device
 def quantize_rows(x: Tensor, grid: RowGrid, arguments: tuple[Tensor, Tensor, int]) -> Tensor:
     """``x`` [M, I] as int8 codes [M, I]; ``arguments`` are :func:`grid_arguments` of both."""
     rows, inputs = x.shape

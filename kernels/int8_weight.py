@@ -16,8 +16,8 @@ from compress.weights import QuantizedWeight
 
 __all__ = ["MOST_INPUTS", "Int8Weight"]
 
-# 2**17 products of 128 * 128 would reach 2**31, the end of the sums.
-MOST_INPUTS = (1 << 17) - 1
+# Sums in 32 bits are of (code - zero point) * weight code, up to 255 * 128 each: a zero point may be at either end.
+MOST_INPUTS = ((1 << 31) - 1) // (255 * 128)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "launch_options", "multiprocessors", "overlaps", "power_of_two"]
+__all__ = [
+    "capability",
+    "launch_options",
+    "multiprocessors",
+    "on_its_device",
+    "overlaps",
+    "power_of_two",
+    "shared_memory",
+]
+
+# What one program may ask for, in KiB; elsewhere the least of them.
+_SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @cache
@@ -29,6 +44,12 @@ def multiprocessors(x: Tensor) -> int:
     return _properties(x.device)[1]
 
 
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program may ask for on the GPU that ``x`` is on; the least there is elsewhere."""
+    found = capability(x)
+    return 1024 * (_SHARED.get(found, 99) if found is not None else 99)
+
+
 def overlaps(x: Tensor) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, from Hopper on)."""
     found = capability(x)
@@ -40,6 +61,19 @@ def launch_options(x: Tensor) -> dict[str, Any]:
     if capability(x) is None:
         return {}
     return {"enable_fp_fusion": True, **({"launch_pdl": True} if overlaps(x) else {})}
+
+
+def on_its_device(launcher: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """``launcher`` with its first argument's GPU as the current one, which is where triton launches."""
+
+    @wraps(launcher)
+    def there(x: Tensor, /, *rest: _P.args, **named: _P.kwargs) -> _R:
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return launcher(x, *rest, **named)
+        with torch.cuda.device_of(x):
+            return launcher(x, *rest, **named)
+
+    return there
 
 
 def power_of_two(number: int) -> int:

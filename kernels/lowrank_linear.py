@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.dispatch import Call, Choice, choose
+from compress.kernels.packed_linear import checked_bias, flat_rows
 
 __all__ = ["choose_lowrank", "lowrank_linear"]
 
@@ -22,10 +23,11 @@ def choose_lowrank(x: Tensor, up: Tensor, down: Tensor, rank: int) -> Choice:
 
 @torch.library.custom_op("compress::lowrank_linear", mutates_args=())
 def lowrank_linear(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, rank: int) -> Tensor:
-    """``x`` [..., I], ``up`` [O, R], ``down`` [R, I] and ``bias`` [O] of its dtype, to [..., O] at ``rank``.
+    """``x`` [..., I], ``up`` [O, R] and ``down`` [R, I] of its dtype, ``bias`` [O], to [..., O] at ``rank``.
 
     Raises:
-        ValueError: the factors do not fit each other or ``x``, are not row-major, or have fewer components.
+        ValueError: the factors do not fit each other or ``x``, are not row-major, or have fewer components; or the
+            bias does not fit.
     """
     inputs, total = x.shape[-1], up.shape[1]
     if tuple(down.shape) != (total, inputs) or not 1 <= rank <= total:
@@ -35,8 +37,10 @@ def lowrank_linear(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, ran
         )
     if up.stride(1) != 1 or down.stride(1) != 1:
         raise ValueError(f"up has strides {up.stride()} and down {down.stride()}; both must be row-major")
-    flat = x.reshape(-1, inputs)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    if up.dtype is not x.dtype or down.dtype is not x.dtype:
+        raise ValueError(f"up of {up.dtype} and down of {down.dtype}; x needs both of {x.dtype}, its own type")
+    bias = checked_bias(bias, up.shape[0], x)
+    flat = flat_rows(x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], up.shape[0])
     choice = choose_lowrank(flat, up, down, rank)

@@ -12,7 +12,7 @@ __all__ = ["KERNEL", "lowrank_reference"]
 
 def lowrank_reference(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [M, I] to ``up`` [O, R] @ (``down`` [R, I] @ x) + bias, [M, O]."""
-    return torch.nn.functional.linear(x @ down.T, up, bias)
+    return torch.nn.functional.linear(x @ down.T, up, None if bias is None else bias.to(x.dtype))
 
 
 KERNEL = Kernel(

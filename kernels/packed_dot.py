@@ -22,7 +22,16 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import CHUNK, LANES, LaneWeight, block_columns
-from compress.kernels.launch import capability, launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.launch import (
+    capability,
+    launch_options,
+    multiprocessors,
+    on_its_device,
+    overlaps,
+    power_of_two,
+    shared_memory,
+)
+from compress.kernels.packed_tile import Step, default_tile, step_units
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
 from compress.kernels.tuning import measured_tile
@@ -199,6 +208,7 @@ def packed_dot_fwd_kernel(
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_o[:, None] & m_m[None, :])
 
 
+@on_its_device
 def packed_dot(
     x: Tensor,
     weight: LaneWeight,
@@ -215,16 +225,18 @@ def packed_dot(
     outputs, bits = weight.outputs, weight.bits
     positions = block_columns(bits) // LANES
     whole = weight.group_size >= inputs
-    # A step is a group, of the largest ones half: more inputs would not fit into the memory of a multiprocessor.
-    chunk = 64 if whole else LANES * max(1, min(128, weight.group_size) // (LANES * positions))
+    chunk = step_units(bits, inputs, weight.group_size)
     blocks = -(-inputs // (LANES * positions))
     total = triton.cdiv(blocks * LANES, chunk)
     tile = tile or measured_tile(x, "packed_dot", outputs, x.dtype, bits, weight.group_size)
-    n, m, splits, warps, stages, unroll = tile or default_tile(rows, outputs, total, multiprocessors(x))
-    steps = triton.cdiv(total, splits)
-    splits = triton.cdiv(total, steps)
     h, up = branch or (x, x)
     rank = up.shape[1] if branch else 0
+    step = Step(chunk, bits, x.element_size(), overlaps(x), rank)
+    n, m, splits, warps, stages, unroll = tile or default_tile(
+        rows, outputs, total, multiprocessors(x), step, shared_memory(x)
+    )
+    steps = triton.cdiv(total, splits)
+    splits = triton.cdiv(total, steps)
     out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     pairs = capability(x) is not None and x.dtype is not torch.float32 and not (bits == 8 and x.dtype is torch.bfloat16)
     packed_dot_fwd_kernel[(triton.cdiv(outputs, n), triton.cdiv(rows, m), splits)](
@@ -238,17 +250,6 @@ def packed_dot(
         num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out[0] if splits == 1 else sum_partials(out, x.dtype)
-
-
-def default_tile(rows: int, outputs: int, steps: int, processors: int) -> tuple[int, int, int, int, int, int]:
-    """Wide tiles where there are outputs enough, and splits of at least 8 steps until the multiprocessors are busy."""
-    wide = outputs >= 62 * processors
-    m = 16 if rows <= 16 else 64 if wide or rows > 64 else 32
-    n, warps = (256, 8) if wide else (128, 4)
-    wanted = processors * (4 if not wide else 2 if m == 16 else 1)
-    programs = triton.cdiv(outputs, n) * triton.cdiv(rows, m)
-    splits = max(1, min(8, steps // 8, round(wanted / programs)))
-    return n, m, splits, warps, 3, 1
 
 
 KERNEL = Kernel(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import LANES, LaneWeight, block_columns
-from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.launch import launch_options, multiprocessors, on_its_device, overlaps, power_of_two
 from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "packed_gemv"]
@@ -216,6 +216,7 @@ def packed_gemv_fwd_kernel(
     tl.store(p_out + i_m * stride_out + o_n, b_y.to(p_out.dtype.element_ty), mask=m_o)
 
 
+@on_its_device
 def packed_gemv(
     x: Tensor,
     weight: LaneWeight,

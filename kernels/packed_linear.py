@@ -19,7 +19,9 @@ from torch import Tensor
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.lanes import LaneWeight, unit_shape
 
-__all__ = ["checked_weight", "choose_packed", "flat_rows", "packed_linear", "packed_lowrank_linear"]
+__all__ = ["checked_bias", "checked_weight", "choose_packed", "flat_rows", "packed_linear", "packed_lowrank_linear"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
@@ -39,6 +41,8 @@ def checked_weight(
     x: Tensor, units: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int
 ) -> LaneWeight:
     """The weight, its sizes checked against ``x`` and each other: a kernel would read past the end of wrong ones."""
+    if not 2 <= bits <= 8 or group_size < 1:
+        raise ValueError(f"{bits} bits in groups of {group_size}; allowed are 2 to 8 bits, and groups of 1 or more")
     inputs, outputs = x.shape[-1], scale.shape[0]
     wanted = unit_shape(outputs, inputs, bits)
     if tuple(units.shape) != wanted or units.dtype is not torch.int16 or not units.is_contiguous():
@@ -50,9 +54,27 @@ def checked_weight(
     for name, part in (("scale", scale), ("zero_point", zero_point)):
         if tuple(part.shape) != grid or not part.is_contiguous():
             raise ValueError(f"{name} of shape {tuple(part.shape)}; groups of {group_size} need contiguous {grid}")
+    if scale.dtype not in _FLOATS:
+        raise ValueError(f"scale of {scale.dtype}; allowed are {', '.join(map(str, _FLOATS))}")
     if zero_point.dtype is not torch.uint8:
         raise ValueError(f"zero_point of {zero_point.dtype}; it must be torch.uint8")
     return LaneWeight(units, scale, zero_point, bits, inputs, group_size)
+
+
+def checked_bias(bias: Tensor | None, outputs: int, x: Tensor) -> Tensor | None:
+    """``bias`` made contiguous: a kernel would read past the end of a short one, and past a strided one's entries.
+
+    Raises:
+        ValueError: it has another size, type or device than a product of ``x`` with so many ``outputs`` takes.
+    """
+    if bias is None:
+        return None
+    if tuple(bias.shape) != (outputs,) or bias.dtype not in _FLOATS or bias.device != x.device:
+        raise ValueError(
+            f"bias {bias.dtype} {tuple(bias.shape)} on {bias.device}; {outputs} outputs on {x.device} need "
+            f"({outputs},) of {', '.join(map(str, _FLOATS))}"
+        )
+    return bias.contiguous()
 
 
 def flat_rows(x: Tensor) -> Tensor:
@@ -68,9 +90,11 @@ def packed_linear(
     """``x`` [..., I] of float16, bfloat16 or float32; the rest as in LaneWeight; ``bias`` [O]. Returns [..., O].
 
     Raises:
-        ValueError: units, scales or zero points have another size or type than ``bits`` and ``group_size`` ask for.
+        ValueError: units, scales, zero points or ``bias`` have another size or type than ``bits`` and ``group_size``
+            ask for.
     """
     weight = checked_weight(x, units, scale, zero_point, bits, group_size)
+    bias = checked_bias(bias, weight.outputs, x)
     flat = flat_rows(x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.outputs)
@@ -95,11 +119,15 @@ def packed_lowrank_linear(
         ValueError: as there, or the branch does not fit the weight.
     """
     weight = checked_weight(x, units, scale, zero_point, bits, group_size)
+    bias = checked_bias(bias, weight.outputs, x)
     rank = down.shape[0]
     if tuple(down.shape) != (rank, weight.inputs) or tuple(up.shape) != (weight.outputs, rank):
         raise ValueError(
             f"up {tuple(up.shape)} and down {tuple(down.shape)}; the weight is {weight.outputs} x {weight.inputs}"
         )
+    if up.dtype is not x.dtype or down.dtype is not x.dtype:
+        raise ValueError(f"up of {up.dtype} and down of {down.dtype}; x needs both of {x.dtype}, its own type")
+    up, down = (part if part.stride(-1) == 1 else part.contiguous() for part in (up, down))
     flat = flat_rows(x)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.outputs)

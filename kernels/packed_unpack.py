@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import CHUNK, LANES, LaneWeight, block_columns
-from compress.kernels.launch import launch_options, overlaps
+from compress.kernels.launch import launch_options, on_its_device, overlaps
 
 __all__ = ["KERNEL", "packed_unpack", "unpack_weight"]
 
@@ -73,10 +73,16 @@ def packed_unpack_fwd_kernel(
 
 def unpack_weight(weight: LaneWeight, dtype: torch.dtype, tile: tuple[int, int, int] | None = None) -> Tensor:
     """``weight`` as floats [O, I] in ``dtype``; ``tile``: outputs and columns a program, warps."""
-    positions = block_columns(weight.bits) // LANES
-    n, columns, warps = tile or (2, 1024, 4)
-    whole = weight.group_size >= weight.inputs
     out = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device=weight.units.device)
+    _unpack_into(out, weight, tile or (2, 1024, 4))
+    return out
+
+
+@on_its_device
+def _unpack_into(out: Tensor, weight: LaneWeight, tile: tuple[int, int, int]) -> None:
+    positions = block_columns(weight.bits) // LANES
+    n, columns, warps = tile
+    whole = weight.group_size >= weight.inputs
     packed_unpack_fwd_kernel[(triton.cdiv(weight.outputs, n), triton.cdiv(weight.inputs, columns))](
         weight.units, weight.scale, weight.zero_point, out, weight.outputs, weight.inputs,
         -(-weight.inputs // (LANES * positions)), weight.units.shape[1] * CHUNK, weight.scale.shape[1],
@@ -84,14 +90,13 @@ def unpack_weight(weight: LaneWeight, dtype: torch.dtype, tile: tuple[int, int, 
         N=n, G=1 if whole else columns // weight.group_size, C=columns,
         OVERLAP=overlaps(out), num_warps=warps, **launch_options(out),
     )  # fmt: skip
-    return out
 
 
 def packed_unpack(
     x: Tensor, weight: LaneWeight, bias: Tensor | None = None, branch: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """``x`` [M, I] times ``weight``, plus a ``branch`` (h [M, R], up [O, R]) and a bias [O]: [M, O], ``x``'s dtype."""
-    y = torch.nn.functional.linear(x, unpack_weight(weight, x.dtype), bias)
+    y = torch.nn.functional.linear(x, unpack_weight(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     return torch.addmm(y, branch[0].to(x.dtype), branch[1].T) if branch else y
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.launch import launch_options, overlaps
+from compress.kernels.launch import launch_options, on_its_device, overlaps
 
 __all__ = ["sum_partials"]
 
@@ -27,6 +27,7 @@ def partial_sums_fwd_kernel(p_part, p_out, count, splits, BLOCK: tl.constexpr, O
     tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_y)
 
 
+@on_its_device
 def sum_partials(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """``parts`` float32 [S, M, O], contiguous, to their sum [M, O] in ``dtype``."""
     splits, rows, outputs = parts.shape

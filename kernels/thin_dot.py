@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
-from compress.kernels.launch import launch_options, overlaps, power_of_two
+from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.product import block_product, product_precision
 from compress.kernels.tuning import measured_tile
@@ -50,6 +50,7 @@ def thin_dot_fwd_kernel(
     tl.store(p_y, b_acc.to(p_out.dtype.element_ty), mask=m_o[:, None] & m_m[None, :])
 
 
+@on_its_device
 def thin_dot(
     x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuple[int, int, int, int, int] | None = None
 ) -> Tensor:

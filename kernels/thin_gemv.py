@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
-from compress.kernels.launch import launch_options, multiprocessors, overlaps, power_of_two
+from compress.kernels.launch import launch_options, multiprocessors, on_its_device, overlaps, power_of_two
 from compress.kernels.tuning import measured_tile
 
 __all__ = ["KERNEL", "inner_gemv", "lowrank_gemv", "thin_gemv"]
@@ -85,6 +85,7 @@ def default_tile(outputs: int) -> tuple[int, int]:
     return (4, 4) if outputs <= 4096 else (8, 4)
 
 
+@on_its_device
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: tuple[int, int], splits: int, late: bool
 ) -> Tensor:

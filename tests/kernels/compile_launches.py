@@ -39,6 +39,17 @@ INPUTS = OUTPUTS = 256
 TILE = (128, 16, 2, 4, 3, 1)  # packed_dot's own for these outputs, but two splits, so that partial sums are added
 
 
+def source_of(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """What a launch would compile, and its options."""
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    signature = {name: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in values.items()}
+    signature |= dict.fromkeys(settings, "constexpr")
+    # A launch tells the compiler the same about its arguments.
+    aligned = [i for i, v in enumerate(values.values()) if isinstance(v, torch.Tensor) or v % 16 == 0]
+    return ASTSource(kernel, signature, settings, {(i,): [["tt.divisibility", 16]] for i in aligned}), options
+
+
 class Recorder:
     """Stands in for launching: compiles for ``architecture`` and remembers what came of it, under ``label``."""
 
@@ -53,13 +64,7 @@ class Recorder:
 
     def compile(self, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> None:
         """Compile what would be launched."""
-        options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-        values = dict(zip(kernel.arg_names, arguments, strict=False))
-        signature = {name: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in values.items()}
-        signature |= dict.fromkeys(settings, "constexpr")
-        # A launch tells the compiler the same about its arguments.
-        aligned = [i for i, v in enumerate(values.values()) if isinstance(v, torch.Tensor) or v % 16 == 0]
-        source = ASTSource(kernel, signature, settings, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        source, options = source_of(kernel, arguments, settings)
         built = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
         ptx = built.asm["ptx"]
         self.rows.append(

@@ -16,7 +16,7 @@ from compress.kernels.int8_dot import int8_dot, int8_fused
 from compress.kernels.int8_linear import int8_dynamic_linear, int8_linear
 from compress.kernels.int8_quantize import grid_arguments, quantize_rows
 from compress.kernels.int8_reference import int8_reference
-from compress.kernels.int8_weight import Int8Weight
+from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.row_grid import RowGrid
 from compress.weights import QuantizedWeight
 
@@ -104,6 +104,18 @@ def test_grids_are_those_of_the_graphs_operators(device: str) -> None:
     assert torch.equal((codes - zero) * scale, fake_quantize_dynamic(x))
 
 
+@pytest.mark.parametrize("kernel", [int8_fused, int8_dot])
+@pytest.mark.parametrize(("zero", "value"), [(0, 255.0), (255, -255.0)])
+def test_the_largest_sums_fit(kernel: Any, zero: int, value: float, device: str) -> None:
+    codes = torch.full((2, MOST_INPUTS), -128, dtype=torch.int8, device=device)
+    weight = Int8Weight(codes, torch.ones(2, device=device), codes.sum(1, dtype=torch.int32))
+    point = torch.tensor([zero], dtype=torch.uint8, device=device)
+    grid = RowGrid("static", torch.ones(1, device=device), point)
+    x = torch.full((1, MOST_INPUTS), value, device=device)
+    got = kernel(x, grid, weight, tile=(16, 16, 512, 1, 4, 1))
+    assert torch.equal(got, torch.full((1, 2), -128 * value * MOST_INPUTS, device=device))
+
+
 @pytest.mark.parametrize("rows", [1, 17, 70, 200])
 def test_own_tile(rows: int, device: str, assert_near: Any) -> None:
     weight, exact = random_int8(70, 600, 8, device)
@@ -147,7 +159,8 @@ GPU_CALL = Call("int8_linear", "cuda", (9, 0), torch.float32, 1, 4096, 4096, bit
     [
         ({}, "int8_fused"),
         ({"rows": 2048}, "int8_dot"),
-        ({"inputs": 1 << 17}, "reference"),
+        ({"inputs": 65_793}, "int8_fused"),
+        ({"inputs": 65_794}, "reference"),
         ({"capability": (7, 5)}, "reference"),
         ({"device": "cpu", "capability": None}, "reference"),
     ],
@@ -155,7 +168,8 @@ GPU_CALL = Call("int8_linear", "cuda", (9, 0), torch.float32, 1, 4096, 4096, bit
 def test_choice(change: dict[str, Any], kernel: str) -> None:
     choice = choose(replace(GPU_CALL, **change))
     assert choice.name == kernel
-    assert "inputs" not in change or "131072 inputs are above 131071" in choice.refused[0]
+    wanted = "65794 inputs are above 65793: their sum may not fit into 32 bits"
+    assert change.get("inputs") != 65_794 or wanted in choice.refused[0]
 
 
 def test_weights_that_are_refused() -> None:

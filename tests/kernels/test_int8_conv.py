@@ -15,7 +15,7 @@ from compress.kernels.dispatch import Call, choose
 from compress.kernels.fake_quantize import fake_quantize
 from compress.kernels.int8_conv import int8_conv
 from compress.kernels.int8_conv2d import dequantize_codes, int8_conv2d
-from compress.kernels.int8_weight import Int8Weight
+from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.row_grid import RowGrid
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
@@ -121,6 +121,19 @@ def test_own_tile(outputs: int, device: str, assert_near: Any) -> None:
     assert_near(int8_conv(x, weight, bias, problem), exactly(x, exact, bias, problem))
 
 
+@pytest.mark.parametrize(("zero", "value"), [(0, 255.0), (255, -255.0)])
+@pytest.mark.parametrize("bytes_in", [False, True])
+def test_the_largest_sums_fit(zero: int, value: float, bytes_in: bool, device: str) -> None:
+    codes = torch.full((1, 1, 1, MOST_INPUTS), -128, dtype=torch.int8, device=device)
+    weight = Int8Weight(codes, torch.ones(1, device=device), codes.flatten(1).sum(1, dtype=torch.int32))
+    point = torch.tensor([zero], dtype=torch.uint8, device=device)
+    problem = ConvProblem(RowGrid("static", torch.ones(1, device=device), point), (1, 1), (0, 0), (1, 1), 1)
+    x = torch.full((1, MOST_INPUTS, 1, 1), value, device=device)
+    x = (x + zero - 128).to(torch.int8) if bytes_in else x
+    got = int8_conv(x, weight, None, problem, tile=(16, 16, 512, 4, 1))
+    assert float(got) == -128 * value * MOST_INPUTS
+
+
 def arguments(device: str = "cpu") -> tuple[Any, ...]:
     x, weight, _, bias, problem = case("3 x 3", device)
     found = (x, problem.grid.scale, problem.grid.zero_point, weight.codes, weight.scale, weight.sums, bias)
@@ -153,6 +166,7 @@ GPU_CALL = Call("int8_conv2d", "cuda", (9, 0), torch.float32, 1000, 64, 576, bit
         ({"dtype": torch.int8}, "int8_conv"),
         ({"groups": 4}, "int8_conv"),
         ({"groups": 64}, "reference"),
+        ({"inputs": 65_794}, "reference"),
         ({"device": "cpu", "capability": None}, "reference"),
     ],
 )
