@@ -260,7 +260,7 @@ def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
 def load(
     folder: str | Path, *, deltas: str | Path | Sequence[str | Path] = (), weights: Sequence[float] | None = None,
     head: str | None = None, heads: bool = True, any_base: bool = False, device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, allow: Sequence[str] = (),
 ) -> torch.nn.Module:  # fmt: skip
     """The compressed model in ``folder`` as a PyTorch module that computes the same.
 
@@ -274,6 +274,7 @@ def load(
         weights, head, heads, any_base: see :func:`~compress.sparse.application.apply_deltas`.
         device: ``cpu``, ``cuda`` or ``cuda:1``; where the module then is, and takes its inputs.
         dtype: on a GPU, torch.float16 or torch.bfloat16: what packed linears multiply in; None: as the artifact does.
+        allow: classes of your own, ``package.module.Class``, that a low-rank family may hold.
 
     A delta that names no base, as those of the published code, cannot be checked: a UserWarning says so, and another
     one where deltas have more than a fifth of the smallest one's entries in common.
@@ -288,7 +289,7 @@ def load(
             raise InputError(f"{path} is a low-rank family, which takes no deltas; truncate a model with them merged")
         if dtype is not None:
             raise InputError(f"{path} is a low-rank family; it is converted as any module: load(folder).to(dtype)")
-        return load_elastic(path).to(check_device(device))
+        return load_elastic(path, allow).to(check_device(device))
     loaded = load_on(path, device, dtype, files, weights=weights, head=head, heads=heads, any_base=any_base)
     for sentence in doubts(files, any_base=any_base):
         warnings.warn(sentence, stacklevel=2)

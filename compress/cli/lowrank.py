@@ -125,6 +125,7 @@ def extract(
             "x is a multiple of the dense model's; several times, or separated by commas",
         ),
     ] = None,
+    allow: Allow = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
     quiet: Quiet = False,
     **given: Any,
@@ -144,7 +145,7 @@ def extract(
     from compress.training.timing import MemberTimer
 
     check_file(out, overwrite=overwrite)
-    module, family = read_family(folder)
+    module, family = read_family(folder, allow or ())
     budgets = family_budgets(budget or (), family)
     with ProgressBar(enabled=not quiet) as bar:
         timer = MemberTimer(folder, module, family, progress=bar.update, **given)
@@ -175,6 +176,7 @@ def extract(
 def plot(
     folder: Folder,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Image  [default: FOLDER/latency.png]")] = None,
+    allow: Allow = None,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
@@ -190,7 +192,7 @@ def plot(
     from compress.training.family import read_family
     from compress.training.timing import MemberTimer
 
-    module, family = read_family(folder)
+    module, family = read_family(folder, allow or ())
     path = out or folder / "latency.png"
     with ProgressBar(enabled=not quiet) as bar:
         timer = MemberTimer(folder, module, family, progress=bar.update, **given)

@@ -91,13 +91,13 @@ class ElasticModel(nn.Module):
         return self
 
 
-def load_elastic(folder: Path) -> ElasticModel:
-    """The family in ``folder``.
+def load_elastic(folder: Path, allow: Sequence[str] = ()) -> ElasticModel:
+    """The family in ``folder``; ``allow``: classes of the user's own that it may hold.
 
     Raises:
         InputError: see :func:`~compress.training.family.read_family`.
     """
-    module, family = read_family(folder)
+    module, family = read_family(folder, allow)
     return ElasticModel(module, family, read_statistics(folder, family)).eval()
 
 

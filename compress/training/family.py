@@ -131,8 +131,8 @@ def write_family(
     return family
 
 
-def read_family(folder: Path) -> tuple[nn.Module, Family]:
-    """The decomposed module and its members.
+def read_family(folder: Path, allow: Sequence[str] = ()) -> tuple[nn.Module, Family]:
+    """The decomposed module and its members; ``allow``: classes of the user's own that it may hold.
 
     Raises:
         InputError: the folder is none, or a file in it is missing, damaged or another run's.
@@ -154,7 +154,7 @@ def read_family(folder: Path) -> tuple[nn.Module, Family]:
                 f"{folder / name} is not the file that {FAMILY_FILE} was written with (its SHA-256 differs): it was "
                 "damaged, or is another run's; copy the folder again as a whole, or make it anew"
             )
-    module = load_model(folder / _MODULE, allow=_CLASSES).module
+    module = load_model(folder / _MODULE, allow=(*_CLASSES, *allow)).module
     have = {name: layer.rank for name, layer in decomposed_layers(module).items()}
     whole = family.members[0].ranks if family.members else {}
     # A layer that no sample ran through is in no member.

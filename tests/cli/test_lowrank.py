@@ -150,3 +150,26 @@ def test_a_killed_training_goes_on_to_the_same_numbers(forks: Forks, folder: Pat
     assert first == second
     members = [json.loads((folder / each / "family.json").read_text())["members"] for each in ("whole", "killed")]
     assert members[0] == members[1]
+
+
+def test_a_family_of_a_class_of_ones_own(forks: Forks, folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.f = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 3))\n\n"
+        "    def forward(self, x):\n        return self.f(x)\n\n\ndef make():\n    return Net()\n"
+    )
+    weights = {
+        f"f.{name}": value
+        for name, value in nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 3)).state_dict().items()
+    }
+    torch.save(weights, folder / "own.pt")
+    run = forks.run(folder, "lowrank", "truncate", "own.pt", "--model", "own:make", "--calib", "calib.npz", "-o", "o")
+    assert run.returncode == 0, run.stderr
+    extract = ("lowrank", "extract", "o", "--budget", "macs=0.5x", "-o", "own-half.pt")
+    refused = forks.run(folder, *extract)
+    assert refused.returncode == 2
+    assert "--allow own.Net" in refused.stderr
+    run = forks.run(folder, *extract, "--allow", "own.Net")
+    assert run.returncode == 0, run.stderr
+    run = forks.run(folder, "inspect", "own-half.pt", "--allow", "own.Net")
+    assert run.returncode == 0, run.stderr
