@@ -105,11 +105,15 @@ def check_folder(path: Path, overwrite: bool, sign: str = _PLAN, verb: str = "co
         sign: a file that every folder of ``verb`` holds.
 
     Raises:
-        InputError: ``path`` exists and ``overwrite`` is not set, or it is no folder of ``verb``, and not empty.
+        InputError: ``path`` exists and ``overwrite`` is not set, or it is no folder of ``verb``, and not empty; or
+            it is the current folder or one around it.
     """
     check_free(path, overwrite)
     if path.exists() and not (path.is_dir() and ((path / sign).is_file() or not any(path.iterdir()))):
         raise InputError(f"{path} is not a folder that `{verb}` has written, so --overwrite leaves it alone")
+    # It would be taken away from under whoever stands in it.
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"--out {path} is the current folder or one around it; give a new folder's name")
 
 
 def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:

@@ -64,9 +64,6 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
             folder or one around it.
     """
     check_folder(out, overwrite, REPORT_FILE, _VERB)
-    # It would be taken away from under whoever stands in it.
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise InputError(f"--out {out} is the current folder or one around it; give a new folder's name")
 
 
 def work_folder(out: Path) -> Path:
@@ -75,7 +72,7 @@ def work_folder(out: Path) -> Path:
     Raises:
         InputError: there is a file of this name.
     """
-    work = out.with_name(f".{out.name}.work") if out.name not in ("", "..") else work_folder(out.resolve())
+    work = out.with_name(f".{out.name}.work")
     if work.exists() and not work.is_dir():
         raise InputError(f"{work} is a file, and a folder of this name keeps the state; move it, or give another --out")
     return work
