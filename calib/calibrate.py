@@ -143,7 +143,8 @@ class _Calibration:
         self.walk.ahead.show(value.name, histogram.update)
         low, high = observe_range(histogram, self.plan.observer, quantizer.bits)
         seen = max(histogram.maximum, 0.0) - min(histogram.minimum, 0.0)
-        self.walk.largest_scales[quantizer.name] = seen / ((1 << quantizer.bits) - 1)
+        if seen:  # of nothing but zeros, behind dead units, no grid is too coarse
+            self.walk.largest_scales[quantizer.name] = seen / ((1 << quantizer.bits) - 1)
         dtype = self.model.tensor(f"{quantizer.name}.zero_point").dtype
         set_grid(self.model, quantizer.name, *activation_grid(low, high, quantizer.bits, dtype))
 
@@ -216,7 +217,10 @@ class _Calibration:
             if self.computes[choice.layer] == "blocks":
                 input_error = _input_error(problem, solution, x, y)
             if not torch.isfinite(torch.tensor(output_error)):
-                raise InputError(f"layer {choice.layer}: the quantized output is not finite on the calibration data")
+                raise InputError(
+                    f"layer {choice.layer}: the quantized output is not finite on the calibration data; "
+                    f"leave it float with --ignore {choice.layer}"
+                )
         notes = "; ".join(each for each in (note, solution.note) if each)
         return LayerResult(choice.layer, weight_error, output_error, nearest_error, notes or None, input_error)
 
@@ -264,7 +268,8 @@ def _input_error(problem: LayerProblem, solution: Solution, x: Tensor, y: Tensor
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
+    # In float64: of a layer whose outputs are all zero the quotient is beyond float32's range, and not infinite.
+    return float((got - wanted).square().sum().double() / wanted.square().sum().double().clamp(min=1e-30))
 
 
 def _output_error(problem: LayerProblem, solution: Solution, x: Tensor, y: Tensor) -> float:

@@ -164,6 +164,10 @@ class Frontier:
         """The kept value called ``name`` of the samples at ``index``, in the shape that the graph gives it."""
         return self._stored(name, index)
 
+    def holds(self, name: str) -> bool:
+        """Whether :meth:`value` has it: it is kept, or something after the position reads it."""
+        return name in self._values
+
     def real(self, value: Tensor, index: Tensor) -> Tensor:
         """Of a value of the samples at ``index`` what belongs to real tokens; all of it without padding."""
         return self._real(value, index)

@@ -338,7 +338,8 @@ class LearnedBlock:
     def _run(self, index: Tensor, weights: Mapping[str, Tensor], mixed: bool) -> Tensor:
         problem, given = self.problem, {}
         source = problem.block.input
-        if mixed and self.masks is not None and source is not None:
+        # Where several heads read one value, only the first of them finds it as it was before it was rounded.
+        if mixed and self.masks is not None and source is not None and problem.ahead.holds(source):
             quantized, plain = (frontier.value(source, index) for frontier in (problem.ahead, problem.reference))
             given = {source: self.mix(plain, quantized)}
         return problem.ahead.real(self.output(index, weights, given), index) - self._wanted(index)

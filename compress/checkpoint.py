@@ -30,7 +30,7 @@ from compress.factory import build_module, fit_state, import_dotted, one_line
 from compress.huggingface import TextReader, is_pretrained, open_pretrained
 from compress.pt2 import load_exported
 
-__all__ = ["LoadedModel", "fingerprint", "load_model", "read_safely"]
+__all__ = ["LoadedModel", "fingerprint", "load_model", "read_safely", "to_float_eval"]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 _NESTED_KEYS = ("state_dict", "model_state", "model", "model_state_dict")
@@ -110,7 +110,7 @@ def load_model(
             notes += _conversion_note(found.values())
     while isinstance(module, torch.nn.DataParallel):
         module = module.module
-    example = _to_float_eval(module, file, notes, example)
+    example = to_float_eval(module, file, notes, example)
     _check_weights(module, file)
     return LoadedModel(module, example, str(file), fingerprint(module), tuple(notes))
 
@@ -120,7 +120,7 @@ def _load_pretrained(folder: Path, model: str | None, classes: int | None, seed:
         raise InputError(f"{folder} says itself what it is; leave out --model {model}, or give the .safetensors file")
     found = open_pretrained(folder, classes, seed)
     notes = list(found.notes)
-    _to_float_eval(found.module, folder, notes, None)
+    to_float_eval(found.module, folder, notes, None)
     _check_weights(found.module, folder)
     identity = fingerprint(found.module)
     return LoadedModel(found.module, None, str(folder), identity, tuple(notes), found.text, found.head)
@@ -342,7 +342,7 @@ def _conversion_note(tensors: Iterable[torch.Tensor]) -> list[str]:
     return [", ".join(f"{count} {kind} tensors" for kind, count in sorted(kinds.items())) + " converted to float32."]
 
 
-def _to_float_eval(
+def to_float_eval(
     module: torch.nn.Module, file: Path, notes: list[str], example: tuple[torch.Tensor, ...] | None
 ) -> tuple[torch.Tensor, ...] | None:
     """Eval mode and float32, in place; returns the example inputs in float32 as well."""

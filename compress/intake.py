@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.calib.samples import Samples
-from compress.checkpoint import LoadedModel, fingerprint, load_model
+from compress.checkpoint import LoadedModel, fingerprint, load_model, to_float_eval
 from compress.errors import InputError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import list_layers
@@ -63,7 +63,9 @@ def read_model(
     if isinstance(model, torch.nn.Module):
         if classes is not None:
             raise InputError(f"classes={classes}: only a Hugging Face folder gets a new head; give the folder")
-        return LoadedModel(_copy(model).eval(), None, type(model).__name__.lower(), fingerprint(model))
+        copied, source, notes = _copy(model), type(model).__name__.lower(), list[str]()
+        to_float_eval(copied, Path(source), notes, None)
+        return LoadedModel(copied, None, source, fingerprint(model), tuple(notes))
     return load_model(model, model=factory, allow=allow, classes=classes)
 
 

@@ -131,9 +131,13 @@ def _complaint(
         except Exception as error:  # noqa: BLE001 - any error of the user's forward() means: not this shape
             complaints.append(one_line(error))
             continue
-        if all(bool(torch.isfinite(y).all()) for y in _flat(outputs) if y.is_floating_point()):
+        found = [y for y in _flat(outputs) if y.is_floating_point()]
+        if any(len(inputs[0]) not in y.shape for y in found[:1]):  # a view that takes samples apart
+            complaints.append(f"its output has shape {list(found[0].shape)} for a batch of {len(inputs[0])}")
+        elif all(bool(torch.isfinite(y).all()) for y in found):
             return None
-        complaints.append("its output is not finite")
+        else:
+            complaints.append("its output is not finite")
     return complaints[0]
 
 

@@ -89,6 +89,8 @@ class Augmentation:
                 f"{'the transformation collapsed to the identity' if collapsed else 'margin not quite met'}: "
                 f"it changes the samples by {outcome.change:.2g} of their variance, {self.settings.margin:g} are wanted"
             )
+        elif outcome.change > _LARGEST_CHANGE:
+            note = f"copies are {outcome.change:.2g} of the samples' variance away from them, hardly like them any more"
         ahead, reference = self._frontiers()
         try:
             kept = [block.output]
@@ -192,6 +194,7 @@ class Augmentation:
 _WARM = "metaaug warm-up"
 _FEWEST = 3
 _COLLAPSED = 0.5
+_LARGEST_CHANGE = 1.0  # of the samples' variance: as far as samples are from their mean
 
 
 def _unusable(model: TracedModel, values: Tensor) -> str | None:

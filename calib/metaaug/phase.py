@@ -221,6 +221,9 @@ class MetaPhase:
         return max(share, 1 - share), torch.randperm(count, generator=self.generator)
 
     def _obstacle(self) -> str | None:
+        problem = self.learned.problem
+        if problem.block.input is not None and not problem.ahead.holds(problem.block.input):
+            return "another block before it reads the same input"
         with torch.no_grad():
             index = torch.arange(self.batch)
             _, output = self.plain(self._batch(index), {self.site: self.values[index]})

@@ -1,0 +1,59 @@
+"""Modules handed over in Python as users have them: other types, heads side by side, layers without an input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compress
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_become_float32_and_the_callers_module_stays(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4)).to(dtype).train()
+    report = compress.quantize(module, calib=torch.randn(32, 3, 8, 8), bits=8, method="mse").report
+    assert any("converted to float32" in note for note in report.notes)
+    assert module[0].weight.dtype is dtype
+    assert module.training
+
+
+@pytest.mark.parametrize("method", ["brecq", "genie", "metaaug"])
+def test_two_heads_on_one_value_are_learned_by_blocks(method: str) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2), nn.ReLU())
+            self.classes, self.places = nn.Linear(16, 16), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.trunk(x)
+            return self.classes(y.mean((2, 3))), self.places(y)
+
+    report = compress.quantize(
+        Heads(), calib=torch.randn(32, 3, 16, 16), bits=4, act_bits=4, method=method, iterations=5
+    ).report
+    notes = {layer.name: layer.note or "" for layer in report.layers}
+    assert all("reconstructed" in notes[name] for name in ("classes", "places"))
+
+
+def test_a_dead_layer_is_quantized_like_others() -> None:
+    module = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        module[2].weight.mul_(1e-12)
+        module[2].bias.fill_(-1.0)
+        module[0].weight.mul_(1e6)
+    report = compress.quantize(module, calib=torch.randn(64, 16), bits=4, iterations=5).report
+    assert [layer.name for layer in report.layers] == ["0", "2", "4"]
+
+
+def test_a_shape_at_which_samples_are_taken_apart_is_not_guessed() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.f = nn.Conv2d(3, 8, 5, stride=2), nn.Linear(8 * 14 * 14, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(torch.relu(self.conv(x)).view(-1, 8 * 14 * 14))
+
+    assert any(note.startswith("input shape 3x32x32") for note in compress.inspect(Apart()).notes)
