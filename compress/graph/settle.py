@@ -1,4 +1,4 @@
-"""Weights brought to where layers keep them: stored, and [O, I] beside a linear, a convolution or a transposed product.
+"""Weights brought to the one form that layers are found by: stored, and read by a linear or a convolution.
 
 1. A weight that is computed from parameters alone (weight or spectral norm, standardised convolutions) is computed now.
 2. A product with a parameter, ``x @ w`` or ``addmm`` (GPT-2's ``Conv1D``), is a linear with the transposed weight.
