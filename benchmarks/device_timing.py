@@ -8,7 +8,7 @@ candidate's time is the median of its rounds, a ratio the median of the rounds' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def copies_for(call_bytes: int) -> int:
     return max(2, -(-4 * cache // call_bytes))
 
 
-def record_graph(calls: list[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+def record_graph(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """All ``calls`` in one graph, after each has run once: kernels are compiled, libraries awake; and its outputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

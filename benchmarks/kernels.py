@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.kernels`` writes ``benchmarks/results/kernels-DEVICE.json`` and a table beside it. A case is a
 shape function (CASES): what it computes, the tensors one call reads, and how dense the same layer would be. Weights are
-random codes, never zeros. GB/s counts what a call must read of its weight: codes, scales, zero points, factors.
+random codes, never zeros. GB/s counts what a call must read of its weight: codes, scales, zero points, factors. Beside
+4 bits in groups of 128 stand, in the same rounds, those of torchao, gemlite and bitsandbytes that are installed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.device_timing import copies_for, copy_bandwidth, record_graph, time_in_turn
+from benchmarks.kernel_peers import PEER_GROUP, installed_peers, peer_graph
 from compress.kernels.delta_linear import choose_delta
 from compress.kernels.delta_reference import delta_reference
 from compress.kernels.delta_rows import DeltaRows
@@ -38,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ((4096, 4096), (8192, 28672))
 DTYPE = torch.bfloat16
 MAX_ERROR = 1e-2
+PEERS_BESIDE = f"4 bits, group {PEER_GROUP}"
 
 
 @dataclass(frozen=True)
@@ -236,8 +239,21 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
     xs = [torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
     dense = [lambda x=x, w=w: torch.matmul(x, w.T) for x, w in zip(xs, weights, strict=True)]
     graphs["dense"] = (record_graph(dense)[0], copies)
+    peers: dict[str, Any] = {}
+    if case.name == PEERS_BESIDE:
+        for name, peer in installed_peers().items():
+            try:
+                graphs[name], held, peers[name] = peer_graph(peer, case.rows, case.shape)
+                kept.append(held)
+            except Exception as failure:  # noqa: BLE001 -- a peer that cannot is a result, too
+                peers[name] = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
     times = time_in_turn(graphs)
     ours = statistics.median(times["ours"])
+    for name, found in peers.items():
+        if name in times:
+            found["us"] = round(statistics.median(times[name]), 2)
+            ratios = [p / o for p, o in zip(times[name], times["ours"], strict=True)]
+            found["times_ours"] = round(statistics.median(ratios), 2)
     row: dict[str, Any] = {
         "case": case.name,
         "outputs": outputs,
@@ -258,6 +274,8 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
     if case.beside:
         ratios = [o / b for o, b in zip(times["ours"], times["beside"], strict=True)]
         row["times_beside"] = round(statistics.median(ratios), 3)
+    if peers:
+        row["peers"] = peers
     return row
 
 
@@ -277,6 +295,10 @@ def table(result: dict[str, Any]) -> str:
         target = row["target"]
         if "times_beside" in row:
             target = f"{row['times_beside']:.2f}x the time without; {target}".removesuffix("; ")
+        beside = [
+            f"{name} {peer['times_ours']:.2f}x our time" for name, peer in row.get("peers", {}).items() if "us" in peer
+        ]
+        target = "; ".join(part for part in (target, *beside) if part)
         lines.append(
             f"| {row['case']} | {row['outputs']} x {row['inputs']} | {row['rows']} | {row['kernel']} | {row['us']:.1f} "
             f"| {row['dense_us']:.1f} | {row['speedup']:.2f}x | {row['gb_per_s']:.0f} "
