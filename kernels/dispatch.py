@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,9 +21,9 @@ from compress.registry import resolve
 __all__ = ["Call", "Choice", "Kernel", "Requires", "choose", "has_triton"]
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of an operator, as far as the choice of a kernel depends on it.
+class Call(NamedTuple):
+    """A call of an operator, as far as the choice of a kernel depends on it. A tuple: one is made at every call, and
+    what was chosen for it is looked up by it.
 
     Attributes:
         operator: its name in the kernel table.
@@ -52,9 +52,26 @@ class Call:
     groups: int = 1
 
     @classmethod
-    def on(cls, x: torch.Tensor, operator: str, **rest: Any) -> Call:
-        """A call on ``x`` [M, I]; ``rest`` are the fields that it does not tell."""
-        return cls(operator, x.device.type, capability(x), x.dtype, rows=x.shape[0], inputs=x.shape[1], **rest)
+    def on(
+        cls,
+        x: torch.Tensor,
+        operator: str,
+        outputs: int,
+        rows: int | None = None,
+        inputs: int | None = None,
+        gpu: tuple[int, int] | None = None,
+        **rest: Any,
+    ) -> Call:
+        """A call on ``x`` [..., I]; ``rest`` are the fields that it does not tell.
+
+        Args:
+            rows: with ``inputs``, of a convolution, whose ``x`` has neither as its last dimension.
+            gpu: capability of a GPU that is not here: what the call would be there.
+        """
+        device, found = ("cuda", gpu) if gpu else (x.device.type, capability(x))
+        inputs = x.shape[-1] if inputs is None else inputs
+        rows = x.numel() // inputs if rows is None else rows
+        return cls(operator, device, found, x.dtype, rows, outputs, inputs, **rest)
 
 
 @dataclass(frozen=True)
@@ -123,10 +140,16 @@ def choose(call: Call) -> Choice:
     Raises:
         TypeError: not even that one takes the inputs' type.
     """
+    return _chosen(call, has_triton())
+
+
+# Nothing but the call decides, and a model makes the same few calls again and again.
+@lru_cache(maxsize=4096)
+def _chosen(call: Call, triton: bool) -> Choice:
     refused = []
     for name, home in KERNELS[call.operator].items():
         # A kernel's module imports triton: without one, only the rows that need none can be looked at.
-        if name != "reference" and not has_triton():
+        if name != "reference" and not triton:
             refused.append(f"{name}: triton is not installed")
             continue
         kernel: Kernel = resolve({name: home}, name, "kernel")

@@ -18,7 +18,7 @@ __all__ = ["choose_lowrank", "lowrank_linear"]
 
 def choose_lowrank(x: Tensor, up: Tensor, down: Tensor, rank: int) -> Choice:
     """The kernel that takes ``x`` [M, I] through the two factors, and why others do not."""
-    return choose(Call.on(x, "lowrank_linear", outputs=up.shape[0], rank=rank))
+    return choose(Call.on(x, "lowrank_linear", up.shape[0], rank=rank))
 
 
 @torch.library.custom_op("compress::lowrank_linear", mutates_args=())

@@ -26,15 +26,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
     """The kernel that multiplies ``x`` [M, I] with ``weight``, and why others do not."""
-    call = Call.on(
-        x,
-        "packed_linear",
-        outputs=weight.outputs,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        rank=rank,
+    return choose(
+        Call.on(x, "packed_linear", weight.outputs, bits=weight.bits, group_size=weight.group_size, rank=rank)
     )
-    return choose(call)
 
 
 def checked_weight(

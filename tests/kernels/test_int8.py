@@ -166,7 +166,7 @@ GPU_CALL = Call("int8_linear", "cuda", (9, 0), torch.float32, 1, 4096, 4096, bit
     ],
 )
 def test_choice(change: dict[str, Any], kernel: str) -> None:
-    choice = choose(replace(GPU_CALL, **change))
+    choice = choose(GPU_CALL._replace(**change))
     assert choice.name == kernel
     wanted = "65794 inputs are above 65793: their sum may not fit into 32 bits"
     assert change.get("inputs") != 65_794 or wanted in choice.refused[0]
