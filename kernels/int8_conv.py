@@ -82,7 +82,7 @@ def int8_conv_fwd_kernel(
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_out, mask=m_o, other=0.0).to(tl.float32)[:, None]
     if RELU:
-        b_y = tl.maximum(b_y, 0.0)
+        b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     p_y = p_out + o_image.to(tl.int64)[None, :] * stride_on + o_out.to(tl.int64)[:, None] * stride_oc
     p_y += (o_y * stride_oh + o_x * stride_ow)[None, :]
     m_y = m_o[:, None] & m_m[None, :]

@@ -49,7 +49,7 @@ def int8_dot_fwd_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    b_scale, b_zero = row_grids(p_scale, p_zero, o_m, m_m, rows, stride_grid, KIND, OFFSET)
+    b_scale, b_zero = row_grids(p_scale, p_zero, o_m, m_m, stride_grid, KIND, OFFSET)
     b_acc = tl.zeros([N, M], dtype=tl.int32)
     first = i_split * steps
     for i_step in tl.range(first, tl.minimum(first + steps, tl.cdiv(inputs, K)), num_stages=STAGES):
