@@ -36,6 +36,7 @@ class Call(NamedTuple):
         rank: of a low-rank weight or branch; 0 without.
         mixed: whether rows belong to different sparse deltas.
         groups: of a convolution; ``outputs`` are those of all.
+        trained: whether weights require gradients: what was launched just before may still be writing them.
     """
 
     operator: str
@@ -50,6 +51,7 @@ class Call(NamedTuple):
     rank: int = 0
     mixed: bool = False
     groups: int = 1
+    trained: bool = False
 
     @classmethod
     def on(
@@ -85,6 +87,7 @@ class Requires:
     rank: int | None = None
     inputs: int | None = None
     mixed: bool = True
+    trained: bool = True
     group_outputs: int | None = None
     capability: tuple[int, int] | None = (8, 0)
 
@@ -115,6 +118,8 @@ class Requires:
             yield f"{call.groups} groups of {own} outputs leave tensor cores empty, which take {self.group_outputs}"
         if call.mixed and not self.mixed:
             yield "rows belong to different deltas"
+        if call.trained and not self.trained:
+            yield "weights are trained: it reads them while what was launched before may still be writing them"
 
 
 @dataclass(frozen=True)

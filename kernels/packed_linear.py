@@ -63,7 +63,7 @@ def checked_bias(bias: Tensor | None, outputs: int, x: Tensor) -> Tensor | None:
     """
     if bias is None:
         return None
-    if tuple(bias.shape) != (outputs,) or bias.dtype not in _FLOATS or bias.device != x.device:
+    if tuple(bias.shape) != (outputs,) or bias.dtype not in (*_FLOATS, x.dtype) or bias.device != x.device:
         raise ValueError(
             f"bias {bias.dtype} {tuple(bias.shape)} on {bias.device}; {outputs} outputs on {x.device} need "
             f"({outputs},) of {', '.join(map(str, _FLOATS))}"
