@@ -1,4 +1,4 @@
-"""Which kernel runs a call: the first of the table's that does not refuse it; each refusal is a sentence.
+"""Which kernel runs a call: the first of the table's that does not refuse it; each refusal says why.
 
 A kernel declares what it takes as data (:class:`Requires`), beside its code. Nothing here imports triton, and nothing
 is decided before a call is there to look at.
@@ -92,34 +92,35 @@ class Requires:
     capability: tuple[int, int] | None = (8, 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
-        """Everything about ``call`` that the kernel does not take, a sentence each."""
+        """Everything about ``call`` that the kernel does not take: what it takes only, and what the call is."""
         if self.capability is not None:
             if call.device != "cuda":
-                yield f"inputs are on {call.device}; it runs on GPUs"
+                yield f"only on GPUs, not on {call.device}"
             elif call.capability is None or call.capability < self.capability:
-                yield f"compute capability {call.capability} is below {self.capability}"
+                yield f"only compute capability {_version(self.capability)} and above, not {_version(call.capability)}"
             if not has_triton():
                 yield "triton is not installed"
         if call.dtype not in self.dtypes:
-            yield f"inputs of {call.dtype} are not among {', '.join(map(str, self.dtypes))}"
+            yield f"only inputs of {', '.join(map(str, self.dtypes))}, not {call.dtype}"
         low, high = self.rows
         if call.rows < low or (high is not None and call.rows > high):
-            yield f"{call.rows} rows are not {low} to {'any number' if high is None else high}"
+            allowed = f"{low} and more" if high is None else str(low) if low == high else f"{low} to {high}"
+            yield f"only {allowed} row{'' if high == 1 else 's'}, not {call.rows}"
         if self.bits is not None and call.bits not in self.bits:
-            yield f"{call.bits} bits are not in {{{_listed(self.bits)}}}"
+            yield f"only weights of {_listed(self.bits)} bits, not {call.bits}"
         if self.group_sizes is not None and call.group_size < call.inputs and call.group_size not in self.group_sizes:
-            yield f"group_size {call.group_size} is not in {{{_listed(self.group_sizes)}}}, nor a whole row"
+            yield f"only one scale an output, or groups of {_listed(self.group_sizes)}, not of {call.group_size}"
         if self.rank is not None and call.rank > self.rank:
-            yield f"rank {call.rank} is above {self.rank}"
+            yield f"only ranks up to {self.rank}, not {call.rank}"
         if self.inputs is not None and call.inputs > self.inputs:
-            yield f"{call.inputs} inputs are above {self.inputs}: their sum may not fit into 32 bits"
+            yield f"only up to {self.inputs} inputs, whose sum fits into 32 bits, not {call.inputs}"
         own = call.outputs // call.groups
         if self.group_outputs is not None and call.groups > 1 and own < self.group_outputs:
-            yield f"{call.groups} groups of {own} outputs leave tensor cores empty, which take {self.group_outputs}"
+            yield f"only groups of {self.group_outputs} outputs and more, which fill tensor cores, not of {own}"
         if call.mixed and not self.mixed:
-            yield "rows belong to different deltas"
+            yield "only one delta for all rows, not each row's own"
         if call.trained and not self.trained:
-            yield "weights are trained: it reads them while what was launched before may still be writing them"
+            yield "only weights that stay as they are, not trained ones: it reads ahead of what may still write them"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,11 @@ def _chosen(call: Call, triton: bool) -> Choice:
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
+
+
+def _version(capability: tuple[int, int] | None) -> str:
+    return "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
 
 
 @cache

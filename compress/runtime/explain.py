@@ -78,7 +78,7 @@ def _layer_run(
         return _chosen(name, operator, x, y.shape[-1], weight.args[3], group_size_of(weight), 0, capability)
     shape = weight.args[4] if is_stored(weight) else traced.tensor(str(weight.target)).shape
     if is_stored(weight):
-        refused: tuple[str, ...] = (f"no kernel of {operator} takes weights in codes: they are unpacked at every call",)
+        refused: tuple[str, ...] = (f"no kernel takes {operator} weights in codes: they are unpacked at every call",)
     else:
         refused = node.meta.get(UNPACKED, ("its weight is stored as floats",))
     if operator == "embedding":

@@ -197,7 +197,7 @@ GPU_CALL = Call("int8_linear", "cuda", (9, 0), torch.float32, 1, 4096, 4096, bit
 def test_choice(change: dict[str, Any], kernel: str) -> None:
     choice = choose(GPU_CALL._replace(**change))
     assert choice.name == kernel
-    wanted = "65794 inputs are above 65793: their sum may not fit into 32 bits"
+    wanted = "only up to 65793 inputs, whose sum fits into 32 bits, not 65794"
     assert change.get("inputs") != 65_794 or wanted in choice.refused[0]
 
 

@@ -188,7 +188,7 @@ GPU_CALL = Call("int8_conv2d", "cuda", (9, 0), torch.float32, 1000, 64, 576, bit
 def test_choice(change: dict[str, Any], kernel: str) -> None:
     choice = choose(GPU_CALL._replace(**change))
     assert choice.name == kernel
-    wanted = "int8_conv: 64 groups of 1 outputs leave tensor cores empty, which take 16"
+    wanted = "int8_conv: only groups of 16 outputs and more, which fill tensor cores, not of 1"
     assert change.get("groups") != 64 or choice.refused == (wanted,)
 
 

@@ -84,10 +84,10 @@ def test_factors_in_training_are_not_read_ahead() -> None:
     choice = choose(call._replace(trained=True))
     assert choice.name == "thin_dot"
     assert choice.refused == (
-        "thin_gemv: weights are trained: it reads them while what was launched before may still be writing them",
+        "thin_gemv: only weights that stay as they are, not trained ones: it reads ahead of what may still write them",
     )
     x, up, down = torch.zeros(1, 7), torch.zeros(4, 5), torch.zeros(5, 7)
-    trained = "thin_gemv: inputs are on cpu; it runs on GPUs; weights are trained"
+    trained = "thin_gemv: only on GPUs, not on cpu; only weights that stay as they are"
     assert choose_lowrank(x, up.requires_grad_(), down, 5).refused[0].startswith(trained)
     assert not choose_lowrank(x, up.detach(), down, 5).refused[0].startswith(trained)
 
