@@ -167,7 +167,8 @@ def _chosen(call: Call, triton: bool) -> Choice:
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _version(capability: tuple[int, int] | None) -> str:
