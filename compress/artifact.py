@@ -3,7 +3,8 @@
 ======================  =============================================================================================
 ``model.onnx``          for ONNX Runtime
 ``model.safetensors``   every tensor of the compressed graph; packed weight codes in compress.packing's layout
-``graph.json``          the graph itself (compress/graph/serial.py), and the SHA-256 of ``model.safetensors``
+``graph.json``          the graph itself (compress/graph/serial.py), and the SHA-256 of ``model.safetensors`` and of
+                        itself without that
 ``base.safetensors``    which float model it was made of, for deltas to that (compress/runtime/base.py)
 ``plan.json``           what was decided (compress.records.Plan)
 ``report.json``         what came of it (compress.report.schema.Report)
@@ -53,6 +54,7 @@ _TENSORS = "model.safetensors"
 _GRAPH = "graph.json"
 _PLAN = "plan.json"
 _DIGEST = "tensors_sha256"
+_GRAPH_DIGEST = "graph_sha256"
 # What a graph that was edited by hand may come to, in reading it or in running it once.
 _DAMAGE = (
     LookupError,
@@ -126,7 +128,8 @@ def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     content = save({str(name): tensor for name, tensor in tensors.items()}, {"format": "pt"})
     (folder / _TENSORS).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    (folder / _GRAPH).write_text(json.dumps(graph_to_json(traced) | {_DIGEST: digest}))
+    graph = graph_to_json(traced) | {_DIGEST: digest}
+    (folder / _GRAPH).write_text(json.dumps(graph | {_GRAPH_DIGEST: _graph_digest(graph)}))
     (folder / _PLAN).write_text(plan.model_dump_json(indent=2))
 
 
@@ -140,6 +143,12 @@ def load_artifact(folder: Path) -> TracedModel:
     register_operators()
     stored = _read_json(folder, _GRAPH)
     check_version(stored)
+    # Folders from before graphs were hashed load as they did.
+    if _GRAPH_DIGEST in stored and (digest := _graph_digest(stored)) != stored[_GRAPH_DIGEST]:
+        raise InputError(
+            f"{folder / _GRAPH} is damaged, or was edited: its SHA-256 is {digest[:12]}, not "
+            f"{str(stored[_GRAPH_DIGEST])[:12]}; compress the model again"
+        )
     with open(_existing(folder, _TENSORS), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != stored.get(_DIGEST):
@@ -229,6 +238,12 @@ def _read_json(folder: Path, name: str) -> dict[str, object]:
     if not isinstance(content, dict):
         raise InputError(f"{folder / name} is not a JSON object; compress the model again")
     return content
+
+
+def _graph_digest(graph: dict[str, object]) -> str:
+    """SHA-256 of what a graph's file says, in any spacing, but for this hash itself."""
+    said = {name: value for name, value in graph.items() if name != _GRAPH_DIGEST}
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _to_disk(file: Path) -> None:

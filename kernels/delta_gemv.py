@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.kernels.delta_rows import DeltaRows
 from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
+from compress.kernels.tile_place import tile_place
 
 __all__ = ["delta_gemv", "row_entries"]
 
@@ -41,18 +42,20 @@ def delta_gemv_fwd_kernel(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_TASK: tl.constexpr, SHORT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Programs: outputs, rows; ``p_out`` [rows, outputs]. With HAS_TASK M is 1; a task that is none adds nothing."""
-    o_n = tl.program_id(0) * N + tl.arange(0, N)
-    o_m = tl.program_id(1) * M + tl.arange(0, M)
+    """Programs: tiles of outputs and rows; ``p_out`` [rows, outputs]. With HAS_TASK M is 1; a task that is none adds
+    nothing."""
+    i_n, i_m = tile_place(outputs, N)
+    o_n = i_n * N + tl.arange(0, N)
+    o_m = i_m * M + tl.arange(0, M)
     m_m = o_m < rows
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     m_o = o_n < outputs
     if HAS_TASK:
-        o_delta = tl.load(p_task + tl.program_id(1) + o_n * 0)
+        o_delta = tl.load(p_task + i_m + o_n * 0)
         m_o = m_o & (o_delta >= 0) & (o_delta < deltas)
-        p_starts += tl.load(p_task + tl.program_id(1)).to(tl.int64) * (outputs + 1)
+        p_starts += tl.load(p_task + i_m).to(tl.int64) * (outputs + 1)
     b_length = tl.load(p_starts + o_n + 1, mask=m_o, other=0) - tl.load(p_starts + o_n, mask=m_o, other=0)
     p_row = p_x + o_m.to(tl.int64)[:, None, None] * stride_x
     b_acc = tl.zeros([M, N, K], dtype=tl.float32)
@@ -81,7 +84,7 @@ def delta_gemv(
     m, n, k, warps = tile or default_tile(rows, len(deltas.values) // max(1, outputs * deltas.count))
     m = 1 if task is not None else m
     out = torch.empty(rows, outputs, dtype=y.dtype, device=y.device)
-    delta_gemv_fwd_kernel[(triton.cdiv(outputs, n), triton.cdiv(rows, m))](
+    delta_gemv_fwd_kernel[(triton.cdiv(outputs, n) * triton.cdiv(rows, m),)](
         x, y, deltas.starts, deltas.columns, deltas.values, task if task is not None else deltas.starts, out,
         rows, outputs, inputs, deltas.count, len(deltas.values), x.stride(0), y.stride(0),
         M=m, N=n, K=k, HAS_TASK=task is not None, SHORT=deltas.columns.dtype is torch.int16, OVERLAP=overlaps(x),

@@ -25,10 +25,11 @@ __all__ = ["add_delta_", "choose_delta", "delta_linear", "packed_delta_linear"]
 
 def choose_delta(x: Tensor, base: Tensor | LaneWeight, task: Tensor | None) -> Choice:
     """The kernel that multiplies ``x`` [M, I] with ``base`` and deltas, and why others do not."""
-    packed = {"bits": base.bits, "group_size": base.group_size} if isinstance(base, LaneWeight) else {}
-    packed = packed or {"bits": 0, "group_size": x.shape[1]}
-    outputs = base.outputs if isinstance(base, LaneWeight) else base.shape[0]
-    return choose(Call.on(x, "delta_linear", outputs=outputs, mixed=task is not None, **packed))
+    if isinstance(base, LaneWeight):
+        outputs, bits, group_size = base.outputs, base.bits, base.group_size
+    else:
+        outputs, bits, group_size = base.shape[0], 0, x.shape[1]
+    return choose(Call.on(x, "delta_linear", outputs, bits=bits, group_size=group_size, mixed=task is not None))
 
 
 def _checked(starts: Tensor, columns: Tensor, values: Tensor, outputs: int, inputs: int) -> DeltaRows:
@@ -121,8 +122,7 @@ def add_delta_(weight: Tensor, starts: Tensor, columns: Tensor, values: Tensor, 
     delta = _checked(starts, columns, values, *flat.shape)
     if not 0 <= number < delta.count:
         raise ValueError(f"delta {number}; there are 0 to {delta.count - 1}")
-    call = Call.on(flat, "add_delta_", outputs=delta.outputs)
-    choose(call).run(weight, delta, number)
+    choose(Call.on(flat, "add_delta_", delta.outputs)).run(weight, delta, number)
 
 
 @delta_linear.register_fake

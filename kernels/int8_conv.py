@@ -22,6 +22,7 @@ from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.int8_quantize import quantize_block
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
+from compress.kernels.tile_place import tile_place
 
 __all__ = ["KERNEL", "int8_conv"]
 
@@ -37,10 +38,11 @@ def int8_conv_fwd_kernel(
     RELU: tl.constexpr, REQUANTIZE: tl.constexpr, OUT_OFFSET: tl.constexpr, OUT_LOW: tl.constexpr,
     OUT_HIGH: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs: outputs of a group, positions, groups. WHOLE: channels of a group are a multiple of K."""
-    i_group = tl.program_id(2)
-    o_n = tl.program_id(0) * N + tl.arange(0, N)
-    o_m = tl.program_id(1) * M + tl.arange(0, M)
+    """Programs: tiles of a group's outputs and positions, groups. WHOLE: channels of a group are a multiple of K."""
+    i_group = tl.program_id(1)
+    i_n, i_m = tile_place(group_outputs, N)
+    o_n = i_n * N + tl.arange(0, N)
+    o_m = i_m * M + tl.arange(0, M)
     m_o = o_n < group_outputs
     m_m = o_m < positions
     o_out = i_group * group_outputs + o_n
@@ -80,7 +82,7 @@ def int8_conv_fwd_kernel(
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_out, mask=m_o, other=0.0).to(tl.float32)[:, None]
     if RELU:
-        b_y = tl.maximum(b_y, 0.0)
+        b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     p_y = p_out + o_image.to(tl.int64)[None, :] * stride_on + o_out.to(tl.int64)[:, None] * stride_oc
     p_y += (o_y * stride_oh + o_x * stride_ow)[None, :]
     m_y = m_o[:, None] & m_m[None, :]
@@ -113,7 +115,7 @@ def int8_conv(
     low, high = problem.grid.bounds
     following = problem.following or problem.grid
     next_low, next_high = following.bounds
-    grid = (triton.cdiv(group_outputs, n), triton.cdiv(positions, m), problem.groups)
+    grid = (triton.cdiv(group_outputs, n) * triton.cdiv(positions, m), problem.groups)
     int8_conv_fwd_kernel[grid](
         x, problem.grid.scale, problem.grid.zero_point, weight.codes, weight.scale, weight.sums,
         bias if bias is not None else weight.scale, following.scale, following.zero_point, out,

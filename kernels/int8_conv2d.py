@@ -14,7 +14,6 @@ from torch import Tensor
 from compress.kernels.conv_problem import ConvProblem
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.int8_linear import checked_int8
-from compress.kernels.launch import capability
 from compress.kernels.packed_linear import checked_bias
 from compress.kernels.row_grid import RowGrid
 
@@ -23,10 +22,7 @@ __all__ = ["choose_conv", "dequantize_codes", "int8_conv2d"]
 
 def choose_conv(x: Tensor, positions: int, outputs: int, inputs: int, groups: int) -> Choice:
     """The kernel of a convolution of ``x`` with ``positions`` of ``outputs``, each from ``inputs`` of its group."""
-    call = Call(
-        "int8_conv2d", x.device.type, capability(x), x.dtype, positions, outputs, inputs, 8, inputs, groups=groups
-    )
-    return choose(call)
+    return choose(Call.on(x, "int8_conv2d", outputs, positions, inputs, bits=8, group_size=inputs, groups=groups))
 
 
 def _static(name: str, scale: Tensor, zero_point: Tensor, bits: int) -> RowGrid:

@@ -21,6 +21,7 @@ from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.launch import launch_options, multiprocessors, on_its_device, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
 from compress.kernels.row_grid import RowGrid
+from compress.kernels.tile_place import tile_place
 
 __all__ = ["FUSED", "KERNEL", "int8_dot", "int8_fused"]
 
@@ -33,13 +34,14 @@ def int8_dot_fwd_kernel(
     LOW: tl.constexpr, HIGH: tl.constexpr, CODES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs: outputs, rows, splits of ``steps`` times K inputs; ``p_out`` [splits, rows, outputs].
+    """Programs: tiles of outputs and rows, splits of ``steps`` times K inputs; ``p_out`` [splits, rows, outputs].
 
     CODES: ``p_x`` is int8 already.
     """
-    i_split = tl.program_id(2)
-    o_n = tl.program_id(0) * N + tl.arange(0, N)
-    o_m = tl.program_id(1) * M + tl.arange(0, M)
+    i_split = tl.program_id(1)
+    i_n, i_m = tile_place(outputs, N)
+    o_n = i_n * N + tl.arange(0, N)
+    o_m = i_m * M + tl.arange(0, M)
     m_o = o_n < outputs
     m_m = o_m < rows
     p_row = p_w + o_n.to(tl.int64)[:, None] * inputs
@@ -47,7 +49,7 @@ def int8_dot_fwd_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    b_scale, b_zero = row_grids(p_scale, p_zero, o_m, m_m, rows, stride_grid, KIND, OFFSET)
+    b_scale, b_zero = row_grids(p_scale, p_zero, o_m, m_m, stride_grid, KIND, OFFSET)
     b_acc = tl.zeros([N, M], dtype=tl.int32)
     first = i_split * steps
     for i_step in tl.range(first, tl.minimum(first + steps, tl.cdiv(inputs, K)), num_stages=STAGES):
@@ -86,7 +88,7 @@ def _launch(
     splits = triton.cdiv(inputs, k * steps)
     low, high = grid.bounds
     out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    int8_dot_fwd_kernel[(triton.cdiv(outputs, n), triton.cdiv(rows, m), splits)](
+    int8_dot_fwd_kernel[(triton.cdiv(outputs, n) * triton.cdiv(rows, m), splits)](
         source, arguments[0], arguments[1], weight.codes, weight.scale, weight.sums,
         bias if bias is not None else x, out,
         rows, outputs, inputs, steps, source.stride(0), arguments[2], out.stride(0),

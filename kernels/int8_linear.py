@@ -21,7 +21,7 @@ __all__ = ["checked_int8", "choose_int8", "int8_dynamic_linear", "int8_linear"]
 
 def choose_int8(x: Tensor, weight: Int8Weight) -> Choice:
     """The kernel that multiplies ``x`` [M, I] with ``weight``, and why others do not."""
-    return choose(Call.on(x, "int8_linear", outputs=weight.codes.shape[0], bits=8, group_size=x.shape[1]))
+    return choose(Call.on(x, "int8_linear", weight.codes.shape[0], bits=8, group_size=x.shape[1]))
 
 
 def checked_int8(weight: Tensor, weight_scale: Tensor, weight_sums: Tensor, inputs: int, outputs: int) -> Int8Weight:

@@ -26,15 +26,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
     """The kernel that multiplies ``x`` [M, I] with ``weight``, and why others do not."""
-    call = Call.on(
-        x,
-        "packed_linear",
-        outputs=weight.outputs,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        rank=rank,
+    return choose(
+        Call.on(x, "packed_linear", weight.outputs, bits=weight.bits, group_size=weight.group_size, rank=rank)
     )
-    return choose(call)
 
 
 def checked_weight(
@@ -69,7 +63,7 @@ def checked_bias(bias: Tensor | None, outputs: int, x: Tensor) -> Tensor | None:
     """
     if bias is None:
         return None
-    if tuple(bias.shape) != (outputs,) or bias.dtype not in _FLOATS or bias.device != x.device:
+    if tuple(bias.shape) != (outputs,) or bias.dtype not in (*_FLOATS, x.dtype) or bias.device != x.device:
         raise ValueError(
             f"bias {bias.dtype} {tuple(bias.shape)} on {bias.device}; {outputs} outputs on {x.device} need "
             f"({outputs},) of {', '.join(map(str, _FLOATS))}"

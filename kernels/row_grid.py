@@ -7,6 +7,9 @@
 ``tensor``  of the whole tensor's own range, zero in it, 8 bits: ONNX's DynamicQuantizeLinear (kernels/dynamic.py)
 ``token``   of each row's own largest absolute value, symmetric, from -127 to 127
 ==========  =========================================================================================================
+
+NaN makes its own range NaN, and with it everything that is rounded to that. A calibrated grid has no such thing, nor
+have bytes that are passed on: there it becomes the lowest code, as ONNX Runtime has it.
 """
 
 from __future__ import annotations
@@ -64,4 +67,5 @@ class RowGrid:
             scale = x.abs().amax(1, keepdim=True) / 127
             scale = torch.where(scale > 0, scale, 1.0)
             zero = torch.zeros_like(scale)
-        return torch.round(x / scale).add_(zero).clamp_(*self.bounds), scale, zero
+        codes = torch.round(x / scale).add_(zero).clamp_(*self.bounds)
+        return codes.nan_to_num_(self.bounds[0]) if self.kind == "static" else codes, scale, zero

@@ -4,6 +4,10 @@ The second launch starts while the first runs (programmatic dependent launch, fr
 registers by the time the rank-sized result is there, and reads that from the cache. A smaller rank is fewer rows of
 ``down`` and shorter rows of ``up``: nothing is copied.
 
+That is right as long as no kernel in flight writes the weight: only waiting makes the writes of those launched before
+visible. Whatever changes factors in place just before (an optimizer's step, a merged delta) breaks it, unless the
+stream is synchronized in between; so factors that require gradients are refused.
+
 Alphabet as in packed_gemv.py; N outputs, K inputs of a step.
 """
 
@@ -40,7 +44,7 @@ def thin_gemv_fwd_kernel(
     inputs = tl.minimum(inputs, first + span)
     if OVERLAP and not LATE:
         tl.extra.cuda.gdc_launch_dependents()
-    # Weights depend on no other kernel: they are on the way before this one waits for its input.
+    # No kernel in flight writes weights (see above): they are on the way before this one waits for its input.
     b_next = tl.load(p_row + first + o_k, mask=m_o[:, None] & (first + o_k < inputs), other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -122,5 +126,7 @@ def lowrank_gemv(
 
 KERNEL = Kernel(
     run=lowrank_gemv,
-    requires=Requires(dtypes=(torch.float16, torch.bfloat16, torch.float32), rows=(1, 2), capability=(8, 0)),
+    requires=Requires(
+        dtypes=(torch.float16, torch.bfloat16, torch.float32), rows=(1, 2), trained=False, capability=(8, 0)
+    ),
 )

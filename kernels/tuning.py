@@ -1,16 +1,17 @@
 """Tiles that were fastest where they were measured: one JSON file per GPU model, shipped with the kernels.
 
 ``kernels/tiles-NAME.json`` holds what ``python -m benchmarks.kernel_tuning --ship`` made of a measured table. A call
-that was measured (same kernel, type, shape, bits and groups, rows rounded up to a power of two) takes its tile; any
-other, and any other GPU, takes the launcher's own heuristic. Nothing is timed when a model runs: a first call compiles
-one program and no more.
+that was measured (same kernel, type, shape, bits and groups, rows rounded up to a power of two) takes its tile, and so
+does one of fewer than 16 rows where 16 were: tensor cores multiply 16 at a time, which take no longer when some of them
+are empty. Any other, and any other GPU, takes the launcher's own heuristic. Nothing is timed when a model runs: a first
+call compiles one program and no more.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,17 @@ def measured_tile(x: Tensor, kernel: str, outputs: int, dtype: torch.dtype, bits
     """
     if x.device.type != "cuda":
         return None
-    key = tile_key(kernel, x.shape[0], outputs, x.shape[1], bits, group_size)
-    return _tiles(_gpu_name(x.device), str(dtype).removeprefix("torch.")).get(key)
+    rows, inputs = x.shape
+    return _found(_gpu_name(x.device), dtype, kernel, rows, outputs, inputs, bits, group_size)
+
+
+@lru_cache(maxsize=4096)
+def _found(
+    gpu: str, dtype: torch.dtype, kernel: str, rows: int, outputs: int, inputs: int, bits: int, group_size: int
+) -> tuple[int, ...] | None:
+    tiles = _tiles(gpu, str(dtype).removeprefix("torch."))
+    keys = [tile_key(kernel, each, outputs, inputs, bits, group_size) for each in (rows, max(rows, 16))]
+    return next((tiles[key] for key in keys if key in tiles), None)
 
 
 @cache

@@ -41,6 +41,11 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def edit_old_graph(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the graph of a folder from before graphs were hashed: nothing but the graph itself can tell."""
+    edit_json(folder / "graph.json", lambda content: (content.pop("graph_sha256"), change(content)))
+
+
 def refused(folder: Path) -> str:
     with pytest.raises(InputError) as error:
         api.load(folder)
@@ -101,7 +106,7 @@ def test_tensors_that_do_not_fit(folder: Path, change: Callable[[dict[str, torch
     save_file(tensors, file)
     assert "model.safetensors is damaged, or not the file that graph.json was written with" in refused(folder)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    edit_json(folder / "graph.json", lambda content: content.update(tensors_sha256=digest))
+    edit_old_graph(folder, lambda content: content.update(tensors_sha256=digest))
     refused(folder)
 
 
@@ -113,12 +118,45 @@ def test_tensors_of_another_run(folder: Path) -> None:
     assert "not the file that graph.json was written with: its SHA-256 is" in refused(folder)
 
 
+def narrow_a_grid(content: dict[str, Any]) -> None:
+    """The graph still runs, and computes something else."""
+    quantizer = next(node for node in content["nodes"] if node["target"] == "compress.fake_quantize.default")
+    quantizer["args"][3] = 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        narrow_a_grid,
+        lambda content: content.update(tensors_sha256="0" * 64),
+        lambda content: content.update(graph_sha256="0" * 64),
+        lambda content: content.update(graph_sha256=None),
+    ],
+    ids=["another grid", "another file's hash", "another hash", "no hash"],
+)
+def test_an_edited_graph(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    edit_json(folder / "graph.json", change)
+    assert "graph.json is damaged, or was edited: its SHA-256 is" in refused(folder)
+
+
+def test_a_folder_from_before_graphs_were_hashed_loads(folder: Path) -> None:
+    wanted = load_artifact(folder).module(torch.ones(1, 2, 4, 4))
+    edit_old_graph(folder, lambda content: None)
+    assert torch.equal(load_artifact(folder).module(torch.ones(1, 2, 4, 4)), wanted)
+
+
+def test_a_graph_in_another_spacing_is_the_same(folder: Path) -> None:
+    content = json.loads((folder / "graph.json").read_text())
+    (folder / "graph.json").write_text(json.dumps(content, indent=1))
+    load_artifact(folder)
+
+
 @pytest.mark.parametrize("target", ["os.system", "aten.nothing.default", "builtins.eval", "aten.__class__.x", "torch"])
 def test_a_graph_may_call_operators_only(folder: Path, target: str) -> None:
     def change(content: dict[str, Any]) -> None:
         next(node for node in content["nodes"] if node["op"] == "call_function")["target"] = target
 
-    edit_json(folder / "graph.json", change)
+    edit_old_graph(folder, change)
     assert f"graph.json calls {target!r}, which is not an operator" in refused(folder)
 
 
@@ -136,6 +174,7 @@ def mutate(value: Any, dice: random.Random) -> Any:
 
 def test_a_tampered_graph_is_refused_or_runs_but_never_breaks(folder: Path) -> None:
     content = json.loads((folder / "graph.json").read_text())
+    del content["graph_sha256"]
     dice, refusals, broken = random.Random(0), 0, []
     for _ in range(400):
         tampered = mutate(content, dice)

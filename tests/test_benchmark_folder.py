@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 from compress import api
-from compress.benchmark import BenchReport, bench
+from compress.benchmark import BenchReport, Explanation, bench
 from compress.cli import bench as command
 from compress.errors import InputError
+from compress.records import LayerRun
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,37 @@ def test_command_explains_for_a_gpu_that_is_not_here(folder: Path, tmp_path: Pat
     out = tmp_path / "out.json"
     arguments = [str(folder), "--runs", "2", "--no-memory", "--explain", "--capability", "9.0", "--json", str(out)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
-    for text in ("what runs each layer", "packed_linear: packed_gemv", "1 x 64 x 64", "8, groups of 32", "on cpu."):
-        assert text in " ".join(result.stdout.split()), text
+    shown = " ".join(result.stdout.replace("│", " ").split())
+    for text in ("what runs each layer", "packed_linear packed_gemv 1 x 64 x 64 8 bits, groups of 32", "on cpu."):
+        assert text in shown, text
     layers = json.loads(out.read_text())["explanations"][0]["layers"]
     assert [layer["kernel"] for layer in layers] == ["packed_gemv", "packed_gemv"]
+
+
+def test_layers_read_plainly() -> None:
+    gpus = ("packed_gemv: only on GPUs, not on cpu", "packed_dot: only on GPUs, not on cpu")
+    rows = [
+        ("first", "linear", "reference", 4, 144, 0, gpus),
+        ("pair", "lowrank_linear", "thin_gemv", None, None, 16, ()),
+        ("branch", "packed_lowrank_linear", "packed_gemv", 3, 48, 16, ()),
+        ("table", "embedding", "torch", 8, 32, 0, ("no kernel takes embedding weights in codes: they are unpacked",)),
+        ("head", "linear", "torch", None, None, 0, ("its weight is stored as floats",)),
+    ]
+    fields = ("layer", "operator", "kernel", "bits", "group_size", "rank", "refused")
+    layers = tuple(LayerRun(**dict(zip(fields, row, strict=True)), rows=1, inputs=144, outputs=32) for row in rows)
+    out = io.StringIO()
+    table = command.layer_table(Explanation(model="model", batch=1, layers=layers), "model")
+    Console(width=200, file=out).print(table)
+    shown = [" ".join(line.split("│")[2:-1]).split() for line in out.getvalue().splitlines()]
+    for wanted in (
+        "linear PyTorch 1 x 144 x 32 4 bits, one scale an output packed_gemv, packed_dot: only on GPUs, not on cpu",
+        "lowrank_linear thin_gemv 1 x 144 x 32 factors of rank 16",
+        "packed_lowrank_linear packed_gemv 1 x 144 x 32 3 bits, groups of 48, and a branch of rank 16",
+        "embedding PyTorch 1 x 144 x 32 8 bits, one scale a row no kernel takes embedding weights in codes: they are "
+        "unpacked",
+        "linear PyTorch 1 x 144 x 32 floats its weight is stored as floats",
+    ):
+        assert wanted.split() in shown, wanted
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compress.benchmark import BenchReport, BenchRow, Explanation
+    from compress.records import LayerRun
 
 # One file opened twice and compared with itself came out at 0.97 to 1.02, each time with a narrow interval: where a
 # session's memory happens to lie is the same for all of its runs, and no number of runs averages it out.
@@ -136,7 +137,7 @@ def print_report(report: BenchReport, console: Console) -> None:
             console.print(comparison(row, labels[row.model], labels[rows[0].model]), highlight=False, markup=False)
         for explanation in report.explanations:
             if explanation.batch == batch:
-                console.print(_layers(explanation, labels[explanation.model]))
+                console.print(layer_table(explanation, labels[explanation.model]))
         console.print()
     environment = report.environment
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
@@ -208,20 +209,42 @@ def _table(rows: list[BenchRow], labels: dict[str, str], title: str) -> Table:
     return table
 
 
-def _layers(explanation: Explanation, name: str) -> Table:
+def layer_table(explanation: Explanation, name: str) -> Table:
+    """What runs each layer of the model called ``name``, a row each; kernels with one reason in one line."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{escape(name)}, batch {explanation.batch}: what runs each layer", title_justify="left")
-    for heading in ("layer", "kernel", "rows x in x out", "bits", "why not the others"):
+    for heading in ("layer", "operator", "run by", "rows x inputs x outputs", "weight", "why no other kernel"):
         table.add_column(heading, overflow="fold")
     for layer in explanation.layers:
-        bits = "float" if layer.bits is None else f"{layer.bits}, groups of {layer.group_size}"
-        bits += f" + rank {layer.rank}" if layer.rank else ""
         shape = f"{layer.rows} x {layer.inputs} x {layer.outputs}"
-        kernel = f"{layer.operator}: {layer.kernel}"
-        table.add_row(escape(layer.layer), kernel, shape, bits, escape("\n".join(layer.refused)))
+        kernel = "PyTorch" if layer.kernel in ("torch", "reference") else layer.kernel
+        reasons = escape("\n".join(_together(layer.refused)))
+        table.add_row(escape(layer.layer), layer.operator, kernel, shape, _weight(layer), reasons)
     return table
+
+
+def _weight(layer: LayerRun) -> str:
+    """``4 bits, groups of 32``, and what stands beside it."""
+    if layer.bits is None:
+        return f"factors of rank {layer.rank}" if layer.rank else "floats"
+    table = layer.operator == "embedding"
+    if layer.group_size == (layer.outputs if table else layer.inputs):
+        scales = "one scale a row" if table else "one scale an output"
+    else:
+        scales = f"groups of {layer.group_size}"
+    said = f"{layer.bits} bits, {scales}"
+    return f"{said}, and a branch of rank {layer.rank}" if layer.rank else said
+
+
+def _together(refused: tuple[str, ...]) -> list[str]:
+    """``kernel: why`` of several kernels, those with the same reason in one line."""
+    kernels: dict[str, list[str]] = {}
+    for sentence in refused:
+        name, _, why = sentence.partition(": ")
+        kernels.setdefault(why, []).append(name)
+    return [f"{', '.join(names)}: {why}" if why else names[0] for why, names in kernels.items()]
 
 
 def _three_digits(value: float) -> str:

@@ -51,7 +51,7 @@ def _on_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] | 
         for n in _POSITIONS
     ]
     if all(choice.name == "reference" for choice in choices):
-        call.meta[UNPACKED] = choices[-1].refused
+        call.meta[UNPACKED] = choices[0].refused
         return
     layer = layer_name(call)
     names = [f"{layer}.weight_{part}" for part in ("bytes", "bytes_scale", "bytes_sums")]

@@ -46,7 +46,7 @@ def unpack_weight(traced: TracedModel, stored: fx.Node) -> None:
     name = str(stored.args[0].target).removesuffix("_packed")
     for reader in stored.users:
         kind = "embedding" if reader.target is TABLE else LAYER_KINDS.get(reader.target, str(reader.target))  # type: ignore[call-overload]
-        why = f"no kernel of {kind} takes weights in codes: they were unpacked when the model was loaded"
+        why = f"no kernel takes {kind} weights in codes: they were unpacked when the model was loaded"
         reader.meta.setdefault(UNPACKED, (why,))
     replace_by_tensor(traced, stored, f"{name}_floats", stored_weight(traced, stored).dequantize())
 

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from compress.graph.layers import LAYER_KINDS, TABLE, is_stored, layer_name, weight_position
 from compress.graph.traced import TracedModel
 from compress.kernels.dispatch import Call, choose
-from compress.kernels.launch import capability as capability_of
 from compress.records import LayerRun
 from compress.runtime.edits import UNPACKED, group_size_of
 from compress.runtime.pack import factor_place, packed_operator
@@ -52,8 +51,9 @@ def _layer_run(
         if operator == "int8_conv2d":
             outputs, *rest = traced.tensor(str(node.args[3].target)).shape
             inputs, positions, groups = torch.Size(rest).numel(), y.numel() // outputs, node.args[11]
-            device, found = ("cuda", capability) if capability else (x.device.type, capability_of(x))
-            call = Call(operator, device, found, x.dtype, positions, outputs, inputs, 8, inputs, groups=groups)
+            call = Call.on(
+                x, operator, outputs, positions, inputs, capability, bits=8, group_size=inputs, groups=groups
+            )
             return _run_of(_layer(node.args[3]), operator, call)
         if operator in ("int8_linear", "int8_dynamic_linear"):
             name = _layer(node.args[3 if operator == "int8_linear" else 1])
@@ -78,7 +78,7 @@ def _layer_run(
         return _chosen(name, operator, x, y.shape[-1], weight.args[3], group_size_of(weight), 0, capability)
     shape = weight.args[4] if is_stored(weight) else traced.tensor(str(weight.target)).shape
     if is_stored(weight):
-        refused: tuple[str, ...] = (f"no kernel of {operator} takes weights in codes: they are unpacked at every call",)
+        refused: tuple[str, ...] = (f"no kernel takes {operator} weights in codes: they are unpacked at every call",)
     else:
         refused = node.meta.get(UNPACKED, ("its weight is stored as floats",))
     if operator == "embedding":
@@ -108,8 +108,6 @@ def _chosen(
     rank: int,
     capability: tuple[int, int] | None,
 ) -> LayerRun:
-    rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
-    device, found = ("cuda", capability) if capability else (x.device.type, capability_of(x))
     tables = {
         "delta_linear": "delta_linear",
         "packed_delta_linear": "delta_linear",
@@ -118,7 +116,7 @@ def _chosen(
         "int8_dynamic_linear": "int8_linear",
     }
     table = tables.get(operator, "packed_linear")
-    call = Call(table, device, found, x.dtype, rows, outputs, inputs, bits or 0, group_size or 0, rank)
+    call = Call.on(x, table, outputs, gpu=capability, bits=bits or 0, group_size=group_size or 0, rank=rank)
     return _run_of(layer, operator, call)
 
 

@@ -113,7 +113,7 @@ def _pack_bytes(traced: TracedModel, call: fx.Node, capability: tuple[int, int] 
         for rows in _ROWS
     ]
     if all(choice.name == "reference" for choice in choices):
-        call.meta[UNPACKED] = choices[-1].refused
+        call.meta[UNPACKED] = choices[0].refused
         return False
     layer = layer_name(call)
     names = [f"{layer}.weight_{part}" for part in ("bytes", "bytes_scale", "bytes_sums")]
@@ -143,7 +143,7 @@ def _pack_linear(traced: TracedModel, call: fx.Node, capability: tuple[int, int]
         for rows in _ROWS
     ]
     if all(choice.name == "reference" for choice in choices):
-        call.meta[UNPACKED] = choices[-1].refused
+        call.meta[UNPACKED] = choices[0].refused
         return
     layer = str(stored.args[0].target).removesuffix(".weight_packed")
     names = [f"{layer}.weight_{part}" for part in ("units", "lane_scale", "lane_zero_point")]

@@ -125,6 +125,35 @@ def test_own_tile(rows: int, device: str, assert_near: Any) -> None:
     assert_near(int8_dot(x, grid, weight), ((codes - zero).double() * scale) @ exact.T)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite(kernel: str, kind: str, odd: float, device: str) -> None:
+    weight, _ = random_int8(21, 300, 8, device)
+    x = torch.randn(5, 300, device=device)
+    x[2, 7] = odd
+    grid = grids(5, device)[kind]
+    got = KERNELS[kernel](x, grid, weight)
+    if kind == "tensor":
+        assert got.isnan().all(), "the range of all"
+    elif kind == "token":
+        assert got[2].isnan().all()
+        others = [0, 1, 3, 4]
+        x[2, 7] = 0.0
+        assert torch.equal(got[others], KERNELS[kernel](x, grid, weight)[others]), "they have ranges of their own"
+    else:
+        x[2, 7] = 1e9 if odd > 0 else -1e9
+        assert torch.equal(got, KERNELS[kernel](x, grid, weight)), "the end of the grid; NaN the lower one"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 130])
+def test_a_tensors_range_is_found_once_for_all_programs(rows: int, device: str) -> None:
+    x = torch.randn(rows, 300, device=device)
+    low, high, apart = grid_arguments(x, RowGrid("tensor"))
+    assert (low.numel(), high.numel(), apart) == (1, 1, 0)
+    assert (float(low), float(high)) == (float(x.min()), float(x.max()))
+
+
 def test_operators(device: str, assert_near: Any) -> None:
     weight, exact = random_int8(24, 96, 8, device)
     x, bias = torch.randn(2, 3, 96, device=device), torch.randn(24, device=device)
@@ -166,9 +195,9 @@ GPU_CALL = Call("int8_linear", "cuda", (9, 0), torch.float32, 1, 4096, 4096, bit
     ],
 )
 def test_choice(change: dict[str, Any], kernel: str) -> None:
-    choice = choose(replace(GPU_CALL, **change))
+    choice = choose(GPU_CALL._replace(**change))
     assert choice.name == kernel
-    wanted = "65794 inputs are above 65793: their sum may not fit into 32 bits"
+    wanted = "only up to 65793 inputs, whose sum fits into 32 bits, not 65794"
     assert change.get("inputs") != 65_794 or wanted in choice.refused[0]
 
 

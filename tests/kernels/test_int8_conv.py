@@ -113,6 +113,21 @@ def test_bytes_in_and_out(kernel: str, bits: int, device: str) -> None:
     assert torch.equal(KERNELS[kernel](x, weight, bias, problem), got), "the same from floats, rounded as they are read"
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bytes_out", [False, True])
+def test_nan_is_the_lowest_code(kernel: str, bytes_out: bool, device: str) -> None:
+    x, weight, _, bias, problem = case("3 x 3", device)
+    if bytes_out:
+        problem = replace(problem, following=replace(grid(device), scale=problem.grid.scale * 10))
+    x[1, 2, 3, 4] = float("nan")
+    got = KERNELS[kernel](x, weight, bias, problem)
+    x[1, 2, 3, 4] = -1e9
+    assert torch.equal(got, KERNELS[kernel](x, weight, bias, problem))
+    bias[3] = float("nan")
+    got = KERNELS[kernel](x, weight, bias, replace(problem, relu=True))
+    assert (got[:, 3] == -128).all() if bytes_out else got[:, 3].isnan().all()
+
+
 @pytest.mark.parametrize("outputs", [20, 70])
 def test_own_tile(outputs: int, device: str, assert_near: Any) -> None:
     weight, exact = random_weight(outputs, 64, (3, 3), device)
@@ -171,9 +186,9 @@ GPU_CALL = Call("int8_conv2d", "cuda", (9, 0), torch.float32, 1000, 64, 576, bit
     ],
 )
 def test_choice(change: dict[str, Any], kernel: str) -> None:
-    choice = choose(replace(GPU_CALL, **change))
+    choice = choose(GPU_CALL._replace(**change))
     assert choice.name == kernel
-    wanted = "int8_conv: 64 groups of 1 outputs leave tensor cores empty, which take 16"
+    wanted = "int8_conv: only groups of 16 outputs and more, which fill tensor cores, not of 1"
     assert change.get("groups") != 64 or choice.refused == (wanted,)
 
 

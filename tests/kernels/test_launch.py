@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from compress.kernels import launch
+from compress.kernels import delta_gemv, int8_conv, int8_dot, int8_quantize, launch
+from compress.kernels.conv_problem import ConvProblem
+from compress.kernels.delta_rows import DeltaRows
+from compress.kernels.int8_weight import Int8Weight
 from compress.kernels.launch import on_its_device
+from compress.kernels.row_grid import RowGrid
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,51 @@ def test_every_launch_is_in_such_a_function() -> None:
             decorators = [ast.unparse(each) for each in function.decorator_list]
             assert not found or "on_its_device" in decorators, f"{path.name}: {function.name}"
     assert launches == 12
+
+
+class Grids:
+    """Stands in for a kernel: remembers the grids it would be launched on."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.seen.append(grid)
+        return lambda *arguments, **named: None
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> Grids:
+    """Those of the kernels that take any number of rows."""
+    found = Grids()
+    for module, kernel in (
+        (delta_gemv, "delta_gemv"),
+        (int8_conv, "int8_conv"),
+        (int8_dot, "int8_dot"),
+        (int8_quantize, "quantize_rows"),
+        (int8_quantize, "row_ranges"),
+    ):
+        monkeypatch.setattr(module, f"{kernel}_fwd_kernel", found)
+    return found
+
+
+def test_more_rows_than_a_grids_y_takes(grids: Grids) -> None:
+    static = RowGrid("static", torch.ones(1), torch.zeros(1, dtype=torch.uint8))
+    sums = torch.zeros(1, dtype=torch.int32)
+
+    rows = 70_000
+    deltas = DeltaRows(torch.zeros(1, 2, dtype=torch.int32), torch.zeros(0, dtype=torch.int16), torch.zeros(0), 1)
+    delta_gemv.delta_gemv(torch.zeros(rows, 1), torch.zeros(rows, 1), deltas, torch.zeros(rows, dtype=torch.int32))
+
+    pixels = ConvProblem(static, (1, 1), (0, 0), (1, 1), 1)
+    weight = Int8Weight(torch.zeros(1, 1, 1, 1, dtype=torch.int8), torch.ones(1), sums)
+    int8_conv.int8_conv(torch.zeros(1, 1, 2100, 2100, dtype=torch.int8), weight, None, pixels)
+
+    weight = Int8Weight(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1), sums)
+    for grid in (static, RowGrid("token")):
+        int8_dot.int8_dot(torch.zeros(9_000_000, 1, dtype=torch.float16), grid, weight)
+    assert len(grids.seen) == 7
+    assert all(size <= 65_535 for grid in grids.seen for size in grid[1:]), grids.seen
 
 
 def _is_launch(call: ast.Call) -> bool:

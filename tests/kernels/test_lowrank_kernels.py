@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.kernels.lowrank_linear import lowrank_linear
+from compress.kernels.dispatch import Call, choose
+from compress.kernels.lowrank_linear import choose_lowrank, lowrank_linear
 from compress.kernels.lowrank_reference import lowrank_reference
 from compress.kernels.thin_dot import lowrank_dot
 from compress.kernels.thin_gemv import lowrank_gemv
@@ -43,6 +44,52 @@ def test_operator(device: str, assert_near: Any) -> None:
     assert_near(got, x.double() @ down[:5].double().T @ up[:, :5].double().T)
     torch.library.opcheck(lowrank_linear, (x, up, down, None, 5), test_utils=("test_schema", "test_faketensor"))
     assert lowrank_linear(x[:0], up, down, None, 5).shape == (0, 3, 12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients(rank: int, with_bias: bool) -> None:
+    given = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 7), (4, 5), (5, 7), (4,))]
+    x, up, down, bias = given if with_bias else [*given[:3], None]
+    parts = given if with_bias else given[:3]
+    y = lowrank_linear(x, up, down, bias, rank)
+    direction = torch.randn_like(y)
+    found = torch.autograd.grad(y, parts, direction)
+    flat = x.reshape(-1, 7)
+    wanted = lowrank_reference(flat, up[:, :rank], down[:rank], bias).reshape(y.shape)
+    for got, exact in zip(found, torch.autograd.grad(wanted, parts, direction), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    assert not found[1][:, rank:].any()
+    assert not found[2][rank:].any()
+    assert torch.autograd.gradcheck(lowrank_linear, (x, up, down, bias, rank))
+    assert torch.autograd.gradgradcheck(lowrank_linear, (x, up, down, bias, rank))
+
+
+def test_gradients_of_what_is_asked_for() -> None:
+    x, up, down = torch.randn(3, 7).bfloat16(), torch.randn(4, 5).bfloat16(), torch.randn(5, 7).bfloat16()
+    bias = torch.zeros(4, requires_grad=True)
+    lowrank_linear(x, up, down.requires_grad_(), bias, 2).float().sum().backward()
+    assert x.grad is None
+    assert up.grad is None
+    assert down.grad is not None
+    assert down.grad.dtype is torch.bfloat16
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((4,), 3.0))
+    torch.library.opcheck(lowrank_linear, (x, up, down, bias, 2))
+
+
+def test_factors_in_training_are_not_read_ahead() -> None:
+    call = Call("lowrank_linear", "cuda", (9, 0), torch.bfloat16, 1, 4096, 4096, rank=512)
+    assert choose(call).name == "thin_gemv"
+    choice = choose(call._replace(trained=True))
+    assert choice.name == "thin_dot"
+    assert choice.refused == (
+        "thin_gemv: only weights that stay as they are, not trained ones: it reads ahead of what may still write them",
+    )
+    x, up, down = torch.zeros(1, 7), torch.zeros(4, 5), torch.zeros(5, 7)
+    trained = "thin_gemv: only on GPUs, not on cpu; only weights that stay as they are"
+    assert choose_lowrank(x, up.requires_grad_(), down, 5).refused[0].startswith(trained)
+    assert not choose_lowrank(x, up.detach(), down, 5).refused[0].startswith(trained)
 
 
 @pytest.mark.parametrize("rank", [0, 9])

@@ -54,29 +54,49 @@ def test_opcheck(lane_weight: Callable[..., Any]) -> None:
     ],
 )
 def test_choice(change: dict[str, Any], kernel: str | None) -> None:
-    call = replace(GPU_CALL, **change)
+    call = GPU_CALL._replace(**change)
     if kernel is None:
-        with pytest.raises(TypeError, match=r"inputs of torch\.float64 are not among"):
+        with pytest.raises(TypeError, match=r"only inputs of torch\.float16, .*, not torch\.float64"):
             choose(call)
     else:
         assert choose(call).name == kernel
 
 
 def test_refusals_are_sentences() -> None:
-    refused = choose(replace(GPU_CALL, rows=2000, capability=(7, 5), group_size=96)).refused
+    refused = choose(GPU_CALL._replace(rows=2000, capability=(7, 5), group_size=96)).refused
     assert refused[0] == (
-        "packed_gemv: compute capability (7, 5) is below (8, 0); 2000 rows are not 1 to 1; "
-        "group_size 96 is not in {16, 32, 64, 128, 256}, nor a whole row"
+        "packed_gemv: only compute capability 8.0 and above, not 7.5; only 1 row, not 2000; "
+        "only one scale an output, or groups of 16, 32, 64, 128 or 256, not of 96"
     )
     assert [reason.partition(":")[0] for reason in refused] == ["packed_gemv", "packed_dot", "packed_unpack"]
-    assert choose(replace(GPU_CALL, device="cpu", capability=None)).refused[0].endswith("it runs on GPUs")
+    assert (
+        choose(GPU_CALL._replace(device="cpu", capability=None)).refused[0] == "packed_gemv: only on GPUs, not on cpu"
+    )
 
 
 @pytest.mark.parametrize("operator", KERNELS)
 def test_without_triton_the_reference_runs(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    for call in (replace(GPU_CALL, operator=operator), Call(operator, "cpu", None, torch.float32, 1, 64, 64)):
+    for call in (GPU_CALL._replace(operator=operator), Call(operator, "cpu", None, torch.float32, 1, 64, 64)):
         assert choose(call).name == "reference"
+
+
+def test_a_call_made_again_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = GPU_CALL._replace(rows=3, inputs=4160)
+    first = choose(call)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "resolve", None)
+        assert choose(GPU_CALL._replace(rows=3, inputs=4160)) is first
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert choose(call).name == "reference", "without triton it is another question"
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(None, "cpu"), ((8, 9), "cuda")])
+def test_a_call_is_what_its_inputs_say(gpu: tuple[int, int] | None, device: str) -> None:
+    call = Call.on(torch.zeros(2, 3, 40), "packed_linear", 24, gpu=gpu, bits=4, group_size=40)
+    assert call == Call("packed_linear", device, gpu, torch.float32, 6, 24, 40, bits=4, group_size=40)
+    image = Call.on(torch.zeros(2, 3, 8, 8), "int8_conv2d", 24, rows=72, inputs=27, gpu=gpu)
+    assert (image.rows, image.outputs, image.inputs, image.device) == (72, 24, 27, device)
 
 
 def test_each_operator_ends_in_its_reference() -> None:

@@ -41,12 +41,16 @@ def test_only_what_was_measured_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert measured_tile(on_gpu(1, 4096), "packed_gemv", 4096, bf16, 4, 128) == (8, 4)
     assert measured_tile(on_gpu(9, 4096), "packed_dot", 4096, bf16, 4, 128) == (128, 16, 4, 4, 3, 1), "9 rows as 16"
     assert measured_tile(on_gpu(1, 4096), "thin_gemv", 512, bf16) == (2, 8)
+    for rows in (2, 4, 7, 8):
+        assert measured_tile(on_gpu(rows, 4096), "packed_dot", 4096, bf16, 4, 128) == (128, 16, 4, 4, 3, 1)
+        assert measured_tile(on_gpu(rows, 512), "thin_dot", 4096, bf16) == (64, 128, 1, 4, 4)
     for call in (
         (on_gpu(1, 4096), "packed_gemv", 4096, bf16, 3, 128),
         (on_gpu(1, 4096), "packed_gemv", 4096, bf16, 4, 64),
         (on_gpu(1, 4096), "packed_gemv", 4096, torch.float32, 4, 128),
         (on_gpu(1, 4100), "packed_gemv", 4096, bf16, 4, 128),
         (on_gpu(100, 4096), "packed_dot", 4096, bf16, 4, 128),
+        (on_gpu(2, 4096), "thin_gemv", 512, bf16),
     ):
         assert measured_tile(*call) is None
     monkeypatch.setattr(tuning, "_gpu_name", lambda device: "NVIDIA Something Else")

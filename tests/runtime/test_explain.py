@@ -47,8 +47,8 @@ def test_on_the_cpu_the_reference_runs(artifact: Path) -> None:
     first = rows["first"]
     assert (first.operator, first.kernel, first.bits, first.group_size) == ("linear", "reference", 4, 32)
     assert (first.rows, first.inputs, first.outputs) == (27, 64, 64)
-    assert first.refused[0] == "packed_gemv: inputs are on cpu; it runs on GPUs; 27 rows are not 1 to 1"
-    assert rows["conv"].refused == ("no kernel of conv1d takes weights in codes: they are unpacked at every call",)
+    assert first.refused[0] == "packed_gemv: only on GPUs, not on cpu; only 1 row, not 27"
+    assert rows["conv"].refused == ("no kernel takes conv1d weights in codes: they are unpacked at every call",)
     assert (rows["conv"].rows, rows["conv"].inputs, rows["conv"].outputs) == (27, 192, 8)
     assert (rows["head"].kernel, rows["head"].refused) == ("torch", ("its weight is stored as floats",))
 
@@ -66,7 +66,11 @@ def test_a_layer_no_kernel_takes_says_why(artifact: Path) -> None:
     packed = packed_for_gpu(load_artifact(artifact), (7, 5))
     rows = {row.layer: row for row in explain(packed, (torch.zeros(1, 1, dtype=torch.int64),), (7, 5))}
     assert (rows["first"].operator, rows["first"].kernel, rows["first"].bits) == ("linear", "torch", None)
-    assert any("compute capability (7, 5) is below (8, 0)" in reason for reason in rows["first"].refused)
+    too_old = "only compute capability 8.0 and above, not 7.5"
+    names = ("packed_gemv", "packed_dot", "packed_unpack")
+    assert rows["first"].refused == tuple(f"{name}: {too_old}" for name in names), (
+        "and nothing of rows it does not have"
+    )
 
 
 def test_what_is_said_is_what_the_operator_chooses(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
