@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from compress.cache import cache_folder, digest
+from compress.calib.distilled import Normalisation
 from compress.calib.samples import Samples, load_samples
 from compress.distill.convnet import convnet
 from compress.distill.distiller import PREVIEW_FILE, Distilled, Distiller, DistillSettings
@@ -169,9 +170,11 @@ def distill(
         warnings=tuple(_warnings(found, neighbours)),
         environment=describe_environment(),
     )
+    given = Normalisation(*(None if each is None else tuple(each) for each in (options.mean, options.std)))
     write_folder(
-        out, images, labels[start], settings.momentum, standardisation, report, low, high, overwrite=options.overwrite
-    )
+        out, images, labels[start], settings.momentum, standardisation, given, report, low, high,
+        overwrite=options.overwrite,
+    )  # fmt: skip
     distiller.forget()
     return report
 

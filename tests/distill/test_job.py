@@ -184,8 +184,16 @@ def test_whitening_goes_back(tmp_path: Path, cache: Path) -> None:
     torch.testing.assert_close(whitened.invert(z), x, rtol=1e-4, atol=1e-4)
     variances = torch.linalg.eigvalsh(z.flatten(1).T.cov(correction=0))
     assert float(variances.max()) <= 1.0
-    run(tmp_path / "zca", cache, zca=True, expert_folder=cache / "zca")
-    assert (tmp_path / "zca" / "whitening.safetensors").exists()
+    # The set says it all: whatever its network saw can be made of it, and of other images.
+    run(tmp_path / "zca", cache, zca=True, expert_folder=cache / "zca", mean=[0.5], std=[2.0])
+    assert sorted(each.name for each in (tmp_path / "zca").iterdir()) == [
+        "distill.json", "distilled.npz", "distilled.png"
+    ]  # fmt: skip
+    with np.load(tmp_path / "zca" / "distilled.npz") as held:
+        mean, std = (held[name].reshape(-1, 1, 1) for name in ("mean", "std"))
+        seen = (((x.numpy() - 0.5) / 2 - mean) / std).reshape(60, -1) - held["centre"]
+        np.testing.assert_allclose(seen @ held["whitening"], z.flatten(1).numpy(), rtol=1e-2, atol=1e-3)
+        assert (held["data_mean"].tolist(), held["data_std"].tolist()) == ([0.5], [2.0])
 
 
 def test_a_channel_that_does_not_vary_is_only_centred() -> None:
