@@ -51,8 +51,8 @@ def require_same(own: Normalisation, mean: Sequence[float] | None, std: Sequence
     for here, there in ((given.mean, own.mean), (given.std, own.std)):
         if (here is None) != (there is None) or (here and there and not _equal(here, there)):
             raise InputError(
-                f"{name} is a distilled set, whose images are as the model takes them: made with {own}, and now {given} "
-                "was given, which would be applied on top; leave that out, or distil again with it"
+                f"{name} is a distilled set, whose images are as the model takes them: made with {own}, and now "
+                f"{given} was given, which would be applied on top; leave that out, or distil again with it"
             )
     return "a distilled set, whose images are as the model takes them: --mean and --std are not applied again"
 

@@ -88,10 +88,10 @@ def load_samples(
     """Samples from an array, tensor, tuple (x, y), dict, Samples, DataLoader, path or "package.module:function".
 
     Bytes shaped [N, H, W, C] become float [N, C, H, W] in 0..1, then (x - mean) / std for each channel; float arrays
-    are taken as they are unless mean or std is given, and a distilled set always. `size` and `resize` are for folders of pictures. `limit` keeps
-    a seeded subset, chosen before anything is converted; of an iterable, the first ones. `parameters` are those of
-    the model's forward(): arrays of their names are its inputs. `text` makes token ids of text files, at most `length`
-    a sample.
+    are taken as they are unless mean or std is given, and a distilled set always. `size` and `resize` are for folders
+    of pictures. `limit` keeps a seeded subset, chosen before anything is converted; of an iterable, the first ones.
+    `parameters` are those of the model's forward(): arrays of their names are its inputs. `text` makes token ids of
+    text files, at most `length` a sample.
 
     Raises:
         InputError: the source is missing, damaged, of an unknown kind, empty, pickled, not numeric or not finite; its

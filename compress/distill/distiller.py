@@ -9,10 +9,9 @@ The set that is kept is the best of a few looks at it along the way, the real im
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ from compress.distill.episode import BETAS, Episode, balanced_factor, checkpoint
 from compress.distill.experts import Experts
 from compress.distill.judge import Judge
 from compress.distill.model_terms import ModelTerms
+from compress.distill.parts import expert_parts, loop_parts
+from compress.distill.state import State, read_state, write_state
 from compress.distill.student import GRADIENTS, Student
-from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
 
 __all__ = ["PREVIEW_FILE", "DistillSettings", "Distilled", "Distiller"]
@@ -127,7 +127,7 @@ class Distilled:
         images: [n, C, H, W], in the standardised form.
         rate: step size to train on them with: the learned one, or a usual one where networks became better with it.
         iteration: which iterate it is; 0 for the real images of the start.
-        scores: accuracy by iteration judged, on images the experts were trained on.
+        scores: accuracy by iteration judged, on the judge's images.
         losses: L_out of every iteration. matching: L_TM of every iteration.
         stopped: why the loop ended early, or None.
         learned: the step size as learned; None: from a state that an older version wrote.
@@ -141,26 +141,6 @@ class Distilled:
     matching: list[float]
     stopped: str | None = None
     learned: float | None = None
-
-
-@dataclass(eq=False)
-class _State:
-    """Everything that decides how a run goes on."""
-
-    images: Tensor
-    velocity: Tensor
-    rate: float
-    rate_images: float
-    rate_rate: float
-    rate_velocity: float = 0.0
-    iteration: int = 0
-    losses: list[float] = field(default_factory=list)
-    matching: list[float] = field(default_factory=list)
-    scores: dict[int, float] = field(default_factory=dict)
-    best: Tensor | None = None
-    best_rate: float = 0.0
-    best_learned: float | None = None
-    best_iteration: int = 0
 
 
 class Distiller:
@@ -195,17 +175,14 @@ class Distiller:
         self._start, self._judge, self._terms = start, judge, terms
         self._file, self._every, self._show, self._discard = state, every, show, discard
         self._student = Student(experts.network, settings.momentum, augmentations=settings.augmentations)
-        judged = (judge.nets, judge.steps) if judge else None
-        self.fingerprint = digest(
-            [
-                asdict(settings),
-                experts.identity,
-                experts.settings.count,
-                terms.fingerprint if terms else "",
-                judged,
-                every,
-            ]
-        )
+        judged = judge.fingerprint if judge else None
+        identity, suited = experts.identity, terms.fingerprint if terms else ""
+        self.fingerprint = digest([asdict(settings), identity, experts.settings.count, suited, judged, every])
+        self._parts = {
+            "the data": identity["data"], "the network": identity["network"], "the model": suited or "none",
+            "what sets are judged on": judged or "nothing", "iterations between writes": str(every),
+            **expert_parts(asdict(experts.settings)), **loop_parts(asdict(settings)),
+        }  # fmt: skip
 
     def run(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Distilled:
         """All iterations, from where the state's file stands.
@@ -257,7 +234,7 @@ class Distiller:
             settings.seed * 1_000_003 + iteration,
         )
 
-    def _iterate(self, state: _State) -> str | None:
+    def _iterate(self, state: State) -> str | None:
         """One outer step; a sentence if there can be no more."""
         settings = self.settings
         outcome = self._student.outcome(
@@ -319,7 +296,7 @@ class Distiller:
         looks, whole = self.settings.looks, self.settings.iterations
         return self._judge is not None and looks > 0 and iteration in {whole * n // looks for n in range(looks + 1)}
 
-    def _look(self, state: _State, progress: Callable[[str, int, int], None]) -> None:
+    def _look(self, state: State, progress: Callable[[str, int, int], None]) -> None:
         assert self._judge is not None
         progress("training networks on the set", state.iteration, self.settings.iterations)
         # The step size of the start was searched for short students, not for training: a usual one is tried beside it,
@@ -348,30 +325,18 @@ class Distiller:
         with contextlib.suppress(OSError):  # there is none, or it holds what is not ours
             self._file.parent.rmdir()
 
-    def _begun(self) -> _State:
-        return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+    def _begun(self) -> State:
+        return State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
 
-    def _continued(self) -> _State:
+    def _continued(self) -> State:
         if self._file is None or not self.kept:
             return self._begun()
-        tensors, strings = read_tensors(self._file)
-        if strings.get("run") != self.fingerprint:
-            if self._discard:
-                self.forget()
-                return self._begun()
-            raise InputError(
-                f"{self._file.parent} holds the state of another run (network, data or options); finish that one, "
-                "choose another --out, or throw it away with --overwrite"
-            )
-        told = json.loads(strings["state"])
-        told["scores"] = {int(number): score for number, score in told["scores"].items()}
-        return _State(tensors["images"], tensors["velocity"], best=tensors.get("best"), **told)
+        state = read_state(self._file, self.fingerprint, self._parts, discard=self._discard)
+        if state is None:
+            self.forget()
+            return self._begun()
+        return state
 
-    def _write(self, state: _State) -> None:
-        if self._file is None:
-            return
-        tensors = {"images": state.images, "velocity": state.velocity}
-        tensors |= {"best": state.best} if state.best is not None else {}
-        # JSON keeps a float's every bit.
-        told = {name: value for name, value in vars(state).items() if name not in ("images", "velocity", "best")}
-        write_tensors(self._file, tensors, {"run": self.fingerprint, "state": json.dumps(told)})
+    def _write(self, state: State) -> None:
+        if self._file is not None:
+            write_state(self._file, state, self.fingerprint, self._parts)

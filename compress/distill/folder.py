@@ -4,8 +4,8 @@
 file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``: the learned one or a
 usual one, whichever networks became better with), ``learned_step_size``, ``mean`` and ``std`` [C] (the network of
 distillation saw z = (images - mean) / std), ``provenance``, a hash of data, network, experts and settings. Where they
-were given, ``data_mean`` and ``data_std`` are the ``--mean`` and ``--std`` that made ``images`` of the user's. With ZCA the
-network saw (z - centre) @ whitening, with z flattened: ``centre`` [C * H * W], ``whitening`` [C * H * W, C * H * W].
+were given, ``data_mean`` and ``data_std`` are the ``--mean`` and ``--std`` that made ``images`` of the user's. With ZCA
+the network saw (z - centre) @ whitening, z flattened: ``centre`` [C * H * W], ``whitening`` [C * H * W, C * H * W].
 """
 
 from __future__ import annotations

@@ -90,8 +90,12 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     if stop > 2:
         work = tmp_path / ".killed.work"
         assert sorted(each.name for each in work.iterdir()) == ["preview.png", "state.safetensors"]
-        with pytest.raises(InputError, match="holds the state of another run"):
-            run(tmp_path / "killed", cache, settings={"looks": 0, "steps": 5})
+        with pytest.raises(
+            InputError,
+            match=r"holds the state of another run; different: --steps \(4 then, 5 now\), --lr-images \(None then, 2 now\)"
+            r"\. Finish that run with what it was begun with, choose another --out, or throw it away with --overwrite",
+        ):
+            run(tmp_path / "killed", cache, settings={"looks": 0, "steps": 5, "rate_images": 2.0})
     report = run(tmp_path / "killed", cache, settings={"looks": 0})
     assert report.iteration == 6
     names = ("distilled.npz", "distilled.png")
