@@ -47,7 +47,7 @@ def require_same(own: Normalisation, mean: Sequence[float] | None, std: Sequence
     Raises:
         InputError: they are others, so that images that are normalised already would be so once more.
     """
-    given = Normalisation(mean and tuple(mean), std and tuple(std))
+    given = Normalisation(*(None if each is None else tuple(each) for each in (mean, std)))
     for here, there in ((given.mean, own.mean), (given.std, own.std)):
         if (here is None) != (there is None) or (here and there and not _equal(here, there)):
             raise InputError(

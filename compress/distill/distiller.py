@@ -27,19 +27,19 @@ from compress.distill.state import State, read_state, write_state
 from compress.distill.student import GRADIENTS, Student
 from compress.errors import InputError
 
-__all__ = ["PREVIEW_FILE", "DistillSettings", "Distilled", "Distiller"]
+__all__ = ["PREVIEW_FILE", "PROBED", "TRIED_RATES", "DistillSettings", "Distilled", "Distiller"]
 
 PREVIEW_FILE = "preview.png"
 _LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
-_PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
-_TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
+TRIED_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 # Everything random has a seed of its own, made of this one's multiples, in 63 bits; clusters take 32.
 _MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How a set is distilled; defaults are AST's in kind, its numbers are of METHODS 5(b) scaled to small data.
+    """How a set is distilled; defaults are AST's in kind, with numbers measured on small data (benchmarks/distill.py).
 
     Attributes:
         each: images a class.
@@ -58,10 +58,10 @@ class DistillSettings:
     """
 
     each: int = 1
-    iterations: int = 500
-    steps: int = 20
+    iterations: int = 150
+    steps: int = 15
     ahead: int = 2
-    last: int = 10
+    last: int = 8
     batch: int | None = None
     rate: float | None = None
     rate_images: float | None = None
@@ -264,10 +264,10 @@ class Distiller:
 
     def _rates(self) -> tuple[float, float, float]:
         """a, and the outer step sizes for images and for a: those given, or by the first iterations at the start."""
-        settings, episodes = self.settings, [self.episode(number) for number in range(_PROBED)]
+        settings, episodes = self.settings, [self.episode(number) for number in range(PROBED)]
         rate = settings.rate
         if rate is None:
-            tried = [each if settings.momentum else 10 * each for each in _TRIED]
+            tried = [each if settings.momentum else 10 * each for each in TRIED_RATES]
             losses = [
                 sum(self._student.losses(self._start, self.labels, each, episode)[0] for episode in episodes)
                 for each in tried
@@ -279,8 +279,8 @@ class Distiller:
         outcomes = [
             self._student.outcome(self._start, self.labels, rate, episode, settings.gradients) for episode in episodes
         ]
-        pixels = sum(float(each.images.square().mean().sqrt()) for each in outcomes) / _PROBED
-        change = sum(abs(each.rate) for each in outcomes) / _PROBED
+        pixels = sum(float(each.images.square().mean().sqrt()) for each in outcomes) / PROBED
+        change = sum(abs(each.rate) for each in outcomes) / PROBED
         if not (0 < pixels < math.inf and 0 < change < math.inf):
             raise InputError(
                 f"gradients of images are {pixels:.3g}, of step size {change:.3g}: students stand still or blow up; "

@@ -38,7 +38,7 @@ _LEARNED, _SAME_ACCURACY = 0.2, 0.01
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """How experts are trained; defaults are AST's, but for their number, length and rate, which suit small data.
+    """How experts are trained; defaults are AST's, but for their number, length, batch and rate, which suit small data.
 
     Attributes:
         rate: learning rate; falls to 0.6 of it after half of the epochs, where momentum starts anew (``drop``).
@@ -47,9 +47,9 @@ class ExpertSettings:
             short experts go where no student can follow: a part that is off until it is asked for.
     """
 
-    count: int = 5
-    epochs: int = 20
-    batch: int = 256
+    count: int = 3
+    epochs: int = 10
+    batch: int = 100
     rate: float = 0.01
     momentum: float = 0.9
     decay: float = 1e-3

@@ -44,12 +44,15 @@ class DistillReport(Record):
     step_size: float = Field(description="to train on the set with: the learned one or a usual one, the better of both")
     learned_step_size: float | None = Field(None, description="as learned; None: an older version's")
     iteration: int = Field(description="the iterate that was kept; 0: the real images of the start")
-    scores: dict[int, float] = Field(
-        description="accuracy of networks trained on the set, on images the experts were trained on"
-    )
+    scores: dict[int, float] = Field(description="accuracy of networks trained on the set, by iteration")
+    judged: str = Field("", description="the images that scores are of; empty: no set was judged")
     losses: tuple[float, ...] = Field(description="L_out by iteration")
     matching: tuple[float, ...] = Field(description="L_TM by iteration")
     expert_accuracies: tuple[float, ...] = Field(description="on their own training images")
+    model_accuracy: float | None = Field(None, description="of the model that the set suits, on the real images")
+    model_distance: float | None = Field(
+        None, description="of the real images to its BatchNorm statistics, as the set's is minimised; None: it has none"
+    )
     seconds_per_100: float | None = Field(description="of this run's iterations, judging left out; None: all were done")
     neighbours: Neighbours
     settings: dict[str, object]

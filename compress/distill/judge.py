@@ -1,7 +1,7 @@
 """What a small set is worth: accuracy, on real images, of fresh networks trained on it alone.
 
-In `compress distill` these are images that experts were not trained on, where there are enough. Scores say which iterate
-is best, and that of the best is flattered a little by the choice.
+In `compress distill` these are images that experts were not trained on, where there are enough. Scores say which
+iterate is best, and that of the best is flattered a little by the choice.
 """
 
 from __future__ import annotations
