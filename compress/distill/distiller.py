@@ -191,7 +191,21 @@ class Distiller:
             InputError: the file is another run's, or the loop ended early and there is no judge to say whether what it
                 had come to is worth keeping.
         """
-        state, stopped = self._continued(), None
+        state = self._continued()
+        try:
+            stopped = self._go_on(state, progress)
+        except KeyboardInterrupt:  # it holds the last iteration that was finished, whole
+            self._write(state)
+            raise
+        images, rate, iteration = state.images, state.rate, state.iteration
+        learned: float | None = rate
+        if state.best is not None:
+            images, rate, iteration = state.best, state.best_rate, state.best_iteration
+            learned = state.best_learned
+        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
+
+    def _go_on(self, state: State, progress: Callable[[str, int, int], None]) -> str | None:
+        """To the last iteration; a sentence if there can be no more before it."""
         settings, saved = self.settings, state.iteration
         while True:
             if self._looks_at(state.iteration) and state.iteration not in state.scores:
@@ -201,19 +215,13 @@ class Distiller:
                 self._write(state)
                 self._show(state.images)
             if state.iteration == settings.iterations:
-                break
+                return None
             stopped = self._iterate(state)
             if stopped and state.best is None:
                 raise InputError(f"{stopped}, or give --looks, so that the best set so far is kept")
             if stopped:
-                break
+                return stopped
             progress(f"distilling, loss {state.losses[-1]:.3f}", state.iteration, settings.iterations)
-        images, rate, iteration = state.images, state.rate, state.iteration
-        learned: float | None = rate
-        if state.best is not None:
-            images, rate, iteration = state.best, state.best_rate, state.best_iteration
-            learned = state.best_learned
-        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
 
     def episode(self, iteration: int) -> Episode:
         """What iteration ``iteration`` matches; the same at every call."""
@@ -253,13 +261,17 @@ class Distiller:
                 f"the loss was {outcome.loss} at iteration {state.iteration + 1}, step size {state.rate:.3g}, and "
                 "images would not be finite after it; try a smaller --lr-images, --lr-step or --step-size"
             )
-        state.images, state.velocity = images, velocity
-        state.rate_velocity = 0.5 * state.rate_velocity + outcome.rate
-        # A step size of 0 or less would let students stand still or climb, from where no gradient leads back.
-        state.rate = max(state.rate - state.rate_rate * state.rate_velocity, _LEAST_RATE)
-        state.losses.append(outcome.loss)
-        state.matching.append(outcome.matching)
-        state.iteration += 1
+        rate_velocity = 0.5 * state.rate_velocity + outcome.rate
+        state.change(
+            images=images,
+            velocity=velocity,
+            rate_velocity=rate_velocity,
+            # A step size of 0 or less would let students stand still or climb, from where no gradient leads back.
+            rate=max(state.rate - state.rate_rate * rate_velocity, _LEAST_RATE),
+            losses=[*state.losses, outcome.loss],
+            matching=[*state.matching, outcome.matching],
+            iteration=state.iteration + 1,
+        )
         return None
 
     def _rates(self) -> tuple[float, float, float]:
@@ -303,10 +315,14 @@ class Distiller:
         # so that the real images are not called worse for it.
         usual = _USUAL_RATE if self.settings.momentum else 10 * _USUAL_RATE
         score, rate = max((self._judge.accuracy(state.images, self.labels, each), each) for each in (state.rate, usual))
-        if state.best is None or score >= max(state.scores.values()):
-            state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
-            state.best_learned = state.rate
-        state.scores[state.iteration] = score
+        better = state.best is None or score >= max(state.scores.values())
+        best = {
+            "best": state.images.clone(),
+            "best_rate": rate,
+            "best_iteration": state.iteration,
+            "best_learned": state.rate,
+        }
+        state.change(scores=state.scores | {state.iteration: score}, **(best if better else {}))
 
     @property
     def kept(self) -> bool:

@@ -37,6 +37,10 @@ class State:
     best_learned: float | None = None
     best_iteration: int = 0
 
+    def change(self, **fields: object) -> None:
+        """Set ``fields``, all or none: in one call of C, an interrupt comes before or after it."""
+        vars(self).update(fields)
+
 
 def read_state(path: Path, run: str, parts: Mapping[str, str], *, discard: bool = False) -> State | None:
     """What ``path`` holds of ``run``; None if it is another run's, which ``discard`` allows to throw away.

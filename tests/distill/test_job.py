@@ -63,9 +63,10 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", cache, progress=kill, settings={"looks": 0})
     assert not (tmp_path / "killed").exists()
+    # Every iteration that was finished is kept, whether it was due to be written or not.
+    work = tmp_path / ".killed.work"
+    assert sorted(each.name for each in work.iterdir()) == ["preview.png"] * (stop > 2) + ["state.safetensors"]
     if stop > 2:
-        work = tmp_path / ".killed.work"
-        assert sorted(each.name for each in work.iterdir()) == ["preview.png", "state.safetensors"]
         with pytest.raises(
             InputError,
             match=r"holds the state of another run; different: --steps \(4 then, 5 now\), "
@@ -73,8 +74,12 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
             "throw it away with --overwrite",
         ):
             run(tmp_path / "killed", cache, settings={"looks": 0, "steps": 5, "rate_images": 2.0})
-    report = run(tmp_path / "killed", cache, settings={"looks": 0})
-    assert report.iteration == 6
+    done: list[int] = []
+    report = run(
+        tmp_path / "killed", cache, settings={"looks": 0},
+        progress=lambda what, at, total: done.append(at) if what.startswith("distilling") else None,
+    )  # fmt: skip
+    assert (report.iteration, done) == (6, list(range(stop + 1, 7)))
     names = ("distilled.npz", "distilled.png")
     assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
 
@@ -274,7 +279,7 @@ def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: P
         tmp_path / "out", cache, settings=settings, overwrite=True,
         progress=lambda what, done, total: seen.append(done) if what.startswith("distilling") else None,
     )  # fmt: skip
-    assert seen == [5, 6]
+    assert seen == [6]
     assert again.provenance == first.provenance
 
     with pytest.raises(KeyboardInterrupt):
