@@ -117,6 +117,8 @@ def preview(data: object, out: Path, *, classes: int, options: DistillOptions | 
     held = unrolled * (settings.steps if settings.gradients == "unrolled" else 1)
     held += 8 * math.isqrt(settings.steps) * theta.nbytes
     trajectory = (recipe.epochs + 1) * theta.nbytes
+    # A pass without a graph holds about half of what one with a graph keeps, and takes more images at a time.
+    passing = kept * len(ready.z[:_BATCH]) // len(ready.z[: recipe.batch]) // 2
     # The images as they are, standardised, and flat twice where neighbours are searched; whitening in doubles.
     real = 4 * ready.x.nbytes + (8 * ready.x[0].numel() ** 2 * 4 if options.zca else 0)
     return DistillPreview(
@@ -138,7 +140,7 @@ def preview(data: object, out: Path, *, classes: int, options: DistillOptions | 
         expert_seconds=expert,
         distill_seconds=probing + settings.iterations * iteration,
         judge_seconds=judging,
-        memory_bytes=real + max(kept + 2 * trajectory, held),
+        memory_bytes=real + max(kept + 2 * trajectory, held, passing),
         notes=(*ready.notes, *((terms.fit,) if terms else ())),
         warnings=terms.doubts if terms else (),
     )
