@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compress.calib.distilled import require_same
 from compress.calib.images import check_channels, from_bytes, list_images, normalise, read_images
 from compress.calib.sources import LABEL_KEYS, Array, Found, check_lengths, open_source
 from compress.calib.text import TEXT_SUFFIXES, read_texts
@@ -87,10 +88,10 @@ def load_samples(
     """Samples from an array, tensor, tuple (x, y), dict, Samples, DataLoader, path or "package.module:function".
 
     Bytes shaped [N, H, W, C] become float [N, C, H, W] in 0..1, then (x - mean) / std for each channel; float arrays
-    are taken as they are unless mean or std is given. `size` and `resize` are for folders of pictures. `limit` keeps
-    a seeded subset, chosen before anything is converted; of an iterable, the first ones. `parameters` are those of
-    the model's forward(): arrays of their names are its inputs. `text` makes token ids of text files, at most `length`
-    a sample.
+    are taken as they are unless mean or std is given, and a distilled set always. `size` and `resize` are for folders
+    of pictures. `limit` keeps a seeded subset, chosen before anything is converted; of an iterable, the first ones.
+    `parameters` are those of the model's forward(): arrays of their names are its inputs. `text` makes token ids of
+    text files, at most `length` a sample.
 
     Raises:
         InputError: the source is missing, damaged, of an unknown kind, empty, pickled, not numeric or not finite; its
@@ -110,6 +111,9 @@ def load_samples(
     notes = list(found.notes)
     if size is not None or resize is not None:
         notes.append("size and resize are for folders of pictures and were not used")
+    if found.distilled is not None and (means is not None or stds is not None):
+        notes.append(require_same(found.distilled, means, stds, name))
+        means = stds = None
     count = check_lengths(found, name)
     chosen, more = _choose(count, limit, seed, name)
     labels = _labels(found, name, labelled, notes)

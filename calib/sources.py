@@ -9,7 +9,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from compress.calib.distilled import Normalisation, own_normalisation
 from compress.calib.text import TEXT_SUFFIXES
 from compress.errors import InputError
 from compress.factory import import_object, one_line, user_code
@@ -35,7 +36,8 @@ Array = np.ndarray | torch.Tensor
 class Found:
     """What a source holds before selection and conversion: [N, ...] arrays of any dtype by name.
 
-    ``names`` are the parameters to hand the inputs over by; () for by position.
+    ``names`` are the parameters to hand the inputs over by; () for by position. ``distilled`` is what a distilled set
+    was normalised with; None for others.
     """
 
     inputs: list[tuple[str, Array]]
@@ -43,6 +45,7 @@ class Found:
     keys: list[str]
     notes: list[str]
     names: tuple[str, ...] = ()
+    distilled: Normalisation | None = None
 
 
 def open_source(source: object, limit: int | None = None, parameters: Sequence[str] = ()) -> tuple[str, Found | Path]:
@@ -108,7 +111,7 @@ def _from_object(content: object, name: str, limit: int | None, parameters: Sequ
     if isinstance(content, np.ndarray | torch.Tensor):
         return Found([("the array", content)], None, ["the array"], [])
     if isinstance(content, Mapping):
-        return _from_mapping(content, name, parameters)
+        return replace(_from_mapping(content, name, parameters), distilled=own_normalisation(content))
     if isinstance(content, tuple) and content and all(isinstance(x, np.ndarray | torch.Tensor) for x in content):
         # The last of several is the labels when it has one number for each sample.
         *xs, last = content

@@ -91,7 +91,8 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
             raise InputError("--budget chooses among calibrated grids: give --calib and leave out --dynamic")
         if options.act_bits not in (None, 8):
             raise InputError(
-                f"--act-bits {options.act_bits}: ranges measured as the model runs are for 8 bits; give --calib"
+                f"--act-bits {options.act_bits}: ranges measured as the model runs (--dynamic, or no --calib data) are "
+                "for 8 bits; give --calib samples, or leave --act-bits out, and the weights alone are quantized"
             )
     for name, value, low in (
         ("--bits", options.bits, 2),

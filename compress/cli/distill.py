@@ -12,6 +12,7 @@ from compress.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from compress.distill.folder import DistillReport
+    from compress.distill.preview import DistillPreview
 
 __all__ = ["distill"]
 
@@ -24,20 +25,24 @@ def distill(
     classes: Annotated[int, typer.Option(help="Classes; labels are 0 to one less")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write")],
     ipc: Annotated[int, typer.Option("--ipc", help="Images a class")] = 1,
-    iterations: Annotated[int, typer.Option(help="Steps of the outer loop")] = 500,
+    iterations: Annotated[int, typer.Option(help="Steps of the outer loop")] = 150,
     method: Annotated[str, typer.Option(help="ast, or mtt: without AST's parts")] = "ast",
     augment: Annotated[
         str, typer.Option(help="all, none, or some of color, crop, cutout, flip, scale, rotate")
     ] = "color,crop,cutout,scale,rotate",
+    test: Annotated[str | None, typer.Option(help="Labelled images to judge sets on  [default: held out ones]")] = None,
+    hold_out: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the images, for judging alone; 0: on those of the experts")
+    ] = 0.2,
     zca: Annotated[bool, typer.Option("--zca", help="Whiten images first")] = False,
     network: Annotated[
         str | None, typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Network to match  [default: a ConvNet]")
     ] = None,
     width: Annotated[int, typer.Option(help="Channels of the ConvNet")] = 32,
     depth: Annotated[int, typer.Option(help="Its blocks, each of which halves the image")] = 3,
-    experts: Annotated[int, typer.Option(help="How many", rich_help_panel=_EXPERTS)] = 5,
-    expert_epochs: Annotated[int, typer.Option(help="Times through the data", rich_help_panel=_EXPERTS)] = 20,
-    expert_batch: Annotated[int, typer.Option(help="Images a step", rich_help_panel=_EXPERTS)] = 256,
+    experts: Annotated[int, typer.Option(help="How many", rich_help_panel=_EXPERTS)] = 3,
+    expert_epochs: Annotated[int, typer.Option(help="Times through the data", rich_help_panel=_EXPERTS)] = 10,
+    expert_batch: Annotated[int, typer.Option(help="Images a step", rich_help_panel=_EXPERTS)] = 100,
     expert_lr: Annotated[
         float, typer.Option("--expert-lr", help="With momentum; ten times it without", rich_help_panel=_EXPERTS)
     ] = 0.01,
@@ -47,11 +52,11 @@ def distill(
     expert_folder: Annotated[
         Path | None, typer.Option(help="Where they are kept  [default: in the user's cache]", rich_help_panel=_EXPERTS)
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of a student", rich_help_panel=_MATCHING)] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of a student", rich_help_panel=_MATCHING)] = 15,
     ahead: Annotated[int, typer.Option(help="Epochs of an expert it is to cover", rich_help_panel=_MATCHING)] = 2,
     start_epochs: Annotated[
         int, typer.Option(help="It starts in one of an expert's first epochs, so many", rich_help_panel=_MATCHING)
-    ] = 10,
+    ] = 8,
     batch: Annotated[int | None, typer.Option(help="Images a step  [default: all]", rich_help_panel=_MATCHING)] = None,
     lr_images: Annotated[
         float | None,
@@ -98,10 +103,19 @@ def distill(
             metavar="PACKAGE.MODULE:FACTORY", help="Where the file holds weights only", rich_help_panel=_MODEL
         ),
     ] = None,
+    allow_poor_model: Annotated[
+        bool,
+        typer.Option(
+            "--allow-poor-model", help="One that gives images other classes than their labels", rich_help_panel=_MODEL
+        ),
+    ] = False,
     allow: Allow = None,
     mean: Mean = None,
     std: Std = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, with an estimate of time and memory, and stop")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
     allow_originals: Annotated[
         bool, typer.Option("--allow-originals", help="Write real images where no distilled ones were better")
@@ -109,7 +123,7 @@ def distill(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table; warnings stay")] = False,
 ) -> None:
-    """Distil labelled images into a handful that --calib takes (AST, trajectory matching).
+    """Distil labelled images into a handful that --calib takes (AST, trajectory matching); on the CPU.
 
     Example: [bold]compress distill train.npz --classes 10 --ipc 10 -o small[/]
 
@@ -135,12 +149,19 @@ def distill(
     )  # fmt: skip
     options = DistillOptions(
         settings=settings, experts=recipe, method=method, network=network, width=width, depth=depth,
-        expert_folder=expert_folder, zca=zca, model=model, factory=factory, allow=tuple(allow or ()),
+        expert_folder=expert_folder, test=test, hold_out=hold_out, zca=zca, model=model, factory=factory,
+        allow=tuple(allow or ()), allow_poor_model=allow_poor_model,
         mean=numbers(mean, "--mean"), std=numbers(std, "--std"), overwrite=overwrite,
         allow_originals=allow_originals,
     )  # fmt: skip
+    if dry_run:
+        from compress.distill.preview import preview
+
+        _print_preview(preview(data, out, classes=classes, options=options), json)
+        return
+    say = (lambda sentence: None) if quiet else _say
     with ProgressBar(enabled=not quiet) as bar:
-        report = distill_data(data, out, classes=classes, options=options, progress=bar.update)
+        report = distill_data(data, out, classes=classes, options=options, progress=bar.update, say=say)
     for sentence in report.warnings:
         _warn(sentence)
     if json:
@@ -177,8 +198,7 @@ def _print(report: DistillReport, out: Path) -> None:
     )
     if scores:
         console.print(
-            f"Networks trained on the set, by iteration: {scores}, of images the experts were trained on; kept is "
-            f"{report.iteration}"
+            f"Networks trained on the set, by iteration: {scores}, of {report.judged}; kept is {report.iteration}"
         )
     near = report.neighbours
     console.print(
@@ -200,7 +220,45 @@ def _print(report: DistillReport, out: Path) -> None:
     console.print(f"Calibrate with it: compress quantize MODEL --calib {out}/distilled.npz")
 
 
-def _warn(sentence: str) -> None:
+def _print_preview(found: DistillPreview, as_json: bool) -> None:
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"WARNING: {sentence}")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for note in found.notes:
+        console.print(f"- {note}")
+    for sentence in found.warnings:
+        _warn(sentence)
+    shape = " x ".join(map(str, found.shape))
+    console.print(f"Data: {found.images:,} images of {shape} in {found.classes} classes, to train experts on")
+    console.print(
+        f"Experts: {found.experts} of {found.expert_epochs} epochs of {found.expert_steps} steps, "
+        f"{found.experts_there} there already; {found.expert_bytes / 1e6:,.1f} MB in {found.expert_folder}"
+    )
+    judged = f"judged {found.looks} times on {found.judged}" if found.judged else "not judged"
+    console.print(
+        f"Set: {found.classes * found.each} images, {found.each} a class; {found.iterations} iterations of "
+        f"{found.student_steps} steps, {found.iteration_seconds:.2g} s each; {judged}"
+    )
+    parts = {"experts": found.expert_seconds, "distilling": found.distill_seconds, "judging": found.judge_seconds}
+    times = ", ".join(f"{name} {_duration(each)}" for name, each in parts.items())
+    console.print(
+        f"Estimated: {_duration(found.seconds)} ({times}), {found.memory_bytes / 1e6:.0f} MB beyond the program itself "
+        "(within a factor of two). Nothing was written."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _say(sentence: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(sentence)
+
+
+def _warn(sentence: str) -> None:
+    _say(f"WARNING: {sentence}")

@@ -18,16 +18,23 @@ import typer
 from compress.cli.inputs import Allow, Classes, Delta, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
 from compress.errors import InputError
 
-__all__ = ["Calib", "Eval", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
+__all__ = ["Calib", "Eval", "no_data", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
 
 _BUDGETS = "Budgets"
 _PLAN = "What is done to every layer"
 
+
+def no_data(calib: str | None) -> str | None:
+    """``none`` is as good as leaving ``--calib`` out; a file of that name is ``./none``."""
+    return None if calib == "none" else calib
+
+
 Calib = Annotated[
     str | None,
     typer.Option(
+        callback=no_data,
         help="Calibration samples: .npz, .npy, .pt, .safetensors, a folder of images, text (.txt, .tsv, .csv), or "
-        "package.module:function"
+        "package.module:function; none, like leaving it out, quantizes the weights alone",
     ),
 ]
 Eval = Annotated[str | None, typer.Option("--eval", help="Labelled samples: adds the metric before and after")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.cli.inputs import Length
+from compress.cli.options import no_data
 
 if TYPE_CHECKING:
     from compress.report.schema import StreamReport
@@ -18,7 +19,9 @@ def stream(
     bits: Annotated[int, typer.Option("--bits", "-b", help="Bits a weight: 2, 3, 4, 5, 6 or 8")] = 4,
     calib: Annotated[
         str | None,
-        typer.Option(help="Text (.txt, .tsv, .csv) or token ids (.npz with input_ids)  [default: none needed]"),
+        typer.Option(
+            callback=no_data, help="Text (.txt, .tsv, .csv) or token ids (.npz with input_ids)  [default: none needed]"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write  [default: MODEL-wX]")] = None,
     group_size: Annotated[int, typer.Option(help="Weights of a row that share a grid; 0: the whole row")] = 128,

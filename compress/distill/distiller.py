@@ -9,10 +9,9 @@ The set that is kept is the best of a few looks at it along the way, the real im
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,23 +22,24 @@ from compress.distill.episode import BETAS, Episode, balanced_factor, checkpoint
 from compress.distill.experts import Experts
 from compress.distill.judge import Judge
 from compress.distill.model_terms import ModelTerms
+from compress.distill.parts import expert_parts, loop_parts
+from compress.distill.state import State, read_state, write_state
 from compress.distill.student import GRADIENTS, Student
-from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
 
-__all__ = ["PREVIEW_FILE", "DistillSettings", "Distilled", "Distiller"]
+__all__ = ["PREVIEW_FILE", "PROBED", "TRIED_RATES", "DistillSettings", "Distilled", "Distiller"]
 
 PREVIEW_FILE = "preview.png"
 _LEAST_RATE, _USUAL_RATE = 1e-5, 0.01
-_PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
-_TRIED = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+PROBED, _FIRST_MOVE, _FIRST_CHANGE = 5, 0.05, 0.02
+TRIED_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 # Everything random has a seed of its own, made of this one's multiples, in 63 bits; clusters take 32.
 _MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How a set is distilled; defaults are AST's in kind, its numbers are of METHODS 5(b) scaled to small data.
+    """How a set is distilled; defaults are AST's in kind, with numbers measured on small data (benchmarks/distill.py).
 
     Attributes:
         each: images a class.
@@ -58,10 +58,10 @@ class DistillSettings:
     """
 
     each: int = 1
-    iterations: int = 500
-    steps: int = 20
+    iterations: int = 150
+    steps: int = 15
     ahead: int = 2
-    last: int = 10
+    last: int = 8
     batch: int | None = None
     rate: float | None = None
     rate_images: float | None = None
@@ -127,7 +127,7 @@ class Distilled:
         images: [n, C, H, W], in the standardised form.
         rate: step size to train on them with: the learned one, or a usual one where networks became better with it.
         iteration: which iterate it is; 0 for the real images of the start.
-        scores: accuracy by iteration judged, on images the experts were trained on.
+        scores: accuracy by iteration judged, on the judge's images.
         losses: L_out of every iteration. matching: L_TM of every iteration.
         stopped: why the loop ended early, or None.
         learned: the step size as learned; None: from a state that an older version wrote.
@@ -141,26 +141,6 @@ class Distilled:
     matching: list[float]
     stopped: str | None = None
     learned: float | None = None
-
-
-@dataclass(eq=False)
-class _State:
-    """Everything that decides how a run goes on."""
-
-    images: Tensor
-    velocity: Tensor
-    rate: float
-    rate_images: float
-    rate_rate: float
-    rate_velocity: float = 0.0
-    iteration: int = 0
-    losses: list[float] = field(default_factory=list)
-    matching: list[float] = field(default_factory=list)
-    scores: dict[int, float] = field(default_factory=dict)
-    best: Tensor | None = None
-    best_rate: float = 0.0
-    best_learned: float | None = None
-    best_iteration: int = 0
 
 
 class Distiller:
@@ -195,17 +175,14 @@ class Distiller:
         self._start, self._judge, self._terms = start, judge, terms
         self._file, self._every, self._show, self._discard = state, every, show, discard
         self._student = Student(experts.network, settings.momentum, augmentations=settings.augmentations)
-        judged = (judge.nets, judge.steps) if judge else None
-        self.fingerprint = digest(
-            [
-                asdict(settings),
-                experts.identity,
-                experts.settings.count,
-                terms.fingerprint if terms else "",
-                judged,
-                every,
-            ]
-        )
+        judged = judge.fingerprint if judge else None
+        identity, suited = experts.identity, terms.fingerprint if terms else ""
+        self.fingerprint = digest([asdict(settings), identity, experts.settings.count, suited, judged, every])
+        self._parts = {
+            "the data": identity["data"], "the network": identity["network"], "the model": suited or "none",
+            "what sets are judged on": judged or "nothing", "iterations between writes": str(every),
+            **expert_parts(asdict(experts.settings)), **loop_parts(asdict(settings)),
+        }  # fmt: skip
 
     def run(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Distilled:
         """All iterations, from where the state's file stands.
@@ -214,7 +191,21 @@ class Distiller:
             InputError: the file is another run's, or the loop ended early and there is no judge to say whether what it
                 had come to is worth keeping.
         """
-        state, stopped = self._continued(), None
+        state = self._continued()
+        try:
+            stopped = self._go_on(state, progress)
+        except KeyboardInterrupt:  # it holds the last iteration that was finished, whole
+            self._write(state)
+            raise
+        images, rate, iteration = state.images, state.rate, state.iteration
+        learned: float | None = rate
+        if state.best is not None:
+            images, rate, iteration = state.best, state.best_rate, state.best_iteration
+            learned = state.best_learned
+        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
+
+    def _go_on(self, state: State, progress: Callable[[str, int, int], None]) -> str | None:
+        """To the last iteration; a sentence if there can be no more before it."""
         settings, saved = self.settings, state.iteration
         while True:
             if self._looks_at(state.iteration) and state.iteration not in state.scores:
@@ -224,19 +215,13 @@ class Distiller:
                 self._write(state)
                 self._show(state.images)
             if state.iteration == settings.iterations:
-                break
+                return None
             stopped = self._iterate(state)
             if stopped and state.best is None:
                 raise InputError(f"{stopped}, or give --looks, so that the best set so far is kept")
             if stopped:
-                break
+                return stopped
             progress(f"distilling, loss {state.losses[-1]:.3f}", state.iteration, settings.iterations)
-        images, rate, iteration = state.images, state.rate, state.iteration
-        learned: float | None = rate
-        if state.best is not None:
-            images, rate, iteration = state.best, state.best_rate, state.best_iteration
-            learned = state.best_learned
-        return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
 
     def episode(self, iteration: int) -> Episode:
         """What iteration ``iteration`` matches; the same at every call."""
@@ -257,7 +242,7 @@ class Distiller:
             settings.seed * 1_000_003 + iteration,
         )
 
-    def _iterate(self, state: _State) -> str | None:
+    def _iterate(self, state: State) -> str | None:
         """One outer step; a sentence if there can be no more."""
         settings = self.settings
         outcome = self._student.outcome(
@@ -276,21 +261,25 @@ class Distiller:
                 f"the loss was {outcome.loss} at iteration {state.iteration + 1}, step size {state.rate:.3g}, and "
                 "images would not be finite after it; try a smaller --lr-images, --lr-step or --step-size"
             )
-        state.images, state.velocity = images, velocity
-        state.rate_velocity = 0.5 * state.rate_velocity + outcome.rate
-        # A step size of 0 or less would let students stand still or climb, from where no gradient leads back.
-        state.rate = max(state.rate - state.rate_rate * state.rate_velocity, _LEAST_RATE)
-        state.losses.append(outcome.loss)
-        state.matching.append(outcome.matching)
-        state.iteration += 1
+        rate_velocity = 0.5 * state.rate_velocity + outcome.rate
+        state.change(
+            images=images,
+            velocity=velocity,
+            rate_velocity=rate_velocity,
+            # A step size of 0 or less would let students stand still or climb, from where no gradient leads back.
+            rate=max(state.rate - state.rate_rate * rate_velocity, _LEAST_RATE),
+            losses=[*state.losses, outcome.loss],
+            matching=[*state.matching, outcome.matching],
+            iteration=state.iteration + 1,
+        )
         return None
 
     def _rates(self) -> tuple[float, float, float]:
         """a, and the outer step sizes for images and for a: those given, or by the first iterations at the start."""
-        settings, episodes = self.settings, [self.episode(number) for number in range(_PROBED)]
+        settings, episodes = self.settings, [self.episode(number) for number in range(PROBED)]
         rate = settings.rate
         if rate is None:
-            tried = [each if settings.momentum else 10 * each for each in _TRIED]
+            tried = [each if settings.momentum else 10 * each for each in TRIED_RATES]
             losses = [
                 sum(self._student.losses(self._start, self.labels, each, episode)[0] for episode in episodes)
                 for each in tried
@@ -302,8 +291,8 @@ class Distiller:
         outcomes = [
             self._student.outcome(self._start, self.labels, rate, episode, settings.gradients) for episode in episodes
         ]
-        pixels = sum(float(each.images.square().mean().sqrt()) for each in outcomes) / _PROBED
-        change = sum(abs(each.rate) for each in outcomes) / _PROBED
+        pixels = sum(float(each.images.square().mean().sqrt()) for each in outcomes) / PROBED
+        change = sum(abs(each.rate) for each in outcomes) / PROBED
         if not (0 < pixels < math.inf and 0 < change < math.inf):
             raise InputError(
                 f"gradients of images are {pixels:.3g}, of step size {change:.3g}: students stand still or blow up; "
@@ -319,17 +308,21 @@ class Distiller:
         looks, whole = self.settings.looks, self.settings.iterations
         return self._judge is not None and looks > 0 and iteration in {whole * n // looks for n in range(looks + 1)}
 
-    def _look(self, state: _State, progress: Callable[[str, int, int], None]) -> None:
+    def _look(self, state: State, progress: Callable[[str, int, int], None]) -> None:
         assert self._judge is not None
         progress("training networks on the set", state.iteration, self.settings.iterations)
         # The step size of the start was searched for short students, not for training: a usual one is tried beside it,
         # so that the real images are not called worse for it.
         usual = _USUAL_RATE if self.settings.momentum else 10 * _USUAL_RATE
         score, rate = max((self._judge.accuracy(state.images, self.labels, each), each) for each in (state.rate, usual))
-        if state.best is None or score >= max(state.scores.values()):
-            state.best, state.best_rate, state.best_iteration = state.images.clone(), rate, state.iteration
-            state.best_learned = state.rate
-        state.scores[state.iteration] = score
+        better = state.best is None or score >= max(state.scores.values())
+        best = {
+            "best": state.images.clone(),
+            "best_rate": rate,
+            "best_iteration": state.iteration,
+            "best_learned": state.rate,
+        }
+        state.change(scores=state.scores | {state.iteration: score}, **(best if better else {}))
 
     @property
     def kept(self) -> bool:
@@ -348,30 +341,18 @@ class Distiller:
         with contextlib.suppress(OSError):  # there is none, or it holds what is not ours
             self._file.parent.rmdir()
 
-    def _begun(self) -> _State:
-        return _State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
+    def _begun(self) -> State:
+        return State(self._start.clone(), torch.zeros_like(self._start), *self._rates())
 
-    def _continued(self) -> _State:
+    def _continued(self) -> State:
         if self._file is None or not self.kept:
             return self._begun()
-        tensors, strings = read_tensors(self._file)
-        if strings.get("run") != self.fingerprint:
-            if self._discard:
-                self.forget()
-                return self._begun()
-            raise InputError(
-                f"{self._file.parent} holds the state of another run (network, data or options); finish that one, "
-                "choose another --out, or throw it away with --overwrite"
-            )
-        told = json.loads(strings["state"])
-        told["scores"] = {int(number): score for number, score in told["scores"].items()}
-        return _State(tensors["images"], tensors["velocity"], best=tensors.get("best"), **told)
+        state = read_state(self._file, self.fingerprint, self._parts, discard=self._discard)
+        if state is None:
+            self.forget()
+            return self._begun()
+        return state
 
-    def _write(self, state: _State) -> None:
-        if self._file is None:
-            return
-        tensors = {"images": state.images, "velocity": state.velocity}
-        tensors |= {"best": state.best} if state.best is not None else {}
-        # JSON keeps a float's every bit.
-        told = {name: value for name, value in vars(state).items() if name not in ("images", "velocity", "best")}
-        write_tensors(self._file, tensors, {"run": self.fingerprint, "state": json.dumps(told)})
+    def _write(self, state: State) -> None:
+        if self._file is not None:
+            write_state(self._file, state, self.fingerprint, self._parts)

@@ -10,11 +10,13 @@ of its own, written after every epoch, from which the next run goes on to the sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+import psutil
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch import Generator, Tensor
 from compress.cache import digest
 from compress.distill.augment import augment
 from compress.distill.network import FlatNetwork
+from compress.distill.parts import differences, expert_parts
 from compress.distill.penalty import gradient_penalty
 from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
@@ -35,7 +38,7 @@ _LEARNED, _SAME_ACCURACY = 0.2, 0.01
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """How experts are trained; defaults are AST's, but for their number, length and rate, which suit small data.
+    """How experts are trained; defaults are AST's, but for their number, length, batch and rate, which suit small data.
 
     Attributes:
         rate: learning rate; falls to 0.6 of it after half of the epochs, where momentum starts anew (``drop``).
@@ -44,9 +47,9 @@ class ExpertSettings:
             short experts go where no student can follow: a part that is off until it is asked for.
     """
 
-    count: int = 5
-    epochs: int = 20
-    batch: int = 256
+    count: int = 3
+    epochs: int = 10
+    batch: int = 100
     rate: float = 0.01
     momentum: float = 0.9
     decay: float = 1e-3
@@ -114,6 +117,8 @@ class Experts:
         # Not their number: more of the same may be trained later.
         recipe = {name: value for name, value in asdict(settings).items() if name != "count"}
         self.identity = {"network": network.fingerprint, "data": data, "settings": digest(recipe)}
+        # Beside the hash, so that a refusal can say which option it is.
+        self._told = {**self.identity, "recipe": json.dumps(expert_parts(recipe))}
 
     def train(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> list[float]:
         """Make all experts that ``folder`` lacks; their accuracies on the training images.
@@ -123,6 +128,7 @@ class Experts:
                 as the first one is done), or its parameters are not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._clean()
         accuracies = []
         for number in range(self.settings.count):
             path = self.path(number)
@@ -131,7 +137,7 @@ class Experts:
             else:
                 claimed = None
                 trajectory = train_expert(
-                    self.network, self._x, self._labels, self.settings, number, self.identity,
+                    self.network, self._x, self._labels, self.settings, number, self._told,
                     partial=path.with_suffix(".partial"), progress=progress,
                 )  # fmt: skip
             if claimed is not None:
@@ -141,11 +147,21 @@ class Experts:
                 batch=self.settings.batch,
             )  # fmt: skip
             if claimed is None:
-                write_tensors(path, {"trajectory": trajectory}, {**self.identity, "accuracy": repr(accuracy)})
+                write_tensors(path, {"trajectory": trajectory}, {**self._told, "accuracy": repr(accuracy)})
                 path.with_suffix(".partial").unlink(missing_ok=True)
             accuracies.append(accuracy)
             progress("experts", (number + 1) * self.settings.epochs, self.settings.count * self.settings.epochs)
         return accuracies
+
+    def _clean(self) -> None:
+        """Delete what processes that were killed have left and nothing goes on from."""
+        for left in self.folder.glob(".expert-*.tmp"):
+            owner = left.suffixes[-2].removeprefix(".")
+            if not (owner.isdigit() and psutil.pid_exists(int(owner))):
+                left.unlink(missing_ok=True)
+        for partial in self.folder.glob("expert-*.partial"):
+            if partial.with_suffix(".safetensors").exists():
+                partial.unlink(missing_ok=True)
 
     def path(self, number: int) -> Path:
         """Of expert ``number``."""
@@ -158,7 +174,7 @@ class Experts:
             InputError: the file is damaged or another network's, data's or recipe's.
         """
         tensors, told = read_tensors(self.path(number))
-        _require_own(self.path(number), told, self.identity)
+        _require_own(self.path(number), told, self._told)
         return tensors["trajectory"], float(told["accuracy"])
 
     def rows(self, number: int, first: int, last: int) -> Tensor:
@@ -276,7 +292,7 @@ def _gradient(
 def _require_own(path: Path, told: Mapping[str, str], identity: Mapping[str, str]) -> None:
     for part, what in (("network", "another network"), ("data", "other data"), ("settings", "other expert settings")):
         if told.get(part) != identity.get(part):
-            raise InputError(
-                f"{path} is a trajectory of {what} (it names {told.get(part)}, needed is {identity.get(part)}); give "
-                "another --expert-folder"
-            )
+            apart = f"it names {told.get(part)}, needed is {identity.get(part)}"
+            if part == "settings" and "recipe" in identity:
+                apart = f"different: {differences(told.get('recipe'), json.loads(identity['recipe']))}"
+            raise InputError(f"{path} is a trajectory of {what} ({apart}); give another --expert-folder, or delete it")

@@ -3,12 +3,14 @@
 ``distilled.npz`` is plain NumPy: ``images`` [n, C, H, W] float32 as the model takes them (so that ``--calib`` takes the
 file as it is), ``labels`` [n] int64, ``step_size`` (to train on the set with, at ``momentum``: the learned one or a
 usual one, whichever networks became better with), ``learned_step_size``, ``mean`` and ``std`` [C] (the network of
-distillation saw (images - mean) / std), ``provenance``, a hash of data, network, experts and settings. With ZCA
-``whitening.safetensors`` holds what came after that.
+distillation saw z = (images - mean) / std), ``provenance``, a hash of data, network, experts and settings. Where they
+were given, ``data_mean`` and ``data_std`` are the ``--mean`` and ``--std`` that made ``images`` of the user's. With ZCA
+the network saw (z - centre) @ whitening, z flattened: ``centre`` [C * H * W], ``whitening`` [C * H * W, C * H * W].
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.artifact import check_folder, new_folder
+from compress.calib.distilled import Normalisation
 from compress.distill.neighbours import Neighbours
 from compress.distill.sheet import write_sheet
 from compress.distill.standardisation import Standardisation
-from compress.distill.tensorfile import write_tensors
 from compress.errors import InputError
 from compress.machine import Environment
 from compress.records import Record
@@ -42,12 +44,15 @@ class DistillReport(Record):
     step_size: float = Field(description="to train on the set with: the learned one or a usual one, the better of both")
     learned_step_size: float | None = Field(None, description="as learned; None: an older version's")
     iteration: int = Field(description="the iterate that was kept; 0: the real images of the start")
-    scores: dict[int, float] = Field(
-        description="accuracy of networks trained on the set, on images the experts were trained on"
-    )
+    scores: dict[int, float] = Field(description="accuracy of networks trained on the set, by iteration")
+    judged: str = Field("", description="the images that scores are of; empty: no set was judged")
     losses: tuple[float, ...] = Field(description="L_out by iteration")
     matching: tuple[float, ...] = Field(description="L_TM by iteration")
     expert_accuracies: tuple[float, ...] = Field(description="on their own training images")
+    model_accuracy: float | None = Field(None, description="of the model that the set suits, on the real images")
+    model_distance: float | None = Field(
+        None, description="of the real images to its BatchNorm statistics, as the set's is minimised; None: it has none"
+    )
     seconds_per_100: float | None = Field(description="of this run's iterations, judging left out; None: all were done")
     neighbours: Neighbours
     settings: dict[str, object]
@@ -84,6 +89,7 @@ def write_folder(
     labels: Tensor,
     momentum: float,
     standardisation: Standardisation,
+    given: Normalisation,
     report: DistillReport,
     low: float,
     high: float,
@@ -92,28 +98,29 @@ def write_folder(
 ) -> None:
     """Write ``out``, whole or not at all, in the place of what was there; ``images`` as the model takes them.
 
+    Args:
+        given: what made the real images such.
+
     Raises:
         InputError: as :func:`refuse_existing`, or there is no room.
     """
-    learned: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if report.learned_step_size is not None:
-        learned = {"learned_step_size": np.float32(report.learned_step_size)}
+        more["learned_step_size"] = np.float32(report.learned_step_size)
+    if standardisation.centre is not None and standardisation.matrix is not None:
+        more |= {"centre": standardisation.centre.numpy(), "whitening": standardisation.matrix.numpy()}
+    more |= {f"data_{name}": np.array(numbers) for name, numbers in asdict(given).items() if numbers is not None}
     with new_folder(out, overwrite, REPORT_FILE, _VERB) as partial:
         np.savez(
             partial / SET_FILE,
             images=images.numpy().astype(np.float32),
             labels=labels.numpy().astype(np.int64),
             step_size=np.float32(report.step_size),
-            **learned,
+            **more,
             momentum=np.float32(momentum),
             mean=standardisation.mean.numpy(),
             std=standardisation.std.numpy(),
             provenance=np.array(report.provenance),
         )
-        if standardisation.matrix is not None:
-            assert standardisation.centre is not None
-            assert standardisation.inverse is not None
-            whitening = {"centre": standardisation.centre, "matrix": standardisation.matrix}
-            write_tensors(partial / "whitening.safetensors", {**whitening, "inverse": standardisation.inverse}, {})
         write_sheet(partial / "distilled.png", images, report.each, low, high)
         (partial / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")

@@ -1,7 +1,7 @@
 """What a small set is worth: accuracy, on real images, of fresh networks trained on it alone.
 
-In `compress distill` these are images the experts were trained on: scores say which iterate is best, and may be higher
-than on images that nothing has seen.
+In `compress distill` these are images that experts were not trained on, where there are enough. Scores say which
+iterate is best, and that of the best is flattered a little by the choice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from compress.cache import digest
+from compress.calib.samples import Samples
 from compress.distill.augment import augment
 from compress.distill.network import FlatNetwork
 
@@ -68,6 +70,12 @@ class Judge:
     momentum: float = 0.9
     augmentations: tuple[str, ...] = ()
     seed: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images and how they are used."""
+        seen = Samples((self.x,), self.y, "", ()).fingerprint
+        return digest([self.nets, self.steps, self.momentum, self.augmentations, self.seed, seen])
 
     def accuracy(self, images: Tensor, labels: Tensor, rate: float) -> float:
         """Of networks trained on ``images`` [n, C, H, W] with step size ``rate``, 0 for one that blew up."""

@@ -45,6 +45,24 @@ def test_npz_of_bytes(tmp_path: Path) -> None:
     assert "mean/std not given so none subtracted" in " ".join(plain.notes)
 
 
+def test_a_distilled_set_is_not_normalised_again(tmp_path: Path) -> None:
+    held = {"images": FLOATS, "labels": LABELS, "step_size": np.float32(0.01), "provenance": np.array("a1")}
+    np.savez(tmp_path / "plain.npz", **held)
+    np.savez(tmp_path / "made.npz", **held, data_mean=np.array([0.5]), data_std=np.array([0.1, 0.2, 0.3]))
+    mean, std = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]
+    samples = load_samples(tmp_path / "made.npz", mean=mean, std=std)
+    assert torch.equal(samples.inputs[0], torch.from_numpy(FLOATS))
+    assert any("--mean and --std are not applied again" in note for note in samples.notes)
+    for name, options, told in (
+        ("made", {"mean": mean}, "made with --mean 0.5 --std 0.1,0.2,0.3, and now --mean 0.5,0.5,0.5 was given"),
+        ("made", {"mean": mean, "std": 0.1}, "and now --mean 0.5,0.5,0.5 --std 0.1 was given"),
+        ("plain", {"std": std}, "made with no --mean or --std that it names, and now --std 0.1,0.2,0.3 was given"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.npz is a distilled set, whose images .*{told}.*leave that out"):
+            load_samples(tmp_path / f"{name}.npz", **options)  # type: ignore[arg-type]
+        assert torch.equal(load_samples(tmp_path / f"{name}.npz").inputs[0], torch.from_numpy(FLOATS))
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".pt", ".pth", ".safetensors", ".npz"])
 def test_float_arrays_stay_as_they_are(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"d{suffix}"

@@ -31,13 +31,17 @@ def folder(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
-    more = ("--iterations", 20, "--looks", 0, "--model", "model.pt", "-o", "small")
+    more = ("--iterations", 20, "--looks", 0, "--model", "model.pt", "--allow-poor-model", "-o", "small")
     run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more)
     assert run.returncode == 0, run.stderr
     assert "Written to small: 6 images, step size" in run.stdout
     assert "(the learned one)." in run.stdout
     assert " seconds per 100 iterations" in run.stdout
     assert "Nearest real images: at " in run.stdout
+    assert run.stderr.startswith("the model gives ")  # at once, and not after an hour
+    refused = forks.run(folder, "distill", "train.npz", *ARGUMENTS, "--model", "model.pt", "-o", "other")
+    assert refused.returncode == 2
+    assert "--model: the model gives 33.3 % of the real images their label" in refused.stderr
     report = json.loads((folder / "small" / "distill.json").read_text())
     assert len(report["losses"]) == 20
     assert len(report["neighbours"]["distances"]) == 6
@@ -53,7 +57,19 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
 
 
 def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
-    arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 2, "--lr-images", 1e30, "-o", "real")
+    arguments = (
+        "distill",
+        "train.npz",
+        *ARGUMENTS,
+        "--iterations",
+        2,
+        "--lr-images",
+        1e30,
+        "--hold-out",
+        0,
+        "-o",
+        "real",
+    )
     refused = forks.run(folder, *arguments)
     assert refused.returncode == 2
     assert "no iterate was better than the 6 real images of the start" in refused.stderr
@@ -66,7 +82,22 @@ def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
     assert warning in told.stderr
     assert "step size 0.01 (a usual one; networks became no better with the learned one, " in told.stdout
     assert "Written to real: 6 real images, none distilled, step size" in told.stdout
-    assert ", of images the experts were trained on; kept is 0" in told.stdout
+    assert ", of 54 images the experts were trained on; kept is 0" in told.stdout
+    unseen = forks.run(folder, *arguments[:-4], "--allow-originals", "-o", "unseen")
+    assert ", of 12 images held out from the experts; kept is 0" in unseen.stdout
+
+
+def test_dry_run_writes_nothing(forks: Forks, folder: Path) -> None:
+    arguments = ("distill", "train.npz", *ARGUMENTS, "--dry-run", "-o", "dry", "--expert-folder", "dry-experts")
+    run = forks.run(folder, *arguments)
+    assert run.returncode == 0, run.stderr
+    assert "Experts: 2 of 3 epochs of 6 steps, 0 there already; 0.0 MB in dry-experts" in run.stdout
+    assert "Set: 6 images, 2 a class; 150 iterations of 4 steps, " in run.stdout
+    assert " s each; judged 5 times on 12 images held out from the experts" in run.stdout
+    assert "Estimated: " in run.stdout
+    assert "(within a factor of two). Nothing was written." in run.stdout
+    assert not list(folder.glob("*dry*"))
+    assert json.loads(forks.run(folder, *arguments, "--json").stdout)["images"] == 48
 
 
 def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
@@ -89,7 +120,7 @@ def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
 
     refused = forks.run(folder, *arguments, "--seed", 1, "-o", "stopped")
     assert refused.returncode == 2
-    assert "holds the state of another run" in refused.stderr
+    assert "holds the state of another run; different: --seed (0 then, 1 now)" in refused.stderr
 
 
 @pytest.mark.parametrize(

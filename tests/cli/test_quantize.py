@@ -117,6 +117,17 @@ def test_dry_run_writes_nothing(forks: Forks, workplace: Path, as_json: bool) ->
         assert "Estimated: " in run.stdout
 
 
+def test_no_data_quantizes_the_weights_alone(forks: Forks, workplace: Path) -> None:
+    shape = ("--input-shape", "1,8,8", "--dry-run")
+    without, none = (
+        forks.run(workplace, "quantize", "model.pt", "--bits", 4, *calib, *shape) for calib in ((), ("--calib", "none"))
+    )
+    assert none.returncode == 0, none.stderr
+    assert "W4 " in none.stdout
+    assert "W4A" not in none.stdout
+    assert none.stdout.splitlines()[:-1] == without.stdout.splitlines()[:-1]  # the last line has an estimate of time
+
+
 @pytest.mark.slow
 def test_nothing_is_reported_to_anyone(quiet_run: subprocess.CompletedProcess[str], workplace: Path) -> None:
     # ONNX Runtime's builds leave the number of their reporting session in the folder for temporary files.

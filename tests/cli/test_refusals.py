@@ -28,6 +28,9 @@ CASES = {
     "somebody else's folder": (("model.pt", "--out", "taken", "--overwrite"), "so --overwrite leaves it alone"),
     "too many bits": (("model.pt", "--bits", "9"), "--bits 9: allowed are 2 to 8"),
     "activations without data": (("model.pt", "--act-bits", "4"), "are for 8 bits; give --calib"),
+    "activations with no data": (
+        ("model.pt", "--calib", "none", "--act-bits", "4"), "or leave --act-bits out, and the weights alone"
+    ),
     "unknown method": (("model.pt", "--method", "magic"), "unknown method 'magic'; known: minmax, mse, hqq, gptq"),
     "unknown target": (("model.pt", "--target", "magic"), "unknown target 'magic'; known: onnx-cpu, onnx-arm"),
     "unknown observer": (("model.pt", "--observer", "magic"), "unknown observer 'magic'; known: minmax, percentile"),

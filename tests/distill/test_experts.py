@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,14 +91,29 @@ def test_killed_in_an_epoch_and_continued_to_the_same_bytes(tmp_path: Path) -> N
     assert torch.equal(more.rows(1, 1, 3), more.read(1)[0][1:3])
 
 
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    experts(tmp_path, replace(SETTINGS, count=1)).train()
+    gone = (".expert-000.partial.999999999.tmp", ".expert-001.safetensors.999999999.tmp", "expert-000.partial")
+    kept = (f".expert-002.partial.{os.getpid()}.tmp", "mine.tmp")  # a process that is alive, and somebody else's
+    for name in (*gone, *kept):
+        (tmp_path / name).write_bytes(b"half")
+    experts(tmp_path).train()
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        (*kept, "expert-000.safetensors", "expert-001.safetensors")
+    )
+
+
 def test_files_of_another_run_are_refused(tmp_path: Path) -> None:
     experts(tmp_path).train()
     for other, what in (
         (experts(tmp_path, width=5), "another network"),
         (experts(tmp_path, data="e"), "other data"),
-        (experts(tmp_path, replace(SETTINGS, rate=0.01)), "other expert settings"),
+        (
+            experts(tmp_path, replace(SETTINGS, rate=0.01)),
+            r"other expert settings \(different: --expert-lr \(0.02 then, 0.01 now\)\)",
+        ),
     ):
-        with pytest.raises(InputError, match=rf"expert-000\.safetensors is a trajectory of {what} .*--expert-folder"):
+        with pytest.raises(InputError, match=rf"expert-000\.safetensors is a trajectory of {what}.*--expert-folder"):
             other.train()
     # The same parameters in a network that computes something else.
     edited = FlatNetwork(lambda: nn.Sequential(*convnet(1, 2, (4, 4), width=4, depth=1).children()))

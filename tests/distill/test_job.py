@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +10,19 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from torch import nn
 
 from compress.calib.samples import load_samples
-from compress.distill.distiller import Distilled, DistillSettings
-from compress.distill.experts import ExpertSettings
-from compress.distill.folder import DistillReport
-from compress.distill.job import DistillOptions, _originals, _warnings, distill
-from compress.distill.model_terms import ModelTerms
+from compress.distill.distiller import Distilled
+from compress.distill.job import _originals, _warnings
 from compress.distill.neighbours import find_neighbours
 from compress.distill.standardisation import Standardisation
 from compress.errors import InputError
-
-SETTINGS = DistillSettings(each=2, iterations=6, steps=4, last=2, looks=2, augmentations=("crop", "flip"))
-EXPERTS = ExpertSettings(count=2, epochs=3, batch=8, rate=0.05)
-
-
-def arrays() -> dict[str, np.ndarray]:
-    labels = np.arange(60) % 3
-    images = np.random.default_rng(0).standard_normal((60, 1, 8, 8), np.float32)
-    for number in range(3):
-        images[labels == number, :, 2 * number : 2 * number + 3] += 2
-    return {"images": 0.25 * images + 0.5, "labels": labels}
+from tests.distill.bars import arrays, run
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("experts")
-
-
-def run(out: Path, cache: Path, data: Any = None, progress: Any = None, **given: Any) -> DistillReport:
-    options = DistillOptions(
-        settings=replace(SETTINGS, **given.pop("settings", {})), experts=EXPERTS, width=4, depth=2,
-        allow_originals=given.pop("allow_originals", True),
-        expert_folder=given.pop("expert_folder", cache / "ast"), nets=1, judge_steps=10, every=2, **given,
-    )  # fmt: skip
-    return distill(data or arrays(), out, classes=3, options=options, progress=progress or (lambda *_: None))
 
 
 def test_folder_that_calib_takes(tmp_path: Path, cache: Path) -> None:
@@ -87,13 +63,23 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", cache, progress=kill, settings={"looks": 0})
     assert not (tmp_path / "killed").exists()
+    # Every iteration that was finished is kept, whether it was due to be written or not.
+    work = tmp_path / ".killed.work"
+    assert sorted(each.name for each in work.iterdir()) == ["preview.png"] * (stop > 2) + ["state.safetensors"]
     if stop > 2:
-        work = tmp_path / ".killed.work"
-        assert sorted(each.name for each in work.iterdir()) == ["preview.png", "state.safetensors"]
-        with pytest.raises(InputError, match="holds the state of another run"):
-            run(tmp_path / "killed", cache, settings={"looks": 0, "steps": 5})
-    report = run(tmp_path / "killed", cache, settings={"looks": 0})
-    assert report.iteration == 6
+        with pytest.raises(
+            InputError,
+            match=r"holds the state of another run; different: --steps \(4 then, 5 now\), "
+            r"--lr-images \(None then, 2 now\)\. Finish that run with what it was begun with, choose another --out, or "
+            "throw it away with --overwrite",
+        ):
+            run(tmp_path / "killed", cache, settings={"looks": 0, "steps": 5, "rate_images": 2.0})
+    done: list[int] = []
+    report = run(
+        tmp_path / "killed", cache, settings={"looks": 0},
+        progress=lambda what, at, total: done.append(at) if what.startswith("distilling") else None,
+    )  # fmt: skip
+    assert (report.iteration, done) == (6, list(range(stop + 1, 7)))
     names = ("distilled.npz", "distilled.png")
     assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
 
@@ -113,7 +99,7 @@ def test_the_learned_step_size_is_told_beside_the_one_kept(tmp_path: Path, cache
 
 
 def test_nothing_left_to_judge_on(tmp_path: Path, cache: Path) -> None:
-    report = run(tmp_path / "all", cache, settings={"each": 20, "iterations": 1})
+    report = run(tmp_path / "all", cache, settings={"each": 20, "iterations": 1}, hold_out=0.2)
     assert (report.iteration, report.scores) == (1, {})
     assert any("no set was judged" in note for note in report.notes)
 
@@ -139,44 +125,6 @@ def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
     assert len(set(losses)) == 5
 
 
-def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 6, 3),
-        nn.BatchNorm2d(6, momentum=None),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 3),
-    )
-    x, labels = torch.from_numpy(arrays()["images"]), torch.from_numpy(arrays()["labels"])
-    model(x)
-    model.eval()
-    before = {name: each.clone() for name, each in model.state_dict().items()}
-    terms = ModelTerms(model, x, labels, 3, Standardisation.of(x))
-    standard = Standardisation.of(x).apply(x)
-    with torch.no_grad():
-        statistics, logits = terms.values(standard, labels)
-        noise = terms.values(torch.randn_like(standard), labels)[0]
-    assert float(statistics) < 1e-3  # the data that made the statistics fits them
-    assert float(logits) < 1e-8
-    assert float(noise) > 10 * float(statistics)
-
-    settings = {"iterations": 30, "looks": 0, "model_weight": 4.0}
-    run(tmp_path / "plain", cache, settings=settings)
-    report = run(tmp_path / "suited", cache, settings=settings, model=model)
-    with torch.no_grad():
-        plain, suited = (
-            sum(map(float, terms.values(Standardisation.of(x).apply(held.inputs[0]), torch.arange(6) // 2)))
-            for held in (load_samples(tmp_path / name / "distilled.npz") for name in ("plain", "suited"))
-        )
-    assert suited < plain
-    assert not any("BatchNorm" in note for note in report.notes)
-    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-    without = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    assert any("no BatchNorm" in note for note in run(tmp_path / "logits", cache, model=without).notes)
-
-
 def test_whitening_goes_back(tmp_path: Path, cache: Path) -> None:
     x = torch.from_numpy(arrays()["images"])
     whitened = Standardisation.of(x, whiten=True)
@@ -184,8 +132,16 @@ def test_whitening_goes_back(tmp_path: Path, cache: Path) -> None:
     torch.testing.assert_close(whitened.invert(z), x, rtol=1e-4, atol=1e-4)
     variances = torch.linalg.eigvalsh(z.flatten(1).T.cov(correction=0))
     assert float(variances.max()) <= 1.0
-    run(tmp_path / "zca", cache, zca=True, expert_folder=cache / "zca")
-    assert (tmp_path / "zca" / "whitening.safetensors").exists()
+    # The set says it all: whatever its network saw can be made of it, and of other images.
+    run(tmp_path / "zca", cache, zca=True, expert_folder=cache / "zca", mean=[0.5], std=[2.0])
+    assert sorted(each.name for each in (tmp_path / "zca").iterdir()) == [
+        "distill.json", "distilled.npz", "distilled.png"
+    ]  # fmt: skip
+    with np.load(tmp_path / "zca" / "distilled.npz") as held:
+        mean, std = (held[name].reshape(-1, 1, 1) for name in ("mean", "std"))
+        seen = (((x.numpy() - 0.5) / 2 - mean) / std).reshape(60, -1) - held["centre"]
+        np.testing.assert_allclose(seen @ held["whitening"], z.flatten(1).numpy(), rtol=1e-2, atol=1e-3)
+        assert (held["data_mean"].tolist(), held["data_std"].tolist()) == ([0.5], [2.0])
 
 
 def test_a_channel_that_does_not_vary_is_only_centred() -> None:
@@ -323,7 +279,7 @@ def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: P
         tmp_path / "out", cache, settings=settings, overwrite=True,
         progress=lambda what, done, total: seen.append(done) if what.startswith("distilling") else None,
     )  # fmt: skip
-    assert seen == [5, 6]
+    assert seen == [6]
     assert again.provenance == first.provenance
 
     with pytest.raises(KeyboardInterrupt):
