@@ -3,9 +3,9 @@
 ``python -m benchmarks.distill_calibration --work WORK --seeds 3`` writes
 ``benchmarks/results/distill_calibration.json`` after every set and a table beside it; what WORK and the file hold is
 not done again. The distilled sets are what ``compress distill --ipc 10`` makes of 2,000 training images: from
-trajectories alone, and with the terms of the model that is calibrated. Every set has 100 images; the first and the last
-layer have 8 bits. A seed draws the real images, the noise (normal, of the real images' mean and spread in each channel)
-and everything random in distillation.
+trajectories alone, and with the terms of the model that is calibrated; beside them stands that noise after as many
+steps on the model's terms alone. Every set has 100 images; the first and the last layer have 8 bits. A seed draws the
+real images, the noise (normal, of the real images' mean and spread in each channel) and everything random.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from compress.distill.distiller import DistillSettings
 from compress.distill.experts import ExpertSettings
 from compress.distill.folder import SET_FILE
 from compress.distill.job import DistillOptions, distill
+from compress.distill.model_fit import fit_to_model
+from compress.distill.model_terms import ModelTerms
+from compress.distill.standardisation import Standardisation
 from compress.machine import describe_environment
 
 EACH, IMAGES, BITS = 10, 2000, 4
@@ -87,7 +90,7 @@ def sets(
         if not out.exists():
             settings = DistillSettings(
                 each=EACH, iterations=iterations, steps=15, last=8, batch=20, augmentations=AUGMENTATIONS,
-                gradients="unrolled", balance=True, looks=0, seed=seed,
+                gradients="unrolled", looks=0, seed=seed,
             )  # fmt: skip
             options = DistillOptions(
                 settings=settings, experts=EXPERTS, expert_folder=work / f"experts-{seed}",
@@ -97,9 +100,19 @@ def sets(
         with np.load(out / SET_FILE) as file:
             return torch.from_numpy(file["images"])
 
+    noise = mean + std * torch.randn(10 * EACH, *x.shape[1:], generator=generator)
+
+    def fitted() -> Tensor:
+        standardisation = Standardisation.of(x)
+        terms = ModelTerms(case.module, x, labels, 10, standardisation)
+        ordered = torch.arange(10).repeat_interleave(EACH)
+        fit = fit_to_model(standardisation.apply(noise), ordered, terms, DistillSettings.model_steps)
+        return standardisation.invert(fit.images)
+
     return {
         "real": lambda: x[drawn],
-        "noise": lambda: mean + std * torch.randn(10 * EACH, *x.shape[1:], generator=generator),
+        "noise": lambda: noise,
+        "noise, fitted to the model": fitted,
         "distilled": lambda: made("trajectories", with_model=False),
         "distilled, with the model's terms": lambda: made("model", with_model=True),
     }

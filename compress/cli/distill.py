@@ -97,6 +97,7 @@ def distill(
     model_weight: Annotated[
         float, typer.Option(help="Step on these terms, of that on trajectories", rich_help_panel=_MODEL)
     ] = 1.0,
+    model_steps: Annotated[int, typer.Option(help="On these terms alone, at the end", rich_help_panel=_MODEL)] = 200,
     factory: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +143,7 @@ def distill(
         each=ipc, iterations=iterations, steps=steps, ahead=ahead, last=start_epochs, batch=batch, rate=step_size,
         rate_images=lr_images, rate_rate=lr_step, representative=representative, beta=intermediate, balance=balance,
         perturbation=perturbation, augmentations=parse_augmentations(augment), gradients=gradients, looks=looks,
-        model_weight=model_weight, seed=seed,
+        model_weight=model_weight, model_steps=model_steps, seed=seed,
     )  # fmt: skip
     recipe = ExpertSettings(
         count=experts, epochs=expert_epochs, batch=expert_batch, rate=expert_lr, penalty=penalty

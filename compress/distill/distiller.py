@@ -55,6 +55,7 @@ class DistillSettings:
             balanced inner loss made sets worse (benchmarks/results/distill.md), and is off.
         looks: how often the set is judged, apart from the start; 0 keeps the last iterate unjudged.
         model_weight: length of the step on the model's terms, of that on the trajectories'.
+        model_steps: on the model's terms alone, when all iterations are done; see compress/distill/model_fit.py.
     """
 
     each: int = 1
@@ -75,6 +76,7 @@ class DistillSettings:
     gradients: str = "recomputed"
     looks: int = 4
     model_weight: float = 1.0
+    model_steps: int = 200
     seed: int = 0
 
     def mtt(self) -> DistillSettings:
@@ -92,6 +94,7 @@ class DistillSettings:
         """
         least = {"--ipc": (self.each, 1), "--iterations": (self.iterations, 1), "--steps": (self.steps, 1)}
         least |= {"--ahead": (self.ahead, 1), "--start-epochs": (self.last, 1), "--looks": (self.looks, 0)}
+        least |= {"--model-steps": (self.model_steps, 0)}
         least |= {"--batch": (self.batch, 1)} if self.batch is not None else {}
         for name, (value, minimum) in least.items():
             if value < minimum:

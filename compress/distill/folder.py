@@ -27,10 +27,20 @@ from compress.errors import InputError
 from compress.machine import Environment
 from compress.records import Record
 
-__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "refuse_existing", "work_folder", "write_folder"]
+__all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "Fitted", "refuse_existing", "work_folder", "write_folder"]
 
 SET_FILE, REPORT_FILE = "distilled.npz", "distill.json"
 _VERB = "compress distill"
+
+
+class Fitted(Record):
+    """What the last steps, on a model's terms alone, have changed."""
+
+    steps: int
+    distance: tuple[float, float] = Field(description="to BatchNorm's statistics, before and after")
+    logits: tuple[float, float] = Field(description="to the real images' mean logits, before and after")
+    moved: float = Field(description="images, in standard deviations of the data, root mean square")
+    accuracy: float | None = Field(description="of networks trained on the set as it is now; None: it was not judged")
 
 
 class DistillReport(Record):
@@ -53,6 +63,7 @@ class DistillReport(Record):
     model_distance: float | None = Field(
         None, description="of the real images to its BatchNorm statistics, as the set's is minimised; None: it has none"
     )
+    fitted: Fitted | None = Field(None, description="the set's last steps, on the model's terms alone")
     seconds_per_100: float | None = Field(description="of this run's iterations, judging left out; None: all were done")
     neighbours: Neighbours
     settings: dict[str, object]

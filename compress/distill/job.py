@@ -13,8 +13,9 @@ from torch import Generator, Tensor
 from compress.cache import digest
 from compress.calib.distilled import Normalisation
 from compress.distill.distiller import PREVIEW_FILE, Distilled, Distiller
-from compress.distill.folder import DistillReport, write_folder
+from compress.distill.folder import DistillReport, Fitted, write_folder
 from compress.distill.judge import Judge
+from compress.distill.model_fit import fit_to_model
 from compress.distill.model_terms import ModelTerms
 from compress.distill.neighbours import Neighbours, find_neighbours
 from compress.distill.preparation import DistillOptions, Preparation, prepare
@@ -79,7 +80,8 @@ def distill(
     found = distiller.run(clock.update)
     if found.scores and found.iteration == 0 and not options.allow_originals:
         raise InputError(_originals(found, len(start), work if distiller.kept else None))
-    images = standardisation.invert(found.images)
+    fitted, z_images = _fitted(found, labels[start], terms, judge, settings.model_steps, progress)
+    images = standardisation.invert(z_images)
     neighbours = find_neighbours(images, ready.kept[start], ready.x, settings.seed)
     report = DistillReport(
         classes=classes,
@@ -99,7 +101,8 @@ def distill(
         settings={"distillation": asdict(settings), "experts": asdict(recipe)},
         model_accuracy=terms.accuracy if terms else None,
         model_distance=terms.distance if terms else None,
-        notes=(*ready.notes, *_notes(found, terms, judged)),
+        fitted=fitted,
+        notes=(*ready.notes, *_notes(found, terms, judged, fitted)),
         warnings=(*(terms.doubts if terms else ()), *_warnings(found, neighbours)),
         environment=describe_environment(),
     )
@@ -126,6 +129,18 @@ def _judge(ready: Preparation, start: Tensor, options: DistillOptions) -> tuple[
         ready.network, x, y, options.nets, options.judge_steps, settings.momentum, settings.augmentations, settings.seed
     )
     return judge, are
+
+
+def _fitted(
+    found: Distilled, labels: Tensor, terms: ModelTerms | None, judge: Judge | None, steps: int, progress: Progress
+) -> tuple[Fitted | None, Tensor]:
+    """The set's last steps, and its images after them; real images of the start stay as they are."""
+    if terms is None or not steps or found.iteration == 0:
+        return None, found.images
+    fit = fit_to_model(found.images, labels, terms, steps, progress)
+    accuracy = judge.accuracy(fit.images, labels, found.rate) if judge is not None and found.scores else None
+    distance, logits = zip(fit.before, fit.after, strict=True)
+    return Fitted(steps=steps, distance=distance, logits=logits, moved=fit.moved, accuracy=accuracy), fit.images
 
 
 class _Clock:
@@ -170,7 +185,7 @@ def _warnings(found: Distilled, near: Neighbours) -> list[str]:
     return []
 
 
-def _notes(found: Distilled, terms: ModelTerms | None, judged: str) -> list[str]:
+def _notes(found: Distilled, terms: ModelTerms | None, judged: str, fitted: Fitted | None) -> list[str]:
     notes = [f"sets were judged on {judged}, none of them among the start's"]
     if not found.scores:
         notes = ["no set was judged: the last one was kept"]
@@ -182,4 +197,13 @@ def _notes(found: Distilled, terms: ModelTerms | None, judged: str) -> list[str]
         notes.append(terms.fit)
         if not terms.norms:
             notes.append("the model has no BatchNorm with statistics: its logits alone were matched")
+    if fitted is not None:
+        what, (then, now) = "mean logits of each class", fitted.logits
+        if terms is not None and terms.norms:
+            what, (then, now) = "BatchNorm statistics", fitted.distance
+        notes.append(
+            f"{fitted.steps} steps on the model's terms alone took the set from {then:.2g} to {now:.2g} from its {what}"
+        )
+        if fitted.accuracy is not None:
+            notes.append(f"networks trained on the set as it is then reach {100 * fitted.accuracy:.1f} %")
     return notes

@@ -88,9 +88,10 @@ def preview(data: object, out: Path, *, classes: int, options: DistillOptions | 
     iteration = (
         settings.steps / _STEPS * _seconds(lambda: student.outcome(images, labels, 0.01, episode, settings.gradients))
     )
-    terms = ready.terms
+    terms, fitting = ready.terms, 0.0
     if terms is not None:
-        iteration += _seconds(lambda: terms.gradient(images, labels))
+        step_on_model = _seconds(lambda: terms.gradient(images, labels))
+        iteration, fitting = iteration + step_on_model, settings.model_steps * step_on_model
     probing = 0.0
     if settings.rate is None:
         forward = settings.steps / _STEPS * _seconds(lambda: student.losses(images, labels, 0.01, episode))
@@ -138,7 +139,7 @@ def preview(data: object, out: Path, *, classes: int, options: DistillOptions | 
         student_steps=settings.steps,
         iteration_seconds=iteration,
         expert_seconds=expert,
-        distill_seconds=probing + settings.iterations * iteration,
+        distill_seconds=probing + settings.iterations * iteration + fitting,
         judge_seconds=judging,
         memory_bytes=real + max(kept + 2 * trajectory, held, passing),
         notes=(*ready.notes, *((terms.fit,) if terms else ())),

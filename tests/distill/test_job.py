@@ -187,6 +187,7 @@ def test_neighbours_name_copies() -> None:
         ({"settings": {"seed": -1}}, "--seed -1: 0 to 4294967295"),
         ({"settings": {"perturbation": float("nan")}}, "--perturbation nan: a number, 0 or above"),
         ({"settings": {"model_weight": -1.0}}, "--model-weight -1: a number, 0 or above"),
+        ({"settings": {"model_steps": -1}}, "--model-steps -1: at least 0"),
         ({"data": arrays() | {"images": np.full((60, 1, 8, 8), 3.0, np.float32)}}, "all 60 images are the same"),
         ({"network": "nope:make"}, "--network nope:make: there is no Python module 'nope'"),
         ({"expert_folder": Path(__file__)}, r"--expert-folder .*test_job\.py: it is a file, and a folder is wanted"),

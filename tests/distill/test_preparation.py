@@ -12,6 +12,7 @@ from torch import nn
 
 from compress.calib.samples import load_samples
 from compress.distill.job import DistillOptions, distill
+from compress.distill.model_fit import fit_to_model
 from compress.distill.model_terms import ModelTerms
 from compress.distill.preparation import prepare
 from compress.distill.preview import preview
@@ -77,7 +78,7 @@ def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
     assert float(logits) < 1e-8
     assert float(noise) > 10 * float(statistics)
 
-    settings = {"iterations": 30, "looks": 0, "model_weight": 4.0}
+    settings = {"iterations": 30, "looks": 0, "model_weight": 4.0, "model_steps": 0}
     run(tmp_path / "plain", cache, settings=settings)
     report = run(tmp_path / "suited", cache, settings=settings, model=model, allow_poor_model=True)
     with torch.no_grad():
@@ -92,6 +93,37 @@ def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
     assert any(
         "no BatchNorm" in note for note in run(tmp_path / "logits", cache, model=without, allow_poor_model=True).notes
     )
+
+
+def test_last_steps_on_the_model_alone(tmp_path: Path, cache: Path) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6, momentum=None), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)
+    )
+    x, labels = torch.from_numpy(arrays()["images"]), torch.from_numpy(arrays()["labels"])
+    model(x)
+    terms = ModelTerms(model.eval(), x, labels, 3, Standardisation.of(x))
+    start = torch.randn((6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    kept, six = start.clone(), torch.arange(6) // 2
+    fit = fit_to_model(start, six, terms, 60)
+    with torch.no_grad():
+        for images, told in ((start, fit.before), (fit.images, fit.after)):
+            assert tuple(map(float, terms.values(images, six))) == pytest.approx(told, rel=1e-3, abs=1e-6)
+    assert sum(fit.after) < 0.1 * sum(fit.before)
+    assert fit.moved == pytest.approx(float((fit.images - start).square().mean().sqrt()))
+    assert torch.equal(start, kept)
+    assert fit_to_model(start, six, terms, 0).after == fit.before  # nothing is done, and said to be
+
+    changed = {"model": model, "allow_poor_model": True}
+    report = run(tmp_path / "fitted", cache, settings={"model_steps": 60}, **changed)
+    assert report.iteration > 0
+    assert report.fitted is not None
+    assert report.fitted.distance[1] < report.fitted.distance[0]
+    assert report.fitted.accuracy is not None
+    assert any(note.startswith("60 steps on the model's terms alone took the set from") for note in report.notes)
+    # Real images of the start stay what they are, and are said to be.
+    real = run(tmp_path / "real", cache, settings={"rate_images": 1e30}, **changed)
+    assert (real.iteration, real.fitted) == (0, None)
 
 
 def test_a_model_that_takes_other_images(tmp_path: Path, cache: Path) -> None:
