@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.exporters.onnx import build_onnx
 from compress.exporters.tidy import layer_of
-from compress.graph.traced import TracedModel
+from compress.graph.traced import TracedModel, trace
 from compress.targets import TARGETS
 
 WIDTH = max(target.integer_channels for target in TARGETS.values())
@@ -152,6 +152,21 @@ class Attention(nn.Module):
         x = self.words(ids)
         scores = self.q(x) @ x.transpose(1, 2)
         return self.head(scores.softmax(-1) @ self.k(x))
+
+
+@pytest.mark.parametrize("recurrent", [nn.RNN, nn.GRU, nn.LSTM])
+def test_linears_that_the_exporter_makes_of_a_recurrent_layer_are_not_the_models(recurrent: type[nn.Module]) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reader, self.linear = recurrent(8, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.reader(x)[0][:, -1])
+
+    model = build_onnx(trace(Reader(), (torch.randn(2, 3, 8),)))
+    (found,) = (node for node in model.graph if node.name.partition("#")[0] == "linear")
+    assert [value.name for value in found.inputs[1:]] == ["linear.weight", "linear.bias"]
 
 
 def test_a_product_of_activations_is_no_layer(compress_quickly: Callable[..., TracedModel]) -> None:
