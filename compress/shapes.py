@@ -131,7 +131,7 @@ def _complaint(
         except Exception as error:  # noqa: BLE001 - any error of the user's forward() means: not this shape
             complaints.append(one_line(error))
             continue
-        found = [y for y in _flat(outputs) if y.is_floating_point()]
+        found = [y for y in _flat(outputs) if y.is_floating_point() and y.dim()]  # one number is not about samples
         if any(len(inputs[0]) not in y.shape for y in found[:1]):  # a view that takes samples apart
             complaints.append(f"its output has shape {list(found[0].shape)} for a batch of {len(inputs[0])}")
         elif all(bool(torch.isfinite(y).all()) for y in found):

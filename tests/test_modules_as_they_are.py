@@ -7,6 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import compress
+from compress.errors import InputError
+
+
+class Second(nn.Module):
+    def forward(self, x: tuple[Tensor, Tensor, None]) -> Tensor:
+        return x[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -35,6 +41,18 @@ def test_two_heads_on_one_value_are_learned_by_blocks(method: str) -> None:
     ).report
     notes = {layer.name: layer.note or "" for layer in report.layers}
     assert all("reconstructed" in notes[name] for name in ("classes", "places"))
+
+
+def test_one_number_a_batch_beside_the_outputs_is_exported_with_them() -> None:
+    class WithPenalty(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+            y = super().forward(x)
+            return y, y.square().mean(), None
+
+    report = compress.quantize(WithPenalty(16, 4), calib=torch.randn(80, 16), bits=8, method="mse").report
+    assert any("output 2 (None)" in note for note in report.notes)
+    with pytest.raises(InputError, match="first output is one number"):
+        compress.quantize(nn.Sequential(WithPenalty(16, 4), Second()), calib=torch.randn(80, 16), bits=8)
 
 
 def test_a_dead_layer_is_quantized_like_others() -> None:
