@@ -24,6 +24,7 @@ from compress.checkpoint import load_model
 from compress.errors import InputError
 from compress.exporters.session import open_session, run_session
 from compress.huggingface import is_pretrained, open_pretrained
+from compress.training.lowrank import LowRankOptions, truncate
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
@@ -146,6 +147,13 @@ def test_shards_and_half_precision(folders: dict[str, Path], tmp_path: Path) -> 
     refused(lambda: open_pretrained(tmp_path / "shards"), tmp_path, missing, INDEX, f"{len(names)} files")
     module.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     assert {value.dtype for value in open_pretrained(tmp_path / "half").module.parameters()} == {torch.float32}
+
+
+def test_low_rank_reads_text(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    options = LowRankOptions(smallest=0.6, length=8)
+    found = truncate(folders["bert-1"], text, tmp_path / "out", options=options).family
+    assert [(each.shape, each.dtype) for each in found.inputs] == [((8,), "int64")] * 3
+    assert found.members[-1].macs < 0.8 * found.dense_macs
 
 
 def test_text_becomes_tokens(folders: dict[str, Path], text: Path) -> None:

@@ -40,7 +40,8 @@ class LowRankOptions:
         search: "greedy", or "program", which adds the plans of an integer program and keeps what is undominated.
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
-        overwrite: replace the folder, and throw away an unfinished run's checkpoint.
+        length: tokens of a sample of text, at most.
+        overwrite: replace the folder, and throw away another run's checkpoint; that of the same run is gone on from.
     """
 
     ignore: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class LowRankOptions:
     search: str = "greedy"
     factory: str | None = None
     allow: tuple[str, ...] = ()
+    length: int | None = None
     overwrite: bool = False
 
     def check(self) -> None:

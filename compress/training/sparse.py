@@ -57,7 +57,7 @@ class SparseOptions:
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
         length: tokens of a text, at most; None: 128, or what the model takes.
-        overwrite: replace the file, and throw away an unfinished run's checkpoint.
+        overwrite: replace the file, and throw away another run's checkpoints; those of the same run are gone on from.
     """
 
     density: float | None = None
@@ -190,12 +190,12 @@ def train_sparse(
     if several:
         start += tuple((name, each.repeats, beside[name].digest) for name, each in several.items())
     work = out.with_name(f".{out.name}.work")
-    if options.overwrite:
-        shutil.rmtree(work, ignore_errors=True)
 
     notes = [*loaded.notes, *samples.notes, *unbound(open_deltas(options.sources)), *unbound(deltas)]
     stops = list[str]()
-    phases = _Phases(tuner, given, judged, source, work, start, options.rounds, progress, notes, stops)
+    phases = _Phases(
+        tuner, given, judged, source, work, start, options.rounds, options.overwrite, progress, notes, stops
+    )
     full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
         for turn in range(options.rounds):
@@ -235,6 +235,7 @@ class _Phases:
     work: Path
     identity: object
     rounds: int
+    discard: bool
     progress: Progress
     notes: list[str]
     stops: list[str]
@@ -252,6 +253,7 @@ class _Phases:
             judge=judge_by(self.judged, self.tuner, self.source) if self.judged else None,
             checkpoint=self.work / f"{kind}{number}.pt",
             fingerprint=repr((self.identity, name, earlier)),
+            discard=self.discard,
             progress=lambda done, total, loss: self.progress(f"{name}, loss {loss:.4f}", done, total),
         )  # fmt: skip
         if stopped and not history:
