@@ -269,6 +269,32 @@ def test_weights_that_are_not_used_are_named(copied: Path) -> None:
     assert note == "copy holds weights that BertModel does not use: head.weight"
 
 
+def test_an_encoder_without_a_pooler(tmp_path: Path) -> None:
+    module = bert(1)
+    module.pooler = None
+    module.save_pretrained(tmp_path / "bare")
+    found = open_pretrained(tmp_path / "bare")
+    assert found.notes == ("bare holds no pooler, and BertModel is taken without one",)
+    assert found.module.pooler is None
+    ids, mask = tokens(3, 9)
+    with torch.no_grad():
+        got, wanted = (each(input_ids=ids, attention_mask=mask)[0] for each in (found.module, module))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_two_towers_are_refused_and_one_is_taken(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
+    words = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": LONGEST}
+    config = transformers.CLIPConfig(text_config=words, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    module = transformers.CLIPModel(config)
+    module.save_pretrained(tmp_path / "both")
+    parts = "a CLIPModel of text_model (input_ids) and vision_model (pixel_values)"
+    refused(lambda: open_pretrained(tmp_path / "both"), parts, ".text_model.save_pretrained('text_model')")
+    for part in ("text_model", "vision_model"):
+        getattr(transformers.AutoModel.from_pretrained(tmp_path / "both"), part).save_pretrained(tmp_path / part)
+        assert (open_pretrained(tmp_path / part).text is None) is (part == "vision_model")
+
+
 def test_token_ids_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     quantize = functools.partial(compress.quantize, folders["bert-1"])
     ids, mask = tokens(40, 12)
