@@ -294,7 +294,8 @@ def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...], names: tup
             output = first_output(call_module(module, example, names))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in example)
-        raise InputError(f"the model does not run on an input of shape {shapes}: {_first_line(error)}") from error
+        more = " Give arrays called like the parameters." if "required positional argument" in str(error) else ""
+        raise InputError(f"the model does not run on an input of shape {shapes}: {_first_line(error)}{more}") from error
     if not output.dim():
         raise InputError(
             "the model's first output is one number for the whole batch, as a loss is; one with a row a sample is "
