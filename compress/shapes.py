@@ -87,7 +87,7 @@ def find_input_shape(
     if example is not None:
         return InputShape(tuple(example[0].shape[1:]), "from the .pt2 file")
     tried = []
-    for shape in (*_usual_shapes(first), *([(_TOKENS,)] if _vocabulary(module) else [])):
+    for shape in (*_usual_shapes(first, module), *([(_TOKENS,)] if _vocabulary(module) else [])):
         complaint, ids = _complaint(module, shape)
         if complaint is None:
             how = f"found by trying: {_text(shape)} {'token ids run' if ids else 'runs'} through the model"
@@ -98,7 +98,7 @@ def find_input_shape(
             "The input shape is not known and the model has no Conv2d, Conv1d or Linear to guess it from; "
             "give --input-shape C,H,W."
         )
-    complaint, _ = _complaint(module, next(_usual_shapes(first)))
+    complaint, _ = _complaint(module, next(_usual_shapes(first, module)))
     raise InputError(
         f"The input shape is not known and none of the usual ones runs through the model (tried {', '.join(tried)}; "
         f"the first: {complaint}); give --input-shape C,H,W."
@@ -132,13 +132,16 @@ def _vocabulary(module: torch.nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
-def _usual_shapes(first: tuple[str, torch.nn.Module] | None) -> Iterator[tuple[int, ...]]:
+def _usual_shapes(first: tuple[str, torch.nn.Module] | None, module: torch.nn.Module) -> Iterator[tuple[int, ...]]:
     layer = None if first is None else first[1]
     if isinstance(layer, torch.nn.Linear):
         yield (layer.in_features,)
     elif isinstance(layer, torch.nn.Conv1d):
         yield from ((layer.in_channels, length) for length in _LENGTHS)
     elif isinstance(layer, torch.nn.Conv2d):
+        said = getattr(getattr(module, "config", None), "image_size", None)  # Hugging Face's: a side, or both
+        if said:
+            yield (layer.in_channels, *(said if isinstance(said, list | tuple) else (said, said)))
         if layer.in_channels == 1:
             sizes: tuple[int, ...] = _ONE_CHANNEL
         else:

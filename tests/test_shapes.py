@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,13 @@ def test_shape_from_data() -> None:
     assert find_input_shape(module, data_shape=(3, 48, 48)).source == "from the calibration data"
     with pytest.raises(InputError, match=r"from the calibration data\).*expects 3 channels\. Give calibration data"):
         find_input_shape(module, data_shape=(48, 48, 3))
+
+
+@pytest.mark.parametrize(("said", "size"), [(50, (50, 50)), ([20, 30], (20, 30))])
+def test_the_size_that_a_config_names_is_tried_first(said: object, size: tuple[int, int]) -> None:
+    module = _net(nn.Conv2d(3, 2, 10, stride=10), nn.Flatten(), nn.Linear(2 * (size[0] // 10) * (size[1] // 10), 4))
+    module.config = SimpleNamespace(image_size=said)
+    assert find_input_shape(module).shape == (3, *size)
 
 
 class Reader(nn.Module):

@@ -33,7 +33,8 @@ def build_onnx(traced: TracedModel) -> ir.Model:
     program = export_program(traced.module, traced.example, traced.dynamic_batch, traced.dynamic_length)
     _mark_layers(program)
     names = [node.name for node in traced.inputs()]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for each in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of what they do not fold
+        logging.getLogger(each).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
