@@ -181,7 +181,8 @@ def _run(traced: TracedModel, batches: Iterator[tuple[Tensor, ...]]) -> list[Ten
     """Every output over all ``batches``, concatenated, in the order of the file's outputs."""
     with torch.no_grad():
         results = [tree_leaves(traced.module(*batch)) for batch in batches]
-    return [torch.cat(parts) for parts in zip(*results, strict=True)]
+    # Beside the first there may be one number a batch, as a loss is.
+    return [torch.cat([torch.atleast_1d(part) for part in parts]) for parts in zip(*results, strict=True)]
 
 
 def _batches(inputs: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:

@@ -202,10 +202,29 @@ def open_pretrained(folder: Path, classes: int | None = None, seed: int = 0) -> 
             the weights do not fit the architecture that ``config.json`` names; or that has no form with such a head.
     """
     _, architecture, _ = read_config(folder)
-    name, given = architecture.__name__, {}
+    name, given, notes = architecture.__name__, dict[str, Any](), []
     if classes is not None:
         architecture, given = _transformers().AutoModelForSequenceClassification, {"num_labels": classes}
         name = f"a classifier on {name}"
+    module, missing, unused = _from_pretrained(folder, architecture, name, given, seed)
+    if missing and classes is None and _is_pooler(missing, architecture):
+        module, missing, unused = _from_pretrained(folder, architecture, name, {"add_pooling_layer": False}, seed)
+        notes.append(f"{folder.name} holds no pooler, and {name} is taken without one")
+    if missing and classes is None:
+        raise InputError(f"{folder}: the weights lack {', '.join(missing[:4])} of {name}; they are another model's")
+    if unused:
+        notes.append(f"{folder.name} holds weights that {name} does not use: {', '.join(unused[:4])}")
+    module.config.use_cache = False
+    if missing:
+        what = "one number" if classes == 1 else f"{classes} classes"
+        notes.append(f"{type(module).__name__} with a new head for {what} ({', '.join(missing)})")
+    return PretrainedFolder(module.eval(), text_reader(folder, module), tuple(notes), tuple(missing))
+
+
+def _from_pretrained(
+    folder: Path, architecture: Any, name: str, given: Mapping[str, Any], seed: int
+) -> tuple[Any, list[str], list[str]]:
+    """The module, its parameters that the folder does not hold, and what that holds besides."""
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -216,15 +235,14 @@ def open_pretrained(folder: Path, classes: int | None = None, seed: int = 0) -> 
     except Exception as error:
         raise InputError(f"{folder} cannot be read as {name}: {one_line(error)}") from error
     missing = sorted([*loading["missing_keys"], *(str(each) for each in loading["mismatched_keys"])])
-    if missing and classes is None:
-        raise InputError(f"{folder}: the weights lack {', '.join(missing[:4])} of {name}; they are another model's")
-    unused = sorted(loading["unexpected_keys"])
-    notes = [f"{folder.name} holds weights that {name} does not use: {', '.join(unused[:4])}"] if unused else []
-    module.config.use_cache = False
-    if missing:
-        what = "one number" if classes == 1 else f"{classes} classes"
-        notes.append(f"{type(module).__name__} with a new head for {what} ({', '.join(missing)})")
-    return PretrainedFolder(module.eval(), text_reader(folder, module), tuple(notes), tuple(missing))
+    return module, missing, sorted(loading["unexpected_keys"])
+
+
+def _is_pooler(missing: Sequence[str], architecture: Any) -> bool:
+    """Whether nothing but a pooler is missing, which ``architecture`` goes without: encoders are saved so, too."""
+    return all("pooler" in each.split(".") for each in missing) and (
+        "add_pooling_layer" in inspect.signature(architecture).parameters
+    )
 
 
 def save_pretrained(module: torch.nn.Module, folder: Path) -> None:
@@ -286,6 +304,7 @@ def text_reader(folder: Path, module: Any) -> TextReader | None:
     parameters = inspect.signature(module.forward).parameters
     if "input_ids" not in parameters:
         return None
+    _check_one_tower(folder, module)
     embeddings = module.get_input_embeddings()
     settings = module.config
     inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in parameters]
@@ -301,6 +320,18 @@ def text_reader(folder: Path, module: Any) -> TextReader | None:
         longest=_longest(module),
         causal="CausalLM" in type(module).__name__ or "LMHead" in type(module).__name__,
     )
+
+
+def _check_one_tower(folder: Path, module: Any) -> None:
+    """Models that read different things side by side have no output a sample, but one a pair."""
+    kind = _transformers().PreTrainedModel
+    towers = {name: part.main_input_name for name, part in module.named_children() if isinstance(part, kind)}
+    if len(set(towers.values())) > 1:
+        told, first = " and ".join(f"{name} ({given})" for name, given in towers.items()), next(iter(towers))
+        raise InputError(
+            f"{folder} holds a {type(module).__name__} of {told}, which are compressed one at a time; save one as a "
+            f"folder: AutoModel.from_pretrained('{folder}').{first}.save_pretrained('{first}')"
+        )
 
 
 def _longest(module: Any) -> int:

@@ -108,7 +108,7 @@ def take_in(
         found = find_input_shape(
             loaded.module, given=input_shape, data_shape=samples.inputs[0].shape[1:] if samples else None
         )
-        inputs = (torch.zeros((1, *found.shape)),)
+        inputs = (found.example(),)
         notes.append(f"input shape {_shapes(inputs)}, {found.source}")
     try:
         traced = trace(loaded.module, inputs, names=names)

@@ -24,6 +24,7 @@ from compress.checkpoint import load_model
 from compress.errors import InputError
 from compress.exporters.session import open_session, run_session
 from compress.huggingface import is_pretrained, open_pretrained
+from compress.training.lowrank import LowRankOptions, truncate
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
@@ -148,6 +149,13 @@ def test_shards_and_half_precision(folders: dict[str, Path], tmp_path: Path) -> 
     assert {value.dtype for value in open_pretrained(tmp_path / "half").module.parameters()} == {torch.float32}
 
 
+def test_low_rank_reads_text(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    options = LowRankOptions(smallest=0.6, length=8)
+    found = truncate(folders["bert-1"], text, tmp_path / "out", options=options).family
+    assert [(each.shape, each.dtype) for each in found.inputs] == [((8,), "int64")] * 3
+    assert found.members[-1].macs < 0.8 * found.dense_macs
+
+
 def test_text_becomes_tokens(folders: dict[str, Path], text: Path) -> None:
     lines = text.read_text().splitlines()
     reader = open_pretrained(folders["bert"]).text
@@ -259,6 +267,32 @@ def test_weights_that_are_not_used_are_named(copied: Path) -> None:
     safetensors.torch.save_file(extra, copied / "model.safetensors", {"format": "pt"})
     (note,) = load_model(copied).notes
     assert note == "copy holds weights that BertModel does not use: head.weight"
+
+
+def test_an_encoder_without_a_pooler(tmp_path: Path) -> None:
+    module = bert(1)
+    module.pooler = None
+    module.save_pretrained(tmp_path / "bare")
+    found = open_pretrained(tmp_path / "bare")
+    assert found.notes == ("bare holds no pooler, and BertModel is taken without one",)
+    assert found.module.pooler is None
+    ids, mask = tokens(3, 9)
+    with torch.no_grad():
+        got, wanted = (each(input_ids=ids, attention_mask=mask)[0] for each in (found.module, module))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_two_towers_are_refused_and_one_is_taken(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
+    words = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": LONGEST}
+    config = transformers.CLIPConfig(text_config=words, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    module = transformers.CLIPModel(config)
+    module.save_pretrained(tmp_path / "both")
+    parts = "a CLIPModel of text_model (input_ids) and vision_model (pixel_values)"
+    refused(lambda: open_pretrained(tmp_path / "both"), parts, ".text_model.save_pretrained('text_model')")
+    for part in ("text_model", "vision_model"):
+        getattr(transformers.AutoModel.from_pretrained(tmp_path / "both"), part).save_pretrained(tmp_path / part)
+        assert (open_pretrained(tmp_path / part).text is None) is (part == "vision_model")
 
 
 def test_token_ids_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import compress
+from compress.errors import InputError
+from compress.exporters.session import open_session, run_session
+
+
+class Second(nn.Module):
+    def forward(self, x: tuple[Tensor, Tensor, None]) -> Tensor:
+        return x[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -35,6 +44,39 @@ def test_two_heads_on_one_value_are_learned_by_blocks(method: str) -> None:
     ).report
     notes = {layer.name: layer.note or "" for layer in report.layers}
     assert all("reconstructed" in notes[name] for name in ("classes", "places"))
+
+
+def test_one_number_a_batch_beside_the_outputs_is_exported_with_them() -> None:
+    class WithPenalty(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+            y = super().forward(x)
+            return y, y.square().mean(), None
+
+    report = compress.quantize(WithPenalty(16, 4), calib=torch.randn(80, 16), bits=8, method="mse").report
+    assert any("output 2 (None)" in note for note in report.notes)
+    with pytest.raises(InputError, match="first output is one number"):
+        compress.quantize(nn.Sequential(WithPenalty(16, 4), Second()), calib=torch.randn(80, 16), bits=8)
+
+
+def test_token_ids_and_several_inputs_are_exported_without_data(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.first(x) + self.second(y)
+
+    reader = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 4))
+    compress.export(reader, tmp_path / "reader.onnx")
+    ids = torch.randint(30, (3, 11))
+    (got,) = run_session(open_session(tmp_path / "reader.onnx", "ORT_ENABLE_ALL"), [(ids,)])
+    torch.testing.assert_close(got, reader(ids).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"several inputs \(x, y\).*torch\.export\.save"):
+        compress.export(Pair(), tmp_path / "pair.onnx")
+    inputs = (torch.randn(2, 8), torch.randn(2, 6))
+    torch.export.save(torch.export.export(Pair(), inputs), tmp_path / "pair.pt2")
+    compress.export(tmp_path / "pair.pt2", tmp_path / "pair.onnx")
 
 
 def test_a_dead_layer_is_quantized_like_others() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -97,6 +99,35 @@ def test_shape_from_data() -> None:
         find_input_shape(module, data_shape=(48, 48, 3))
 
 
+@pytest.mark.parametrize(("said", "size"), [(50, (50, 50)), ([20, 30], (20, 30))])
+def test_the_size_that_a_config_names_is_tried_first(said: object, size: tuple[int, int]) -> None:
+    module = _net(nn.Conv2d(3, 2, 10, stride=10), nn.Flatten(), nn.Linear(2 * (size[0] // 10) * (size[1] // 10), 4))
+    module.config = SimpleNamespace(image_size=said)
+    assert find_input_shape(module).shape == (3, *size)
+
+
+class Reader(nn.Module):
+    """Takes 4 to 40 token ids."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words, self.places, self.linear = nn.Embedding(30, width), nn.Embedding(40, width), nn.Linear(width, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear((self.words(ids) + self.places.weight[: ids.shape[1]]).mean(1))
+
+
+@pytest.mark.parametrize(("width", "given", "length"), [(8, None, 8), (64, None, 16), (64, (5,), 5)])
+def test_a_module_that_takes_token_ids(width: int, given: tuple[int, ...] | None, length: int) -> None:
+    found = find_input_shape(Reader(width).eval(), given=given)
+    assert (found.shape, found.vocabulary) == ((length,), 30)
+    example = found.example()
+    assert example.dtype == torch.int64
+    assert example.shape == (1, length)
+    assert 0 <= int(example.min()) < int(example.max()) < 30
+    assert given is not None or found.source == f"found by trying: {length} token ids run through the model"
+
+
 def test_token_data_and_further_inputs() -> None:
     class Pair(nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -107,7 +138,9 @@ def test_token_data_and_further_inputs() -> None:
     assert find_input_shape(Pair(), data_shape=(7,)).shape == (7,)
     pair = (torch.ones(1, 7), torch.ones(1, 7))
     assert find_input_shape(Pair(), given=(7,), example=pair).shape == (7,)
-    with pytest.raises(InputError, match="required positional argument"):
+    with pytest.raises(
+        InputError, match=r"takes several inputs \(x, y\), which are not made up: give .* or, as `compress export`"
+    ):
         find_input_shape(Pair(), given=(7,))
 
 

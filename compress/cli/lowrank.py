@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Factory
+from compress.cli.inputs import Allow, Factory, Length
 from compress.cli.options import takes, timing
 from compress.cli.progress import ProgressBar
 
@@ -36,6 +36,7 @@ def cutting(
     ] = "greedy",
     factory: Factory = None,
     allow: Allow = None,
+    length: Length = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
 ) -> None:
     """What training and truncation share: fields of :class:`compress.training.members.LowRankOptions`."""

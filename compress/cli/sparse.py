@@ -327,7 +327,7 @@ def _sources(data: list[str], deltas: list[str], repeats: list[str]) -> tuple[ob
     """Samples as train_sparse takes them, and deltas to start from."""
     from compress.training.labelled import Source
 
-    if len(data) == 1 and not repeats:
+    if len(data) == 1 and not repeats and ("=" not in data[0] or Path(data[0]).exists()):
         return data[0], tuple(map(Path, deltas))
     named, beside, counts = _named(data, "--data"), _named(deltas, "--source"), _named(repeats, "--repeat")
     for option, given in (("--source", beside), ("--repeat", counts)):
@@ -348,7 +348,7 @@ def _named(texts: list[str], option: str) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value) or name in found:
-            raise InputError(f"{option} {text}: with several --data each is NAME=..., every name once")
+            raise InputError(f"{option} {text}: with several --data, or a --repeat, each is NAME=FILE, every name once")
         found[name] = value
     return found
 

@@ -6,6 +6,7 @@ without being asked in the right way, and says nothing when it does not.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ _BLOCKS = {"MatMulNBits"}
 LAYER_OPERATORS = _INTEGER | _FLOAT | _BLOCKS
 _WANTED = {"integer": _INTEGER, "dynamic": _INTEGER, "blocks": _BLOCKS, "blocks-float": _BLOCKS, "float": _FLOAT}
 
+# What a MatMul becomes with its bias (where rows are of known number), a transpose before it or a scale behind it:
+# MatMulAddFusion, MatmulTransposeFusion/, MatMulScaleFusion/.
+_ANOTHER = re.compile(r"(/\w+Fusion/?)+$")
+
 
 def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str]]:
     """Nodes of the graph ONNX Runtime optimised from ``path``, each with the name of the node that it replaces."""
@@ -36,7 +41,7 @@ def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str
     found = []
     for node in graph.node:
         name = node.name.partition("_token_")[0].removeprefix("fused ")  # a Gemm with its ReLU
-        name = name.removesuffix("/MatMulAddFusion")  # rows of known number: a Gemm between two Reshapes
+        name = _ANOTHER.sub("", name)
         if name.endswith("_nchwc") and node.op_type in _FLOAT:
             name = _layer_behind(name.removesuffix("_nchwc"), makers)
         found.append((node, name))

@@ -17,7 +17,7 @@ import torch
 from compress.errors import InputError
 from compress.exporters.functions import OPSET
 from compress.exporters.lowering import translations
-from compress.exporters.tidy import tidy
+from compress.exporters.tidy import LAYER_SCOPE, tidy
 from compress.graph.layers import LAYER_KINDS, is_stored
 from compress.graph.traced import TracedModel, export_program
 
@@ -31,8 +31,10 @@ def build_onnx(traced: TracedModel) -> ir.Model:
         InputError: an operator has no ONNX form; the message names it.
     """
     program = export_program(traced.module, traced.example, traced.dynamic_batch, traced.dynamic_length)
+    _mark_layers(program)
     names = [node.name for node in traced.inputs()]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for each in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of what they do not fold
+        logging.getLogger(each).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -53,7 +55,7 @@ def build_onnx(traced: TracedModel) -> ir.Model:
         raise InputError(f"the model cannot be written as ONNX: {reason}") from error
     assert exported is not None
     model = exported.model
-    tidy(model, _layers(program))
+    tidy(model)
     _name_sizes(model.graph)
     model.producer_name = "compress"
     model.producer_version = version("compress-toolchain")
@@ -73,17 +75,20 @@ def _name_sizes(graph: ir.Graph) -> None:
                 value.shape[axis] = ir.SymbolicDim(names[size.value])
 
 
-def _layers(program: torch.export.ExportedProgram) -> dict[str, str]:
-    """Every layer's name by its call's: parameters are inputs of an exported graph, with names in its signature."""
+def _mark_layers(program: torch.export.ExportedProgram) -> None:
+    """Note every layer's name where the exporter keeps it, as if it were one more module around the call.
+
+    Names of nodes would not do: the exporter takes other operators apart (recurrent ones into linears) and numbers
+    anew. Parameters are inputs of an exported graph, with names in its signature.
+    """
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    found = {}
     for node in program.graph.nodes:
         if node.target in LAYER_KINDS:
             weight = node.args[1].args[0] if is_stored(node.args[1]) else node.args[1]
             if weight.name in targets:
-                found[node.name] = targets[weight.name].removesuffix(".weight").removesuffix(".weight_packed")
-    return found
+                name = targets[weight.name].removesuffix(".weight").removesuffix(".weight_packed")
+                node.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {}) | {LAYER_SCOPE: (name, LAYER_SCOPE)}
 
 
 def write_onnx(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:

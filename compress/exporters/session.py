@@ -57,10 +57,10 @@ def open_session(
 
 
 def run_session(session: ort.InferenceSession, batches: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Every output over all ``batches``, concatenated along the batch."""
+    """Every output over all ``batches``, concatenated along the batch; of one number a batch, one for each."""
     names = [each.name for each in session.get_inputs()]
     results = [
         session.run(None, {name: np.ascontiguousarray(x.numpy()) for name, x in zip(names, batch, strict=True)})
         for batch in batches
     ]
-    return [torch.from_numpy(np.concatenate(parts)) for parts in zip(*results, strict=True)]
+    return [torch.from_numpy(np.concatenate(list(map(np.atleast_1d, parts)))) for parts in zip(*results, strict=True)]

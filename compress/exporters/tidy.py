@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +28,9 @@ from compress.exporters.initializers import constant_of, initialise
 from compress.exporters.lookups import look_up_codes
 from compress.exporters.products import use_integer_products
 
-__all__ = ["layer_of", "tidy"]
+__all__ = ["LAYER_SCOPE", "layer_of", "tidy"]
+
+LAYER_SCOPE = "compress.layer"
 
 _LAYER_NODES = ("Conv", "Gemm", "MatMul", "MatMulNBits", "MatMulIntegerToFloat")
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
@@ -38,8 +39,8 @@ _MOVES = ("Slice", "Pad", "Reshape", "Transpose", "Flatten")
 _IR_VERSION = 8  # the first that has model-local functions
 
 
-def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
-    """Apply all passes in place; ``layers`` are the graph's layers by the name of the node that calls them."""
+def tidy(model: ir.Model) -> None:
+    """Apply all passes in place; calls of layers stand in a scope of class ``LAYER_SCOPE``, which has their name."""
     graph = model.graph
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type == "Unpack8":
@@ -60,7 +61,7 @@ def tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
     use_integer_products(model)
     _share_constants(graph)
     _remove_unread(graph)
-    _name(graph, layers)
+    _name(graph)
     used = {node.op_type for node in graph if node.domain == DOMAIN}
     for name in sorted(used):
         function = spread_function() if name == SPREAD else unpack_function(int(name.removeprefix("Unpack")))
@@ -197,15 +198,13 @@ def _remove_unread(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _name(graph: ir.Graph, layers: Mapping[str, str]) -> None:
+def _name(graph: ir.Graph) -> None:
     kept = {*graph.inputs, *graph.outputs}
     taken: dict[str, int] = {}
     for node in graph:
         stem = node.op_type
         if node.op_type in _LAYER_NODES:
-            # The exporter's own trace; folding a transposed weight gives the weight another name.
-            *_, origin = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
-            stem = layers.get(origin) or layer_of(node) or stem
+            stem = _called(node) or layer_of(node) or stem
         node.metadata_props.clear()
         node.doc_string = None
         count = taken.get(stem, 0)
@@ -219,6 +218,18 @@ def _name(graph: ir.Graph, layers: Mapping[str, str]) -> None:
     for value in graph.initializers.values():
         value.metadata_props.clear()
     graph.metadata_props.clear()
+
+
+def _called(node: ir.Node) -> str | None:
+    """The layer that ``node`` was exported from, whatever has become of its weight; None for other nodes.
+
+    Read in the exporter's own trace: folding a transposed weight gives the weight another name.
+    """
+    scopes, classes = (
+        ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{key}", "[]"))
+        for key in ("name_scopes", "class_hierarchy")
+    )
+    return next((str(scope) for scope, kind in zip(scopes, classes, strict=True) if kind == LAYER_SCOPE), None)
 
 
 def layer_of(node: ir.Node) -> str | None:

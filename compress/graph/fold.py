@@ -17,18 +17,35 @@ __all__ = ["fold_batch_norm"]
 
 aten = torch.ops.aten
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_SHOWN = 4
 _LAYERS = (aten.conv1d.default, aten.conv2d.default, aten.linear.default)
 
 
 def fold_batch_norm(traced: TracedModel) -> None:
-    """Fold in place; a BatchNorm that cannot be folded stays, with a note that says why."""
+    """Fold in place; a BatchNorm that cannot be folded stays, with a note that says why, one for each reason."""
+    kept: dict[str, list[str]] = {}
     for norm in list(traced.graph.find_nodes(op="call_function", target=_BATCH_NORM)):
         reason = _refusal(norm)
         if reason:
-            traced.notes.append(f"BatchNorm {norm.args[1].target.rpartition('.')[0]!r} is not folded: {reason}")
+            kept.setdefault(reason, []).append(_name(norm))
             continue
         _fold(traced, norm)
+    traced.notes += [_note(names, reason) for reason, names in kept.items()]
     traced.finish()
+
+
+def _name(norm: fx.Node) -> str:
+    """The module's name, from a tensor that it holds; the node's own where all are computed."""
+    held = next((str(each.target) for each in norm.args[1:5] if each is not None and each.op == "get_attr"), norm.name)
+    return held.rpartition(".")[0] or held
+
+
+def _note(names: list[str], reason: str) -> str:
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    if len(names) == 1:
+        return f"BatchNorm {shown} is not folded: {reason}"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} BatchNorms are not folded ({shown}{more}): {reason}"
 
 
 def _refusal(norm: fx.Node) -> str | None:

@@ -170,17 +170,21 @@ class TracedModel:
 
 
 def first_output(result: object) -> Tensor:
-    """The tensor itself, or the first of a tuple, list or dict of tensors."""
-    while not isinstance(result, Tensor):
-        if isinstance(result, dict):
-            result = next(iter(result.values()))
-        elif isinstance(result, tuple | list) and result:
-            result = result[0]
-        else:
-            raise InputError(
-                f"the model returns {type(result).__name__}; a tensor, or a tuple, list or dict of tensors, is needed"
-            )
-    return result
+    """The tensor itself, or the first one in a tuple, list or dict, whatever stands before it."""
+    found = next(_tensors(result), None)
+    if found is None:
+        raise InputError(
+            f"the model returns {type(result).__name__}; a tensor, or a tuple, list or dict of tensors, is needed"
+        )
+    return found
+
+
+def _tensors(result: object) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, dict | list | tuple):
+        for part in result.values() if isinstance(result, dict) else result:
+            yield from _tensors(part)
 
 
 def example_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -231,9 +235,12 @@ def trace(
         assert first is not None
         raise first
     with _no_copy_warning():
-        graph = _flat(program.run_decompositions({}).module(check_guards=False))
-    names_out = _output_names(program)
+        graph, names_out, dropped = _flat(
+            program.run_decompositions({}).module(check_guards=False), _output_names(program)
+        )
     traced = TracedModel(graph, example, batch, dynamic_length=length, output_names=names_out)
+    if dropped:
+        traced.notes.append(f"of what the model returns {', '.join(dropped)} is left out: only tensors are kept")
     if not batch and not fixed:
         traced.notes.append(f"the model fixes its batch size to {len(example[0])}, and so does the exported file")
     if tokens and not length and not fixed:
@@ -261,25 +268,39 @@ def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     return ()
 
 
-def _flat(module: fx.GraphModule) -> fx.GraphModule:
+def _flat(module: fx.GraphModule, names: tuple[str, ...]) -> tuple[fx.GraphModule, tuple[str, ...], list[str]]:
     """Inputs by position, and one tensor or a flat tuple out: no trees of the user's classes in between.
 
-    A module of its own, without torch's checks of how it is called.
+    A module of its own, without torch's checks of how it is called; its outputs' ``names``; and what was left out.
     """
     (output,) = module.graph.find_nodes(op="output")
-    results = tuple(output.args[0])
-    output.args = (results[0] if len(results) == 1 else results,)
+    labels = names or tuple(f"output {place}" for place in range(len(output.args[0])))
+    results, dropped = {}, []
+    for label, value in zip(labels, output.args[0], strict=True):
+        if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor):
+            results[label] = value
+        else:
+            what = type(value.meta["val"]).__name__ if isinstance(value, fx.Node) else repr(value)
+            dropped.append(f"{label} ({what})")
+    flat = tuple(results.values())
+    output.args = (flat[0] if len(flat) == 1 else flat,)
     module.graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(module, module.graph)
+    return fx.GraphModule(module, module.graph), tuple(results) if names else (), dropped
 
 
 def _check_runs(module: torch.nn.Module, example: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
     try:
         with torch.no_grad():
-            first_output(call_module(module, example, names))
+            output = first_output(call_module(module, example, names))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in example)
-        raise InputError(f"the model does not run on an input of shape {shapes}: {_first_line(error)}") from error
+        more = " Give arrays called like the parameters." if "required positional argument" in str(error) else ""
+        raise InputError(f"the model does not run on an input of shape {shapes}: {_first_line(error)}{more}") from error
+    if not output.dim():
+        raise InputError(
+            "the model's first output is one number for the whole batch, as a loss is; one with a row a sample is "
+            "needed: return that first, or wrap the model in a module that does"
+        )
 
 
 def export_program(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,8 @@ class Member:
     loss: float
 
 
-@contextmanager
-def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> Iterator[None]:
-    """Cut ``layers`` to ``ranks`` while the block runs.
+def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> AbstractContextManager[object]:
+    """Cut ``layers`` to ``ranks``: under ``with`` while the block runs, called plainly until the next call.
 
     Raises:
         ValueError: there is no such layer, or it has no such rank; nothing is cut then.
@@ -43,13 +42,17 @@ def cut_to(layers: Mapping[str, LowRankLayer], ranks: Mapping[str, int]) -> Iter
             raise ValueError(f"no decomposed layer {name!r}; there are {', '.join(list(layers)[:8])}")
         if not 0 <= rank <= layers[name].rank:
             raise ValueError(f"layer {name}: rank {rank}, allowed are 0 to {layers[name].rank}")
+    before = {name: layers[name].active for name in ranks}
+
+    def put_back() -> None:
+        for name, rank in before.items():
+            layers[name].active = rank
+
     for name, rank in ranks.items():
         layers[name].active = rank
-    try:
-        yield
-    finally:
-        for name in ranks:
-            layers[name].active = None
+    block = ExitStack()
+    block.callback(put_back)
+    return block
 
 
 @torch.no_grad()

@@ -134,7 +134,9 @@ def sum_deltas(deltas: Sequence[SparseDelta], weights: Sequence[float] | None = 
     """
     weights = [1.0] * len(deltas) if weights is None else list(weights)
     if len(weights) != len(deltas):
-        raise ValueError(f"{len(weights)} weights for {len(deltas)} deltas; give one each, or none")
+        counts = ((len(weights), "weight"), (len(deltas), "delta"))
+        given, there = (f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts)
+        raise ValueError(f"{given} for {there}; give one each, or none")
     if not np.isfinite(weights).all():
         raise ValueError(f"weights {weights}: all must be finite")
     pairs = list(zip(deltas, weights, strict=True))

@@ -64,6 +64,7 @@ VALUES = {
 }  # fmt: skip
 _VERSION = 1
 _HEADER = "compress.delta"
+_A_MODEL = ". A model's layers are listed by `compress inspect`"
 
 
 class _Stored(Record):
@@ -208,9 +209,9 @@ def _header(path: Path) -> tuple[_Header, str, str]:
         with safetensors.safe_open(path, framework="pt") as file:
             strings = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or no safetensors file ({error}); get it again") from error
+        raise InputError(f"{path} is truncated or no safetensors file ({error}); get it again{_A_MODEL}") from error
     if _HEADER not in strings:
-        raise InputError(f"{path} is a safetensors file but no delta; `compress sparse train` writes one")
+        raise InputError(f"{path} is a safetensors file but no delta; `compress sparse train` writes one{_A_MODEL}")
     digest, _, text = strings[_HEADER].partition(" ")
     try:
         version = json.loads(text).get("version")
@@ -224,8 +225,11 @@ def _header(path: Path) -> tuple[_Header, str, str]:
 def _read(path: Path, kind: str) -> tuple[_Header, SparseDelta]:
     header, text, wanted = _header(path)
     if header.kind != kind:
-        advice = "give the delta itself" if kind == "delta" else "give the .undo.safetensors beside the model"
-        raise InputError(f"{path} is of kind {header.kind!r}, not {kind!r}; {advice}")
+        raise InputError(
+            f"{path} takes deltas out of a model again, with `compress sparse revert`; give a delta itself"
+            if kind == "delta"
+            else f"{path} is a delta; give the .undo.safetensors that `compress sparse apply` wrote beside the model"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from compress.calib.samples import Samples
 from compress.errors import InputError
+from compress.graph.traced import first_output
 from compress.sparse.sources import mix_sources
 
-__all__ = ["TrainingData", "first"]
+__all__ = ["TrainingData"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class TrainingData:
     def output(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """The first tensor of what ``module`` makes of ``inputs``."""
         if self.names:
-            return first(module(**dict(zip(self.names, inputs, strict=True))))
-        return first(module(*inputs))
+            return first_output(module(**dict(zip(self.names, inputs, strict=True))))
+        return first_output(module(*inputs))
 
     def batches(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """All samples in order."""
@@ -124,13 +124,6 @@ class TrainingData:
     def classes(self) -> bool:
         """Whether labels are classes."""
         return not self.labels.is_floating_point()
-
-
-def first(output: Any) -> Tensor:
-    """The first tensor of a module's output."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,13 @@ class ElasticModel(nn.Module):
         _set(self.module, self.family.members[number], self._statistics[number])
         self.current = number
 
-    @contextmanager
-    def cut_to(self, member: int | FamilyMember) -> Iterator[None]:
-        """Run ``member`` while the block runs, then again what ran before it."""
-        before = self.current
+    def cut_to(self, member: int | FamilyMember) -> AbstractContextManager[object]:
+        """Run ``member``: under ``with`` while the block runs, then again what ran before it; called plainly, from here
+        on, as :meth:`set_member`."""
+        block = ExitStack()
+        block.callback(self.set_member, self.current)
         self.set_member(member)
-        try:
-            yield
-        finally:
-            self.set_member(before)
+        return block
 
     def view(self, member: int | FamilyMember) -> nn.Module:
         """``member`` as a module of its own on the same parameters; move or convert the family, not a view."""

@@ -15,7 +15,17 @@ from compress.errors import InputError
 from compress.huggingface import is_classifier
 from compress.training.data import TrainingData
 
-__all__ = ["Source", "as_labels_of", "check_labels", "named_sources", "new_outputs", "read_labelled", "read_sources"]
+__all__ = [
+    "Source",
+    "as_labels_of",
+    "check_labels",
+    "named_sources",
+    "new_outputs",
+    "read_labelled",
+    "read_samples",
+    "read_sources",
+    "training_data",
+]
 
 _MASK = "attention_mask"
 
@@ -35,12 +45,22 @@ class Source:
     repeats: int = 1
 
 
+def read_samples(data: object, loaded: LoadedModel, length: int | None, *, labelled: bool = False) -> Samples:
+    """Samples for ``loaded``: arrays called like parameters of its ``forward`` are its inputs, text becomes tokens."""
+    return load_samples(data, labelled=labelled, parameters=loaded.parameters, text=loaded.text, length=length)
+
+
 def read_labelled(data: object, loaded: LoadedModel, length: int | None) -> tuple[Samples, TrainingData]:
     """Labelled samples for ``loaded``; text in batches as long as their longest."""
+    samples = read_samples(data, loaded, length, labelled=True)
+    return samples, training_data(samples, loaded)
+
+
+def training_data(samples: Samples, loaded: LoadedModel) -> TrainingData:
+    """``samples``, which have labels, to train ``loaded`` on; text in batches as long as their longest."""
     text = loaded.text
-    samples = load_samples(data, labelled=True, parameters=loaded.parameters, text=text, length=length)
     masked = text is not None and _MASK in text.inputs and len(samples.inputs) == len(text.inputs)
-    return samples, TrainingData.of(samples, text.inputs.index(_MASK) if text and masked else None)
+    return TrainingData.of(samples, text.inputs.index(_MASK) if text and masked else None)
 
 
 def read_sources(

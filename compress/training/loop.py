@@ -181,6 +181,7 @@ def fit(
     judge: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
     fingerprint: str = "",
+    discard: bool = False,
     progress: Callable[[int, int, float], None] = lambda done, total, loss: None,
 ) -> tuple[list[Epoch], str | None]:
     """Train ``module`` in place.
@@ -190,6 +191,7 @@ def fit(
         judge: called after every epoch; the module is left as it was after the one judged highest, the first of equals.
         checkpoint: written after every epoch, whole or not at all; a run that finds one of the same ``fingerprint`` and
             recipe goes on from it, to the same bytes.
+        discard: throw a checkpoint away that is damaged or another run's; one of the same run is gone on from.
         progress: batches done, of all, and the last loss.
 
     Returns:
@@ -197,12 +199,12 @@ def fit(
         after the last good epoch.
 
     Raises:
-        InputError: the recipe is impossible, or the checkpoint is another run's.
+        InputError: the recipe is impossible, or the checkpoint is damaged or another run's, and not to be discarded.
     """
     recipe.check()
     companion = companion or Nothing()
     optimizer = recipe.build_optimizer(module)
-    state = _continued(module, optimizer, companion, recipe, checkpoint, fingerprint)
+    state = _continued(module, optimizer, companion, recipe, checkpoint, fingerprint, discard)
     history = list(state.history)
     good = state
     module.train()
@@ -305,14 +307,20 @@ def _continued(
     recipe: Recipe,
     checkpoint: Path | None,
     fingerprint: str,
+    discard: bool,
 ) -> _State:
+    begun = _snapshot(0, module, optimizer, companion, [])
     if checkpoint is None or not checkpoint.exists():
-        return _snapshot(0, module, optimizer, companion, [])
+        return begun
     try:
         found = torch.load(checkpoint, weights_only=True)
     except (RuntimeError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        if discard:
+            return begun
         raise InputError(f"{checkpoint} is damaged ({one_line(error)}); throw it away with --overwrite") from error
     if found["run"] != _run(recipe, fingerprint):
+        if discard:
+            return begun
         raise InputError(
             f"{checkpoint.parent} holds the checkpoint of another run (model, data or options); finish that one, "
             "choose another --out, or throw it away with --overwrite"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compress.calib.samples import Samples, load_samples
+from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
@@ -21,6 +21,7 @@ from compress.lowrank.maestro import Maestro
 from compress.lowrank.truncate import ranks_by_rule
 from compress.training.data import TrainingData
 from compress.training.family import Family, refuse_existing, write_family
+from compress.training.labelled import check_labels, read_labelled, read_samples, training_data
 from compress.training.loop import Epoch, Recipe, fit
 from compress.training.members import DenseModel, LowRankOptions, make_family
 from compress.training.ordering import order_layers
@@ -88,8 +89,6 @@ def train_lowrank(
         raise InputError(str(error)) from error
     start = start.decomposed()
     work = out.with_name(f".{out.name}.work")
-    if options.overwrite:
-        shutil.rmtree(work, ignore_errors=True)
     layers = (options.ignore, options.keep_first, options.keep_last)
     settings = (start.fingerprint, start.samples.fingerprint, penalty, threshold, sampler, layers)
     history, stopped = fit(
@@ -99,6 +98,7 @@ def train_lowrank(
         companion=MaestroCompanion(maestro),
         checkpoint=work / "checkpoint.pt",
         fingerprint=repr(settings),
+        discard=options.overwrite,
         progress=lambda done, total, loss: progress(f"training, loss {loss:.4f}", done, total),
     )
     done = Decomposition(maestro.layers, maestro.dense)
@@ -158,10 +158,18 @@ def _start(
     options.check()
     refuse_existing(out, overwrite=options.overwrite)
     loaded = read_model(model, factory=options.factory, allow=options.allow)
-    samples = load_samples(data, labelled=labelled)
-    held = TrainingData.of(load_samples(test, labelled=True)) if test is not None else None
-    plain = samples.labels is None and not labelled
-    given = TrainingData(samples.inputs, torch.empty(0)) if plain else TrainingData.of(samples)
+    samples = read_samples(data, loaded, options.length, labelled=labelled)
+    held = read_labelled(test, loaded, options.length)[1] if test is not None else None
+    plain = samples.labels is None
+    given = TrainingData(samples.inputs, torch.empty(0)) if plain else training_data(samples, loaded)
+    if samples.names:
+        raise InputError(
+            f"{samples.source}: {', '.join(samples.names)} are not the first parameters of the model's forward, which "
+            f"are {', '.join(loaded.parameters)}, and low rank hands inputs over by position; give those between, too"
+        )
+    for each, source in ((given, samples.source), (held, f"{test}")):
+        if each is not None and len(each.labels):
+            check_labels(loaded.module, each, source)
     return _Start(loaded.module, samples, given, DenseModel.of(loaded.module, given, held), loaded.fingerprint)
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError
+from compress.graph.traced import first_output
 from compress.lowrank.decompose import Decomposition, decomposed_layers
 from compress.lowrank.layers import Positions, SpatialConv2d
 from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
 from compress.lowrank.truncate import Member, count_positions, cut_to, model_macs, truncation_path
 from compress.machine import describe_environment
-from compress.training.data import TrainingData, first
+from compress.training.data import TrainingData
 from compress.training.family import Family, FamilyInput, FamilyMember, weights_of
 from compress.training.loop import criterion_of, evaluate
 from compress.training.program import program_path, undominated
@@ -39,7 +40,8 @@ class LowRankOptions:
         search: "greedy", or "program", which adds the plans of an integer program and keeps what is undominated.
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
-        overwrite: replace the folder, and throw away an unfinished run's checkpoint.
+        length: tokens of a sample of text, at most.
+        overwrite: replace the folder, and throw away another run's checkpoint; that of the same run is gone on from.
     """
 
     ignore: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ class LowRankOptions:
     search: str = "greedy"
     factory: str | None = None
     allow: tuple[str, ...] = ()
+    length: int | None = None
     overwrite: bool = False
 
     def check(self) -> None:
@@ -232,4 +235,4 @@ def _batches(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     index = torch.arange(len(inputs[0])).split(_BATCH)
-    return torch.cat([first(module(*(x[each] for x in inputs))) for each in index])
+    return torch.cat([first_output(module(*(x[each] for x in inputs))) for each in index])

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from compress.artifact import check_free
 from compress.checkpoint import LoadedModel, load_model
-from compress.deltas import REFERENCE_SUFFIX, open_delta, open_deltas, unbound
+from compress.deltas import REFERENCE_SUFFIX, open_deltas, unbound
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.sparse.application import apply_deltas, check_base, revert
@@ -57,7 +57,7 @@ class SparseOptions:
         factory: ``package.module:factory``, for a model file that holds weights only.
         allow: classes that a model file may use besides torch.nn's own.
         length: tokens of a text, at most; None: 128, or what the model takes.
-        overwrite: replace the file, and throw away an unfinished run's checkpoint.
+        overwrite: replace the file, and throw away another run's checkpoints; those of the same run are gone on from.
     """
 
     density: float | None = None
@@ -77,11 +77,10 @@ class SparseOptions:
     length: int | None = None
     overwrite: bool = False
 
-    def identity(self, loaded: LoadedModel) -> str:
+    def identity(self, loaded: LoadedModel, sources: Mapping[str, SparseDelta]) -> str:
         """What decides what a run on ``loaded`` learns, for its checkpoints: contents of files, not their names."""
-        sources = [open_delta(path).digest for path in self.sources]
         plain = replace(self, sources=(), overwrite=False, values="", factory=None, allow=())
-        return repr((loaded.fingerprint, plain, sources))
+        return repr((loaded.fingerprint, plain, [each.digest for each in sources.values()]))
 
 
 @dataclass(frozen=True)
@@ -183,19 +182,25 @@ def train_sparse(
             check_labels(module, other[1], other[0])
     deltas = open_deltas(list(dict.fromkeys(each.delta for each in several.values() if each.delta is not None)))
     beside = {name: deltas.get(str(each.delta), SparseDelta(None, {})) for name, each in several.items()}
-    tuner = _make_tuner(loaded, options, recipe.seed, beside)
+    started = open_deltas(options.sources)
+    tuner = _make_tuner(loaded, options, recipe.seed, beside, started)
     source = options.eval_source
     base = _measured(tuner, held, source)
-    start: tuple[object, ...] = (options.identity(loaded), samples.fingerprint, tuner.k, judged and judged.digest)
+    start: tuple[object, ...] = (
+        options.identity(loaded, started),
+        samples.fingerprint,
+        tuner.k,
+        judged and judged.digest,
+    )
     if several:
         start += tuple((name, each.repeats, beside[name].digest) for name, each in several.items())
     work = out.with_name(f".{out.name}.work")
-    if options.overwrite:
-        shutil.rmtree(work, ignore_errors=True)
 
-    notes = [*loaded.notes, *samples.notes, *unbound(open_deltas(options.sources)), *unbound(deltas)]
+    notes = [*loaded.notes, *samples.notes, *unbound(started), *unbound(deltas)]
     stops = list[str]()
-    phases = _Phases(tuner, given, judged, source, work, start, options.rounds, progress, notes, stops)
+    phases = _Phases(
+        tuner, given, judged, source, work, start, options.rounds, options.overwrite, progress, notes, stops
+    )
     full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
     try:
         for turn in range(options.rounds):
@@ -235,6 +240,7 @@ class _Phases:
     work: Path
     identity: object
     rounds: int
+    discard: bool
     progress: Progress
     notes: list[str]
     stops: list[str]
@@ -252,6 +258,7 @@ class _Phases:
             judge=judge_by(self.judged, self.tuner, self.source) if self.judged else None,
             checkpoint=self.work / f"{kind}{number}.pt",
             fingerprint=repr((self.identity, name, earlier)),
+            discard=self.discard,
             progress=lambda done, total, loss: self.progress(f"{name}, loss {loss:.4f}", done, total),
         )  # fmt: skip
         if stopped and not history:
@@ -297,15 +304,19 @@ class SparseCompanion:
 
 
 def _make_tuner(
-    loaded: LoadedModel, options: SparseOptions, seed: int, beside: Mapping[str, SparseDelta]
+    loaded: LoadedModel,
+    options: SparseOptions,
+    seed: int,
+    beside: Mapping[str, SparseDelta],
+    started: Mapping[str, SparseDelta],
 ) -> SparseFineTuner:
     module, base = loaded.module, None
     if beside:
         called = {f"the delta of source {name}": each for name, each in beside.items()}
         check_base(called, tensor_hashes(base_tensors(module)))
-    if options.sources:
+    if started:
         hashes = tensor_hashes(base_tensors(module))
-        apply_deltas(module, open_deltas(options.sources), heads=False)
+        apply_deltas(module, started, heads=False)
     try:
         tuner = SparseFineTuner(
             module, density=options.density, k=options.k, criterion=options.criterion,
@@ -313,7 +324,7 @@ def _make_tuner(
             head=(*options.head, *loaded.head), frozen=options.frozen, train_norms=options.train_norms, l1=options.l1,
             sources=beside, seed=seed,
         )  # fmt: skip
-        if options.sources:
+        if started:
             if options.train_norms:
                 raise InputError("--train-norms changes what --source was trained beside; leave one of them out")
             base = base_hash(hashes, tuner.parts.dense)

@@ -209,7 +209,7 @@ REFUSED = {
     "missing": (("merge", "base.pt", "none.safetensors"), "There is no file none.safetensors"),
     "heads": (("merge", "base.pt", "one.safetensors", "two.safetensors"), "all replace a head"),
     "twice": (("merge", "base.pt", "one.safetensors", "one.safetensors"), "one.safetensors is given twice"),
-    "weights": (("merge", "base.pt", "one.safetensors", "--weights", "1,2"), "2 weights for 1 deltas"),
+    "weights": (("merge", "base.pt", "one.safetensors", "--weights", "1,2"), "2 weights for 1 delta;"),
     "weight": (("merge", "base.pt", "one.safetensors", "--weights", "nan"), "all must be finite"),
     "number": (("merge", "base.pt", "one.safetensors", "--weights", "half"), "--weights 'half': numbers separated"),
     "bases": (("compose", "one.safetensors", "otherone.safetensors"), "are for different bases"),
@@ -223,6 +223,7 @@ REFUSED = {
     "existing": (("merge", "base.pt", "one.safetensors", "-o", "other.pt"), "other.pt exists already"),
     "existing undo": (("apply", "base.pt", "one.safetensors", "-o", "x.pt"), "x.pt.undo.safetensors exists already"),
     "unnamed": (("train", "base.pt", "--data", "one.npz", "--data", "two.npz"), "--data one.npz: with several --data"),
+    "one named": (("train", "base.pt", "--data", "a=none.npz"), "There is no file or folder none.npz"),
     "source": (
         ("train", "base.pt", "--data", "a=one.npz", "--data", "b=two.npz", "--source", "c=one.safetensors"),
         "--source c=one.safetensors: there is no --data c=...",

@@ -238,6 +238,21 @@ def test_names_with_numbers_are_not_taken_for_further_calls(tmp_path: Path, expo
     assert not misplaced_layers(found, {"conv": "float", "conv_1": "integer"})
 
 
+def test_float_linears_are_known_by_name_behind_a_transpose_and_before_a_scale(tmp_path: Path, export: Export) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.across, self.head = nn.Linear(16, 24), nn.Linear(24, 20, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.across(x.flatten(2).transpose(1, 2)))
+            return torch.tanh(self.head(y) / 30.0) * 30.0  # as Gemma's logits
+
+    path = tmp_path / "model.onnx"
+    export(path, Scaled(), (16, 4, 4), calib=None)
+    assert layer_kinds(path, ("across", "head")) == {"across": ["FusedMatMul"], "head": ["FusedMatMul"]}
+
+
 def test_conv1d_and_linears_on_sequences_fuse(tmp_path: Path, export: Export) -> None:
     class Sequence(nn.Module):
         def __init__(self) -> None:

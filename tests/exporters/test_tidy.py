@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from compress.exporters.onnx import build_onnx
 from compress.exporters.tidy import layer_of
-from compress.graph.traced import TracedModel
+from compress.graph.traced import TracedModel, trace
+from compress.kernels.table import register_operators
 from compress.targets import TARGETS
 
 WIDTH = max(target.integer_channels for target in TARGETS.values())
@@ -152,6 +154,36 @@ class Attention(nn.Module):
         x = self.words(ids)
         scores = self.q(x) @ x.transpose(1, 2)
         return self.head(scores.softmax(-1) @ self.k(x))
+
+
+@pytest.mark.parametrize("recurrent", [nn.RNN, nn.GRU, nn.LSTM])
+def test_linears_that_the_exporter_makes_of_a_recurrent_layer_are_not_the_models(recurrent: type[nn.Module]) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reader, self.linear = recurrent(8, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.reader(x)[0][:, -1])
+
+    register_operators()
+    model = build_onnx(trace(Reader(), (torch.randn(2, 3, 8),)))
+    (found,) = (node for node in model.graph if node.name.partition("#")[0] == "linear")
+    assert [value.name for value in found.inputs[1:]] == ["linear.weight", "linear.bias"]
+
+
+def test_the_exporter_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Parameter(torch.randn(4, 8)), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.norm(self.table).T  # nothing but constants go into the norm
+
+    register_operators()
+    build_onnx(trace(Table(), (torch.randn(2, 8),)))
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 def test_a_product_of_activations_is_no_layer(compress_quickly: Callable[..., TracedModel]) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,6 +105,42 @@ def test_first_output() -> None:
         first_output(3)
     with pytest.raises(InputError, match="a tensor, or a tuple"):
         first_output([])
+    assert first_output((None, {"loss": None, "logits": y})) is y
+
+
+class Returning(nn.Module):
+    """A linear, and whatever is made of its output."""
+
+    def __init__(self, what: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.what = nn.Linear(8, 4), what
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("what", "left", "names"),
+    [
+        (lambda y: (None, y, y.shape[0]), ["output 0 (None)", "output 2 (SymInt)"], ()),
+        (lambda y: {"loss": None, "logits": y, "kind": "x", "scale": 0.5}, ["kind ('x')", "scale (0.5)"], ("logits",)),
+    ],
+)
+def test_what_is_no_tensor_is_left_out_with_a_note(
+    what: Callable[[Tensor], Any], left: list[str], names: tuple[str, ...]
+) -> None:
+    module, x = Returning(what), torch.randn(5, 8)
+    traced = trace(module, (x,))
+    torch.testing.assert_close(traced.module(x), module.linear(x))
+    assert traced.output_names == names
+    (note,) = traced.notes
+    assert note.endswith("is left out: only tensors are kept")
+    assert all(each in note for each in left)
+
+
+def test_one_number_a_batch_is_refused_where_rows_are_needed() -> None:
+    with pytest.raises(InputError, match="first output is one number for the whole batch"):
+        trace(Returning(lambda y: (y.sum(), y)), (torch.randn(2, 8),))
 
 
 def test_run_concatenates_batches() -> None:

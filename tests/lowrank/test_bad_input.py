@@ -54,6 +54,15 @@ def test_ranks_out_of_range_name_the_layer_and_cut_nothing() -> None:
         shrink(layers["0"], 13)
 
 
+def test_a_plain_call_cuts_until_the_next_and_a_block_puts_back_what_was() -> None:
+    layers = decompose(net()).layers
+    cut_to(layers, {"0": 5})
+    assert layers["0"].active == 5
+    with cut_to(layers, {"0": 3}):
+        assert layers["0"].active == 3
+    assert layers["0"].active == 5
+
+
 def test_weights_that_are_not_finite_are_no_reason_to_shrink() -> None:
     maestro = Maestro(net())
     with torch.no_grad():

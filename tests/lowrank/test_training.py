@@ -70,6 +70,35 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         fit(net(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
 
 
+def test_overwrite_goes_on_with_the_same_run_and_throws_another_away(tmp_path: Path) -> None:
+    given = (data().inputs[0], data().labels)
+
+    def train(epochs: int, stop: int = 1000, overwrite: bool = True) -> int:
+        """Steps that were taken; Ctrl-C at ``stop`` of them."""
+        steps = 0
+
+        def count(what: str, done: int, total: int) -> None:
+            nonlocal steps
+            steps += what.startswith("training")
+            if steps == stop:
+                raise Killed
+
+        options = LowRankOptions(smallest=0.8, overwrite=overwrite)
+        recipe = Recipe(epochs=epochs, batch=64)
+        with contextlib.suppress(Killed):
+            train_lowrank(net(), given, tmp_path / "out", recipe=recipe, options=options, progress=count)
+        return steps
+
+    for _ in range(2):  # a new folder's, and one's that is there
+        assert train(3, stop=6) == 6
+        assert train(3) == 8, "from the second epoch on"
+    train(3, stop=6)
+    with pytest.raises(InputError, match="exists already"):
+        train(4, overwrite=False)
+    assert train(4) == 16, "another run begins anew"
+    assert not (tmp_path / ".out.work").exists()
+
+
 class Blowing(Nothing):
     """Breaks the weights in the third epoch."""
 

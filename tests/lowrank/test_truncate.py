@@ -134,6 +134,38 @@ def test_refusals(family: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Both(nn.Module):
+    """Two inputs, and one between them that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.last = nn.Embedding(20, 16), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, features: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.last(torch.relu(self.first(features) + self.words(ids).mean(1)))
+        return y if scale is None else y * scale
+
+
+class Between(Both):
+    def forward(  # type: ignore[override]
+        self, features: torch.Tensor, scale: torch.Tensor | None = None, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert ids is not None
+        return super().forward(features, ids, scale)
+
+
+def test_arrays_called_like_parameters_are_the_inputs(tmp_path: Path) -> None:
+    samples = {"ids": torch.randint(20, (64, 6)), "labels": torch.randint(4, (64,)), "features": torch.randn(64, 8)}
+    found = truncate(Both(), samples, tmp_path / "out", test=samples).family
+    assert [(each.shape, each.dtype) for each in found.inputs] == [((8,), "float32"), ((6,), "int64")]
+    assert (found.loss_name, found.metric_name) == ("loss", "accuracy")
+    sentence = "features, ids are not the first parameters of the model's forward, which are features, scale, ids, and"
+    with pytest.raises(InputError, match=sentence):
+        truncate(Between(), samples, tmp_path / "named")
+    with pytest.raises(InputError, match=r"has classes 0 to 7, the model has outputs for 0 to 3"):
+        truncate(Both(), samples | {"labels": torch.arange(64) % 8}, tmp_path / "labels")
+
+
 def test_ordering_by_data_beats_ordering_by_weights(tmp_path: Path) -> None:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 6)).eval()

@@ -217,7 +217,7 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
     refused(SparseDelta("0" * 64, good.tensors), r"d\.safetensors is for another base: its hash is 000000000000")
     refused(SparseDelta(None, {"gone": one}), r"gone was folded into others, split or renamed .* quantize --delta")
     refused(SparseDelta(None, {"head.bias": one}), r"head\.bias has shape \[2\] there and \[3\] in the artifact")
-    refused(good, "2 weights for 1 deltas", weights=[1, 2])
+    refused(good, "2 weights for 1 delta;", weights=[1, 2])
     refused(good, "would not be finite", weights=[1e300])
     content = (artifact / BASE_FILE).read_bytes()
     try:

@@ -158,7 +158,7 @@ def test_another_base_is_refused_unless_told() -> None:
     assert equal(before, bits(base))
     apply_deltas(base, {"d": delta}, any_base=True)
     assert not equal(before, bits(base))
-    with pytest.raises(InputError, match="2 weights for 1 deltas"):
+    with pytest.raises(InputError, match="2 weights for 1 delta;"):
         apply_deltas(base, {"d": delta}, [1, 2], any_base=True)
     with pytest.raises(InputError, match="all must be finite"):
         apply_deltas(base, {"d": delta}, [math.inf], any_base=True)

@@ -132,7 +132,7 @@ def _tensor(key: str, value: torch.Tensor) -> Change:
 
 WRONG: dict[str, tuple[Change, str]] = {
     "version": (_set("version", 2), "has version 2; this program reads 1"),
-    "kind": (_set("kind", "undo"), "is of kind 'undo', not 'delta'; give the delta itself"),
+    "kind": (_set("kind", "undo"), "takes deltas out of a model again, with `compress sparse revert`; give a delta"),
     "k": (_set("k", 7), "has 4 entries and says 7"),
     "header": (_set("tensors", 3), "its header cannot be read"),
     "count": (_table("count", 3), "a: 4 numbers for 3 entries"),
@@ -189,8 +189,10 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no file"):
         read_delta(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="is a safetensors file but no delta"):
+    with pytest.raises(
+        InputError, match=r"is a safetensors file but no delta.*layers are listed by `compress inspect`"
+    ):
         read_delta(path)
     write_delta(delta(a=good), path)
-    with pytest.raises(InputError, match=r"is of kind 'delta', not 'undo'; give the \.undo\.safetensors"):
+    with pytest.raises(InputError, match=r"is a delta; give the \.undo\.safetensors that"):
         read_undo(path)

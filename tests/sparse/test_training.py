@@ -15,6 +15,7 @@ from torch import nn
 from compress.errors import InputError
 from compress.sparse.application import apply_deltas
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
+from compress.sparse.delta import SparseDelta
 from compress.sparse.deltafile import read_delta
 from compress.sparse.reference import write_reference
 from compress.training.data import TrainingData
@@ -96,7 +97,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: float, tmp_path: Path) -> No
     assert (tmp_path / ".killed.safetensors.work" / ("full.pt" if at == 0.4 else "sparse.pt")).exists()
     with pytest.raises(InputError, match="holds the checkpoint of another run"):
         train(tmp_path / "killed.safetensors", options={"k": 9, "density": None})
-    train(tmp_path / "killed.safetensors", options={"allow": ("some.Class",)})  # nothing that is learned depends on it
+    steps = list[str]()
+    # Nothing that is learned depends on these.
+    options = {"allow": ("some.Class",), "overwrite": True}
+    train(tmp_path / "killed.safetensors", options=options, progress=lambda what, done, total: steps.append(what))
+    assert len(steps) == (16 + 96 if at == 0.4 else 32)
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "killed.safetensors").read_bytes()
 
 
@@ -110,6 +115,20 @@ def test_a_task_learned_on_a_source_is_a_difference_to_the_base(tmp_path: Path) 
     accuracy = evaluate(base, labelled())
     assert result.sparse is not None
     assert abs(accuracy - result.sparse) < 0.01
+
+
+def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "language.safetensors", sparse_epochs=1)
+    read = list[object]()
+
+    def count(path: str | Path) -> SparseDelta:
+        read.append(path)
+        return read_delta(path)
+
+    monkeypatch.setattr("compress.deltas.read_delta", count)
+    source = tmp_path / "language.safetensors"
+    train(tmp_path / "task.safetensors", sparse_epochs=1, options={"sources": (source,)})
+    assert read == [source]
 
 
 def test_sources_of_the_published_code_and_twice(tmp_path: Path) -> None:
