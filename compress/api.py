@@ -29,7 +29,8 @@ from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.onnxfile import export_shared, export_whole, graph_of
 from compress.options import Options, Settings, check_unused, gather
 from compress.planning import make_plan
-from compress.realize import GATE_SAMPLES, Progress, Result, gate_inputs, realize
+from compress.progress import Progress, silent
+from compress.realize import GATE_SAMPLES, Result, gate_inputs, realize
 from compress.records import Front, LayerSpec, Plan
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity
@@ -99,7 +100,7 @@ def quantize(
         check_folder(folder, overwrite)
     work = open_work(model, calib, eval_data, options, source)
     pending = folder.with_name(f".{folder.name}.plan.json") if folder is not None else None
-    plan, notes = _make_plan(work, options, progress or _silent, pending)
+    plan, notes = _make_plan(work, options, progress or silent, pending)
     try:
         result = _realize(work, plan, options, folder, overwrite, progress, notes)
     except GateError:  # the next run is not to meet the same plan again
@@ -134,7 +135,7 @@ def allocate(
     if path is not None:
         check_free(path, overwrite)
     work = open_work(model, calib, eval_data, options, source)
-    plan, _ = _make_plan(work, options, progress or _silent)
+    plan, _ = _make_plan(work, options, progress or silent)
     if path is not None:
         save_plan(plan, path)
     return plan
@@ -207,7 +208,7 @@ def sweep(
         check_front_folder(folder, overwrite)
     work = open_work(model, calib, eval_data, options, source)
     options, _ = settle_method(work.intake, options, work.samples)
-    report_progress = progress or _silent
+    report_progress = progress or silent
     prepared = prepare(work.intake, options, work.samples, report_progress, also_timed=over == "latency")
 
     def carry_out(plan: Plan) -> dict[str, float]:
@@ -244,7 +245,7 @@ def preview(
     """
     options, source = gather(settings)
     work = open_work(model, calib, eval_data, options, source)
-    plan, reasons = _make_plan(work, options, progress or _silent)
+    plan, reasons = _make_plan(work, options, progress or silent)
     count = len(work.samples) if work.samples else 0
     notes = [*work.notes, *reasons]
     return Preview(plan, work.intake.layers, notes, estimate(work.intake.traced, plan, count))
@@ -387,14 +388,10 @@ def _realize(
         notes=(*work.notes, *notes),
         threads=_given(options.search.threads, plan.allocation.threads if plan.allocation else 1),
         batch=_given(options.search.batch, plan.allocation.batch if plan.allocation else 1),
-        progress=progress or _silent,
+        progress=progress or silent,
     )
 
 
 def _given(asked: int, planned: int) -> int:
     """What was asked for, or where that is the default of one what the plan's latency was measured at."""
     return asked if asked != 1 else planned
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    """No progress asked for."""

@@ -22,6 +22,7 @@ from compress.benchmark_alone import Alone, How, measure_alone, open_either
 from compress.benchmark_session import LEVELS, Opened, dim_names, make_inputs, resolve_shapes, start_runtime
 from compress.errors import InputError
 from compress.machine import Environment, describe_environment
+from compress.progress import Progress, silent
 from compress.records import LayerRun, Record
 
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
 ]
 
 # Called with what is being done, how far it is, and where it ends.
-Progress = Callable[[str, int, int], None]
-
 _MIN_ROUNDS = 30
 # Enough for P99.9 to lie below the maximum.
 _MAX_ROUNDS = 2000
@@ -138,7 +137,7 @@ def bench(
     dims = dict(dims or {})
     _check_options(paths, batch_sizes, threads, runs, warmup, level, dims)
     _check_folders(paths, device, dtype, explain, capability)
-    report = progress or _silent
+    report = progress or silent
     how = How(provider=provider, level=level, threads=threads, device=device, dtype=dtype)
     start_runtime()
     models = []
@@ -371,7 +370,3 @@ def _row(
 
 def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""

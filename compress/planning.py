@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from compress.allocation.eligibility import ends as ends_of
@@ -15,6 +14,7 @@ from compress.intake import Intake
 from compress.latency.fastest import find_fastest
 from compress.methods import METHODS
 from compress.options import Options
+from compress.progress import Progress, silent
 from compress.records import Choice, Plan, Steps
 from compress.registry import resolve
 from compress.targets import find_target
@@ -26,7 +26,7 @@ def make_plan(
     intake: Intake,
     options: Options,
     samples: Samples | None,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
 ) -> Plan:
     """The uniform plan: ``options.bits`` for every layer but the first and the last.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise
 from compress.graph.traced import TracedModel
 from compress.intake import Intake, check_fits, noise
+from compress.progress import Progress
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
@@ -31,8 +31,6 @@ from compress.targets import find_target
 __all__ = ["Progress", "Result", "gate_inputs", "realize"]
 
 # Called with what is being done, how far it is, and where it ends.
-Progress = Callable[[str, int, int], None]
-
 GATE_SAMPLES = 256
 
 

@@ -11,6 +11,7 @@ import torch
 
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.graph.traced import tensors_in
 
 __all__ = ["InputShape", "find_input_shape", "parse_shape"]
 
@@ -173,7 +174,7 @@ def _complaint(
         except Exception as error:  # noqa: BLE001 - any error of the user's forward() means: not this shape
             complaints.append(one_line(error))
             continue
-        found = [y for y in _flat(outputs) if y.is_floating_point() and y.dim()]  # one number is not about samples
+        found = [y for y in tensors_in(outputs) if y.is_floating_point() and y.dim()]  # one number is not about samples
         if any(len(inputs[0]) not in y.shape for y in found[:1]):  # a view that takes samples apart
             complaints.append(f"its output has shape {list(found[0].shape)} for a batch of {len(inputs[0])}")
         elif all(bool(torch.isfinite(y).all()) for y in found):
@@ -181,16 +182,6 @@ def _complaint(
         else:
             complaints.append("its output is not finite")
     return complaints[0], False
-
-
-def _flat(outputs: object) -> Iterator[torch.Tensor]:
-    if isinstance(outputs, torch.Tensor):
-        yield outputs
-    elif isinstance(outputs, dict):
-        yield from _flat(list(outputs.values()))
-    elif isinstance(outputs, list | tuple):
-        for part in outputs:
-            yield from _flat(part)
 
 
 def _checked(

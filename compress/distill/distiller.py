@@ -26,6 +26,7 @@ from compress.distill.parts import expert_parts, loop_parts
 from compress.distill.state import State, read_state, write_state
 from compress.distill.student import GRADIENTS, Student
 from compress.errors import InputError
+from compress.progress import Progress, silent
 
 __all__ = ["PREVIEW_FILE", "PROBED", "TRIED_RATES", "DistillSettings", "Distilled", "Distiller"]
 
@@ -187,7 +188,7 @@ class Distiller:
             **expert_parts(asdict(experts.settings)), **loop_parts(asdict(settings)),
         }  # fmt: skip
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Distilled:
+    def run(self, progress: Progress = silent) -> Distilled:
         """All iterations, from where the state's file stands.
 
         Raises:
@@ -207,7 +208,7 @@ class Distiller:
             learned = state.best_learned
         return Distilled(images, rate, iteration, state.scores, state.losses, state.matching, stopped, learned)
 
-    def _go_on(self, state: State, progress: Callable[[str, int, int], None]) -> str | None:
+    def _go_on(self, state: State, progress: Progress) -> str | None:
         """To the last iteration; a sentence if there can be no more before it."""
         settings, saved = self.settings, state.iteration
         while True:
@@ -311,7 +312,7 @@ class Distiller:
         looks, whole = self.settings.looks, self.settings.iterations
         return self._judge is not None and looks > 0 and iteration in {whole * n // looks for n in range(looks + 1)}
 
-    def _look(self, state: State, progress: Callable[[str, int, int], None]) -> None:
+    def _look(self, state: State, progress: Progress) -> None:
         assert self._judge is not None
         progress("training networks on the set", state.iteration, self.settings.iterations)
         # The step size of the start was searched for short students, not for training: a usual one is tried beside it,

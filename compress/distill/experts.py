@@ -11,7 +11,7 @@ of its own, written after every epoch, from which the next run goes on to the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from compress.distill.parts import differences, expert_parts
 from compress.distill.penalty import gradient_penalty
 from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
+from compress.progress import Progress, silent
 
 __all__ = ["ExpertSettings", "Experts", "accuracy_of", "clipping_factor", "require_learned", "train_expert"]
 
@@ -120,7 +121,7 @@ class Experts:
         # Beside the hash, so that a refusal can say which option it is.
         self._told = {**self.identity, "recipe": json.dumps(expert_parts(recipe))}
 
-    def train(self, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> list[float]:
+    def train(self, progress: Progress = silent) -> list[float]:
         """Make all experts that ``folder`` lacks; their accuracies on the training images.
 
         Raises:
@@ -207,7 +208,7 @@ def train_expert(
     identity: Mapping[str, str] = MappingProxyType({}),
     *,
     partial: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Tensor:
     """One trajectory [epochs + 1, P]: parameters at the start and after every epoch.
 

@@ -23,10 +23,9 @@ from compress.distill.representatives import random_images, representatives
 from compress.distill.sheet import write_sheet
 from compress.errors import InputError
 from compress.machine import describe_environment
+from compress.progress import Progress, silent
 
 __all__ = ["DistillOptions", "distill"]
-
-Progress = Callable[[str, int, int], None]
 
 _JUDGED = 1000
 
@@ -37,7 +36,7 @@ def distill(
     *,
     classes: int,
     options: DistillOptions | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> DistillReport:
     """Distil labelled images into ``options.settings.each`` a class and write the folder ``out``.

@@ -8,13 +8,13 @@ little.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.distill.model_terms import ModelTerms
+from compress.progress import Progress, silent
 
 __all__ = ["ModelFit", "fit_to_model"]
 
@@ -36,7 +36,7 @@ def fit_to_model(
     labels: Tensor,
     terms: ModelTerms,
     steps: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> ModelFit:
     """``images``, standardised, after ``steps`` steps; the best of them and of the start by the terms' sum."""
     z = images.clone().requires_grad_()

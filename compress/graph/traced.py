@@ -32,6 +32,7 @@ __all__ = [
     "export_program",
     "first_output",
     "is_tokens",
+    "tensors_in",
     "trace",
 ]
 
@@ -171,7 +172,7 @@ class TracedModel:
 
 def first_output(result: object) -> Tensor:
     """The tensor itself, or the first one in a tuple, list or dict, whatever stands before it."""
-    found = next(_tensors(result), None)
+    found = next(tensors_in(result), None)
     if found is None:
         raise InputError(
             f"the model returns {type(result).__name__}; a tensor, or a tuple, list or dict of tensors, is needed"
@@ -179,12 +180,13 @@ def first_output(result: object) -> Tensor:
     return found
 
 
-def _tensors(result: object) -> Iterator[Tensor]:
+def tensors_in(result: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, dict | list | tuple):
         for part in result.values() if isinstance(result, dict) else result:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def example_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

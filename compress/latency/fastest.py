@@ -6,7 +6,7 @@ shape, the rows and the machine. Candidates are timed alone as they are exported
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
 from compress.latency.operators import Shape, Variant, shape_of, time_operators
 from compress.latency.table import LatencyTable, open_table
+from compress.progress import Progress
 from compress.records import Choice, LayerSpec, QuantOption
 from compress.targets import Target
 
@@ -37,7 +38,7 @@ def find_fastest(
     target: Target,
     threads: int,
     table_file: Path | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> dict[str, Choice]:
     """The fastest way to run each linear that can be compressed.
 
@@ -101,7 +102,7 @@ def _measured(
     target: Target,
     threads: int,
     table_file: Path | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> LatencyTable:
     table, path = open_table(table_file, target.provider, threads)
     missing: dict[Variant, list[Shape]] = {}

@@ -30,6 +30,7 @@ from compress.graph.simplify import simplify
 from compress.graph.traced import trace
 from compress.kernels.table import register_operators
 from compress.latency.table import Operator
+from compress.progress import Progress
 from compress.records import Choice, QuantOption
 from compress.skeleton import write_skeleton
 from compress.targets import Target
@@ -107,7 +108,7 @@ def time_operators(
     shapes: Sequence[Shape],
     target: Target,
     threads: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     variants: Sequence[Variant] = (),
 ) -> list[Operator]:
     """One row a shape and variant; by default on floats, and on integers where ``target`` has a format for it.
@@ -210,7 +211,7 @@ def _profile(
     target: Target,
     threads: int,
     folder: Path,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[tuple[dict[str, float], float]]:
     """For every file: microseconds of each node by name, and of a whole run without the profiler."""
     plain, profiled = [], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from compress.errors import InfeasibleBudget, SolverError
 from compress.graph.traced import TracedModel
 from compress.latency.model import COMPUTE_OF
 from compress.options import Search
+from compress.progress import Progress
 from compress.records import Allocation, Budget, Candidate, Plan, Skip
 from compress.search.costs import Costs, export_ways, time_files
 from compress.search.space import Space, Way
@@ -78,13 +79,7 @@ class Allocator:
     """
 
     def __init__(
-        self,
-        traced: TracedModel,
-        space: Space,
-        costs: Costs,
-        target: Target,
-        search: Search,
-        progress: Callable[[str, int, int], None],
+        self, traced: TracedModel, space: Space, costs: Costs, target: Target, search: Search, progress: Progress
     ) -> None:
         self.traced, self.space, self.costs = traced, space, costs
         self.errors: Mapping[str, Mapping[Way, float]] | None = None

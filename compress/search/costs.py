@@ -8,7 +8,7 @@ compress/latency, which the same files calibrate.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, la
 from compress.latency.operators import time_operators
 from compress.latency.table import LatencyTable, open_table
 from compress.options import Search
+from compress.progress import Progress
 from compress.records import Choice, Cost, LayerSpec
 from compress.search.space import FLOAT, Space, Way
 from compress.skeleton import write_skeleton
@@ -60,7 +61,7 @@ def measure_costs(
     search: Search,
     *,
     timed: bool,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     float_model: TracedModel | None = None,
 ) -> Costs:
     """Export the bases, weigh them, and time them and their operators where ``timed``.
@@ -133,7 +134,7 @@ def time_files(
     target: Target,
     search: Search,
     length: int | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[float]:
     """Median microseconds of each file, interleaved; ``length`` tokens a sample (None: other inputs)."""
     report = bench(
@@ -214,7 +215,7 @@ def _fit(
     times_us: Sequence[float],
     target: Target,
     search: Search,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> tuple[LatencyModel, tuple[str, ...]]:
     places = layer_places(traced, search.batch)
     ranks = {

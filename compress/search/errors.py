@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -24,6 +23,7 @@ from compress.intake import Intake
 from compress.kernels.table import register_operators
 from compress.options import Options
 from compress.planning import make_plan
+from compress.progress import Progress
 from compress.records import Plan, Steps
 from compress.search.space import Space, Way
 from compress.targets import find_target
@@ -63,7 +63,7 @@ def measure_errors(
     space: Space,
     measure: str,
     samples: Samples | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> tuple[dict[str, dict[Way, float]], str]:
     """Error of every way of every layer, and a sentence that says where it comes from."""
     register_operators()

@@ -15,6 +15,7 @@ from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import Intake
 from compress.options import Options
+from compress.progress import Progress
 from compress.records import Plan
 from compress.search.drop import search_drop
 from compress.search.prepare import prepare
@@ -27,7 +28,7 @@ def find_plan(
     options: Options,
     samples: Samples | None,
     drop_of: Callable[[Plan], float] | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     pending: Path | None = None,
     evaluation: str | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from compress.allocation.greedy import greedy
 from compress.errors import InfeasibleBudget, InputError
+from compress.progress import Progress
 from compress.records import Budget, Front, FrontPoint, Plan
 from compress.search.allocator import Allocator
 from compress.search.prepare import Prepared
@@ -32,7 +33,7 @@ def sweep_front(
     prepared: Prepared,
     over: str,
     count: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     measure: Callable[[Plan], Mapping[str, float]] | None = None,
 ) -> tuple[Front, list[Plan]]:
     """``count`` plans from the smallest reachable ``over`` to where nothing is lost.

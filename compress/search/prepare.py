@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compress.allocation.budgets import parse_budgets
@@ -13,6 +13,7 @@ from compress.errors import InputError
 from compress.intake import Intake
 from compress.options import Options
 from compress.planning import begin_plan, choose_methods
+from compress.progress import Progress
 from compress.records import Budget, Plan
 from compress.search.allocator import Allocator
 from compress.search.costs import measure_costs
@@ -60,7 +61,7 @@ def prepare(
     intake: Intake,
     options: Options,
     samples: Samples | None,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     also_timed: bool = False,
 ) -> Prepared:

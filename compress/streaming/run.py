@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.methods import METHODS
+from compress.progress import Progress, silent
 from compress.records import Choice, Plan, QuantOption
 from compress.registry import resolve
 from compress.report.schema import StreamedLayer, StreamReport
@@ -56,7 +56,7 @@ def stream(
     seed: int = 0,
     blocks: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = silent,
 ) -> StreamReport:
     """Quantize the linears of all blocks of the model in ``model`` and write the folder ``out``.
 

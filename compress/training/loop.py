@@ -309,26 +309,33 @@ def _continued(
     fingerprint: str,
     discard: bool,
 ) -> _State:
-    begun = _snapshot(0, module, optimizer, companion, [])
-    if checkpoint is None or not checkpoint.exists():
-        return begun
-    try:
-        found = torch.load(checkpoint, weights_only=True)
-    except (RuntimeError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        if discard:
-            return begun
-        raise InputError(f"{checkpoint} is damaged ({one_line(error)}); throw it away with --overwrite") from error
-    if found["run"] != _run(recipe, fingerprint):
-        if discard:
-            return begun
-        raise InputError(
-            f"{checkpoint.parent} holds the checkpoint of another run (model, data or options); finish that one, "
-            "choose another --out, or throw it away with --overwrite"
-        )
+    found = None
+    if checkpoint is not None and checkpoint.exists():
+        found = _read(checkpoint, _run(recipe, fingerprint), discard)
+    if found is None:
+        return _snapshot(0, module, optimizer, companion, [])
     history = [Epoch(**{**each, "notes": tuple(each["notes"])}) for each in found["history"]]
     state = _State(found["epoch"], found["module"], found["optimizer"], found["companion"], history, found.get("best"))
     _restore(module, optimizer, companion, state)
     return state
+
+
+def _read(checkpoint: Path, run: str, discard: bool) -> dict[str, Any] | None:
+    """What ``checkpoint`` holds of ``run``; None if that is nothing, and to be thrown away."""
+    try:
+        found: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+    except (RuntimeError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        if discard:
+            return None
+        raise InputError(f"{checkpoint} is damaged ({one_line(error)}); throw it away with --overwrite") from error
+    if found["run"] == run:
+        return found
+    if discard:
+        return None
+    raise InputError(
+        f"{checkpoint.parent} holds the checkpoint of another run (model, data or options); finish that one, "
+        "choose another --out, or throw it away with --overwrite"
+    )
 
 
 def _write(checkpoint: Path, state: _State, recipe: Recipe, fingerprint: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.truncate import ranks_by_rule
+from compress.progress import Progress, silent
 from compress.training.data import TrainingData
 from compress.training.family import Family, refuse_existing, write_family
 from compress.training.labelled import check_labels, read_labelled, read_samples, training_data
@@ -27,8 +27,6 @@ from compress.training.members import DenseModel, LowRankOptions, make_family
 from compress.training.ordering import order_layers
 
 __all__ = ["LowRankOptions", "LowRankResult", "MaestroCompanion", "train_lowrank", "truncate"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def train_lowrank(
     penalty: float = 1e-3,
     threshold: float = 1e-3,
     sampler: str = "pair",
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> LowRankResult:
     """Train ``model`` with ordered factors from where it stands, and write the family to ``out``.
 
@@ -119,7 +117,7 @@ def truncate(
     unrolling: str = "best",
     energy: float | None = None,
     threshold: float | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> LowRankResult:
     """Decompose a trained ``model``, ordered by what each component does on ``data``, and write the family to ``out``.
 

@@ -15,6 +15,7 @@ from compress.lowrank.layers import Positions, SpatialConv2d
 from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
 from compress.lowrank.truncate import Member, count_positions, cut_to, model_macs, truncation_path
 from compress.machine import describe_environment
+from compress.progress import Progress
 from compress.training.data import TrainingData
 from compress.training.family import Family, FamilyInput, FamilyMember, weights_of
 from compress.training.loop import criterion_of, evaluate
@@ -22,7 +23,6 @@ from compress.training.program import program_path, undominated
 
 __all__ = ["DenseModel", "LowRankOptions", "make_family"]
 
-Progress = Callable[[str, int, int], None]
 SEARCHES = ("greedy", "program")
 _JUDGED = 512
 _BATCH = 128

@@ -15,6 +15,7 @@ from compress.lowrank.decompose import replace_layer
 from compress.lowrank.factors import Factors, plain_factors, weighted_factors
 from compress.lowrank.layers import LowRankConv2d, LowRankLayer, Positions, SpatialConv2d
 from compress.lowrank.unroll import output_error, spatial_factors
+from compress.progress import Progress
 
 __all__ = ["UNROLLINGS", "order_layers"]
 
@@ -22,8 +23,6 @@ UNROLLINGS = ("best", "channel", "spatial")
 _GRAM_ROWS = 64 * 1024
 _BATCH = 128
 _SHARES = (0.1, 0.2, 0.3, 0.5, 0.7)
-
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from compress.checkpoint import LoadedModel, load_model
 from compress.deltas import REFERENCE_SUFFIX, open_deltas, unbound
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
+from compress.progress import Progress, silent
 from compress.sparse.application import apply_deltas, check_base, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.criteria import BY_GRADIENT
@@ -36,8 +37,6 @@ from compress.training.labelled import (
 from compress.training.loop import Epoch, Recipe, best_epoch, criterion_of, evaluate, fit
 
 __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
-
-Progress = Callable[[str, int, int], None]
 
 _NO_DELTAS = (".pt", ".pth", ".pt2", ".onnx")
 FULL = Recipe(epochs=3, batch=32, rate=1e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
@@ -127,7 +126,7 @@ def train_sparse(
     recipe: Recipe = FULL,
     sparse_epochs: int = 10,
     sparse_rate: float | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> SparseResult:
     """Fine-tune ``model`` sparsely on ``data`` and write the difference to ``out``.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from compress.kernels.table import register_operators
 from compress.latency.table import conditions
 from compress.lowrank.decompose import decomposed_layers
 from compress.machine import describe_environment
+from compress.progress import Progress, silent
 from compress.records import Record
 from compress.training.family import Family, cut
 
@@ -36,8 +37,6 @@ TIMES = "latency.json"
 _PROVIDER = "CPUExecutionProvider"
 # Sessions that are open at once, the dense model's not counted.
 _TOGETHER = 8
-
-Progress = Callable[[str, int, int], None]
 
 
 class MemberTimes(Record):
@@ -71,7 +70,7 @@ class MemberTimer:
     family: Family
     threads: int = 1
     batch: int = 1
-    progress: Progress = lambda what, done, total: None
+    progress: Progress = silent
     measured: int = 0
     _times: FamilyTimes = field(init=False)
 

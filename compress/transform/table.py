@@ -8,14 +8,13 @@ difference is reported, not judged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import GateError
-from compress.graph.traced import TracedModel
+from compress.graph.traced import TracedModel, tensors_in
 from compress.registry import resolve
 
 __all__ = ["PREPARATIONS", "TRANSFORMS", "apply_transform"]
@@ -99,16 +98,7 @@ def _noise(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _outputs(traced: TracedModel, batch: tuple[Tensor, ...]) -> list[Tensor]:
     with torch.no_grad():
-        return [output.double() for output in _tensors(traced.module(*batch))]
-
-
-def _tensors(result: object) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts, in order."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list | dict):
-        for each in result.values() if isinstance(result, dict) else result:
-            yield from _tensors(each)
+        return [output.double() for output in tensors_in(traced.module(*batch))]
 
 
 def _difference(before: list[Tensor], after: list[Tensor]) -> float:
