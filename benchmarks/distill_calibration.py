@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from compress.distill.distiller import DistillSettings
 from compress.distill.experts import ExpertSettings
 from compress.distill.folder import SET_FILE
 from compress.distill.job import DistillOptions, distill
-from compress.distill.model_fit import fit_to_model
 from compress.distill.model_terms import ModelTerms
 from compress.distill.standardisation import Standardisation
 from compress.machine import describe_environment
@@ -106,7 +104,7 @@ def sets(
         standardisation = Standardisation.of(x)
         terms = ModelTerms(case.module, x, labels, 10, standardisation)
         ordered = torch.arange(10).repeat_interleave(EACH)
-        fit = fit_to_model(standardisation.apply(noise), ordered, terms, DistillSettings.model_steps)
+        fit = terms.fitted(standardisation.apply(noise), ordered, DistillSettings.model_steps)
         return standardisation.invert(fit.images)
 
     return {
@@ -118,11 +116,9 @@ def sets(
     }
 
 
-def calibrated(case: Case, images: Tensor, seed: int) -> float:
+def calibrated(case: Case, calib: Tensor | str, seed: int, bits: int = BITS, act_bits: int = BITS) -> float:
     """Accuracy in per cent on the test images."""
-    with tempfile.TemporaryDirectory() as scratch:
-        compress.quantize(case.module, calib=images, out=f"{scratch}/model", bits=BITS, act_bits=BITS, seed=seed)
-        quantized = compress.load(f"{scratch}/model")
+    quantized = compress.quantize(case.module, calib=calib, bits=bits, act_bits=act_bits, seed=seed).module
     with torch.no_grad():
         classes = torch.cat([quantized(batch).argmax(1) for batch in case.test.split(_BATCH)])
     return 100 * float((classes == case.labels).double().mean())

@@ -141,7 +141,7 @@ def _from_mapping(content: Mapping[object, object], name: str, parameters: Seque
     named = [each for each in parameters if each in arrays and each != label_key]
     if named:
         rest = [key for key in arrays if key not in (*named, label_key)]
-        notes = [f"{', '.join(rest)} not used"] if rest else []
+        notes = [f"not used: {', '.join(rest)}"] if rest else []
         # By position where that comes to the same: a graph takes its inputs so.
         by_name = tuple(named) if tuple(named) != tuple(parameters[: len(named)]) else ()
         inputs = [(each, arrays[each]) for each in named]
@@ -155,7 +155,7 @@ def _from_mapping(content: Mapping[object, object], name: str, parameters: Seque
         )
     key = (known or others)[0]
     rest = [other for other in others if other != key]
-    notes = [f"{key} was taken as the input, {', '.join(rest)} not used"] if rest else []
+    notes = [f"the array {key} was taken as the input; not used: {', '.join(rest)}"] if rest else []
     labels = None if label_key is None else arrays[label_key]
     return Found([(key, arrays[key])], labels, list(arrays), notes)
 

@@ -85,7 +85,8 @@ def quantize(
 
     Args:
         model: a path (see compress.checkpoint.load_model) or a module.
-        calib: calibration samples (see compress.calib.samples.load_samples); None quantizes the weights only.
+        calib: calibration samples (see compress.calib.samples.load_samples), or ``synthetic``: made of noise that fits
+            the model's BatchNorm statistics (compress/calib/synthetic.py); None quantizes the weights only.
         eval_data: labelled samples for the metric before and after.
         out: folder to write; None leaves nothing on disk.
         progress: called with a label, steps done and steps in all.
@@ -98,7 +99,7 @@ def quantize(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_folder(folder, overwrite)
-    work = open_work(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source, progress or silent)
     pending = folder.with_name(f".{folder.name}.plan.json") if folder is not None else None
     plan, notes = _make_plan(work, options, progress or silent, pending)
     try:
@@ -134,7 +135,7 @@ def allocate(
     path = Path(out) if out is not None else None
     if path is not None:
         check_free(path, overwrite)
-    work = open_work(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source, progress or silent)
     plan, _ = _make_plan(work, options, progress or silent)
     if path is not None:
         save_plan(plan, path)
@@ -166,7 +167,7 @@ def apply(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_folder(folder, overwrite)
-    work = open_work(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source, progress or silent)
     samples = work.samples
     reviewed, notes = review_plan(
         found,
@@ -206,7 +207,7 @@ def sweep(
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_front_folder(folder, overwrite)
-    work = open_work(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source, progress or silent)
     options, _ = settle_method(work.intake, options, work.samples)
     report_progress = progress or silent
     prepared = prepare(work.intake, options, work.samples, report_progress, also_timed=over == "latency")
@@ -244,7 +245,7 @@ def preview(
     A ``drop`` among the budgets is searched for, with ``eval_data``, by carrying plans out.
     """
     options, source = gather(settings)
-    work = open_work(model, calib, eval_data, options, source)
+    work = open_work(model, calib, eval_data, options, source, progress or silent)
     plan, reasons = _make_plan(work, options, progress or silent)
     count = len(work.samples) if work.samples else 0
     notes = [*work.notes, *reasons]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calib.samples import Samples, load_samples
+from compress.calib.synthetic import SYNTHETIC, SYNTHETIC_SAMPLES, synthesize
 from compress.deltas import add_deltas
 from compress.huggingface import TextReader
 from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.options import Options, Source
+from compress.progress import Progress, silent
 from compress.report.build import check_metric
 
 __all__ = ["Work", "open_work", "read_samples"]
@@ -34,23 +36,33 @@ class Work:
 
 
 def open_work(
-    model: ModelLike, calib: object | None, eval_data: object | None, options: Options, source: Source
+    model: ModelLike,
+    calib: object | None,
+    eval_data: object | None,
+    options: Options,
+    source: Source,
+    progress: Progress = silent,
 ) -> Work:
-    """Read everything that a run needs.
+    """Read everything that a run needs; calibration inputs are made if ``calib`` is ``synthetic``.
 
     Raises:
         InputError: one of them cannot be read, or they do not go together.
     """
     loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
     loaded = add_deltas(loaded, source.deltas)
+    made = isinstance(calib, str) and calib == SYNTHETIC
     samples = labelled = None
-    if calib is not None:
+    if calib is not None and not made:
         samples = read_samples(calib, source, loaded.parameters, loaded.text, limit=options.samples, seed=options.seed)
     if eval_data is not None:
         labelled = read_samples(eval_data, source, loaded.parameters, loaded.text, labelled=True)
-    intake = take_in(loaded, input_shape=source.input_shape, samples=samples)
+    intake = take_in(loaded, input_shape=source.input_shape, samples=samples or labelled)
     if labelled is not None:
         check_metric(intake, labelled)
+    if made:
+        count = min(options.samples, SYNTHETIC_SAMPLES)
+        example = intake.traced.example
+        samples = synthesize(intake.original, example, intake.fingerprint, count, options.seed, progress)
     return Work(intake, samples, labelled)
 
 

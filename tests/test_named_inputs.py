@@ -72,7 +72,7 @@ def test_two_inputs_by_position(file: Path, tmp_path: Path) -> None:
         "token_ids": (["batch", "sequence"], onnx.TensorProto.INT64),
     }
     assert list(found) == ["features", "token_ids"]
-    assert any("official_index not used" in note for note in result.report.notes)
+    assert any("not used: official_index" in note for note in result.report.notes)
     features, ids = torch.randn(5, 8), torch.randint(20, (5, 11))
     with torch.no_grad():
         wanted, original = result.module(features, ids), module(features, ids)
@@ -124,4 +124,4 @@ def test_without_known_names_one_array_is_the_input(file: Path) -> None:
     samples = load_samples(file, parameters=("pixels",))
     assert samples.names == ()
     assert len(samples.inputs) == 1
-    assert "token_ids was taken as the input, official_index, features not used" in samples.notes
+    assert "the array token_ids was taken as the input; not used: official_index, features" in samples.notes

@@ -34,7 +34,8 @@ Calib = Annotated[
     typer.Option(
         callback=no_data,
         help="Calibration samples: .npz, .npy, .pt, .safetensors, a folder of images, text (.txt, .tsv, .csv), or "
-        "package.module:function; none, like leaving it out, quantizes the weights alone",
+        "package.module:function; synthetic, for noise made to fit the model's BatchNorm statistics; none, like "
+        "leaving it out, quantizes the weights alone",
     ),
 ]
 Eval = Annotated[str | None, typer.Option("--eval", help="Labelled samples: adds the metric before and after")]

@@ -56,7 +56,7 @@ class DistillSettings:
             balanced inner loss made sets worse (benchmarks/results/distill.md), and is off.
         looks: how often the set is judged, apart from the start; 0 keeps the last iterate unjudged.
         model_weight: length of the step on the model's terms, of that on the trajectories'.
-        model_steps: on the model's terms alone, when all iterations are done; see compress/distill/model_fit.py.
+        model_steps: on the model's terms alone, when all iterations are done; see compress/distill/model_terms.py.
     """
 
     each: int = 1

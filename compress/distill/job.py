@@ -15,7 +15,6 @@ from compress.calib.distilled import Normalisation
 from compress.distill.distiller import PREVIEW_FILE, Distilled, Distiller
 from compress.distill.folder import DistillReport, Fitted, write_folder
 from compress.distill.judge import Judge
-from compress.distill.model_fit import fit_to_model
 from compress.distill.model_terms import ModelTerms
 from compress.distill.neighbours import Neighbours, find_neighbours
 from compress.distill.preparation import DistillOptions, Preparation, prepare
@@ -136,7 +135,7 @@ def _fitted(
     """The set's last steps, and its images after them; real images of the start stay as they are."""
     if terms is None or not steps or found.iteration == 0:
         return None, found.images
-    fit = fit_to_model(found.images, labels, terms, steps, progress)
+    fit = terms.fitted(found.images, labels, steps, progress)
     accuracy = judge.accuracy(fit.images, labels, found.rate) if judge is not None and found.scores else None
     distance, logits = zip(fit.before, fit.after, strict=True)
     return Fitted(steps=steps, distance=distance, logits=logits, moved=fit.moved, accuracy=accuracy), fit.images

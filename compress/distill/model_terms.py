@@ -1,8 +1,7 @@
 """A model's own terms: a distilled set that is to calibrate it should drive its layers as real data does.
 
-BatchNorm's running statistics against those of the set, as in DeepInversion (arXiv 1912.08795, section 3.2), and the
-mean logits of each class against those of the real images. Differences are relative to the statistics' own spread, so
-that layers of any scale weigh alike.
+BatchNorm's running statistics against those of the set (compress/calib/norm_distance.py), and the mean logits of each
+class against those of the real images, relative to their spread.
 """
 
 from __future__ import annotations
@@ -10,15 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from compress.calib.image_fit import ImageFit, fit_images
+from compress.calib.norm_distance import NormDistance
 from compress.checkpoint import fingerprint
 from compress.distill.standardisation import Standardisation
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.progress import Progress, silent
 
 __all__ = ["ModelTerms"]
 
 _BATCH = 256
 _EPSILON = 1e-5
+_RATE = 0.02  # deviations of the images
 # ResNet-20: 0.02 on the images it takes, 0.14 with half of their contrast (93 % right), 0.4 where they are scaled to
 # 0..1 (34 %), 3,000 where to 0..255 (10 %).
 _FAR, _FITS = 0.3, 0.1
@@ -45,11 +48,8 @@ class ModelTerms:
     ) -> None:
         self.module = module
         self._standardisation, self._classes = standardisation, classes
-        self.norms = {
-            name: part
-            for name, part in module.named_modules()
-            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and part.running_mean is not None
-        }
+        self._measure = NormDistance(module)
+        self.norms = self._measure.norms
         self.fingerprint = fingerprint(module)
         try:
             with torch.no_grad():
@@ -67,7 +67,7 @@ class ModelTerms:
         # Some from everywhere: files are often sorted by class.
         some = torch.linspace(0, len(x) - 1, min(len(x), _BATCH)).long()
         with torch.no_grad():
-            self.distance = float(self._run(x[some])[1]) if self.norms else None
+            self.distance = float(self._measure(x[some])[1]) if self.norms else None
 
     @property
     def fit(self) -> str:
@@ -100,33 +100,18 @@ class ModelTerms:
 
     def values(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The term of BatchNorm's statistics (a mean over channels and layers) and that of logits (over classes)."""
-        logits, statistics = self._run(self._standardisation.invert(images))
+        logits, statistics = self._measure(self._standardisation.invert(images))
         present = labels.unique()
         means = torch.stack([logits[labels == each].mean(0) for each in present])
         return statistics, (means - self._means[present]).square().mean() / self._variance
 
-    def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits for ``x`` as the model takes it, and the term of BatchNorm's statistics."""
-        seen: dict[str, Tensor] = {}
-        handles = [
-            part.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[0]))
-            for name, part in self.norms.items()
-        ]
-        try:
-            logits = self.module(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        terms = []
-        for name, each in seen.items():
-            mean, var = self.norms[name].running_mean, self.norms[name].running_var
-            assert mean is not None
-            assert var is not None
-            places = [axis for axis in range(each.dim()) if axis != 1]
-            shift = (each.mean(places) - mean).square() / (var + _EPSILON)
-            spread = ((each.var(places, correction=0) + _EPSILON) / (var + _EPSILON)).sqrt() - 1
-            terms.append((shift + spread.square()).mean())
-        return logits, torch.stack(terms).mean() if terms else logits.new_zeros(())
+    def fitted(self, images: Tensor, labels: Tensor, steps: int, progress: Progress = silent) -> ImageFit:
+        """``images``, standardised, after ``steps`` steps on these terms alone (BatchNorm's, logits').
+
+        Beside the trajectories' gradient, whose length theirs is given, the terms stay where steps of that length leave
+        them; alone they come down by more than an order of magnitude while images move little.
+        """
+        return fit_images(images, lambda z: self.values(z, labels), steps, _RATE, progress)
 
     def gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Of the sum of both terms with respect to ``images`` [n, C, H, W] in the standardised form."""

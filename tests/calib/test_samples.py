@@ -40,7 +40,7 @@ def test_npz_of_bytes(tmp_path: Path) -> None:
     assert samples.labels.tolist() == LABELS.tolist()
     notes = " | ".join(samples.notes)
     assert "uint8 NHWC images: scaled by 1/255, channels first, normalised with mean [0.5, 0.4, 0.3]" in notes
-    assert "official_index not used" in notes
+    assert "not used: official_index" in notes
     plain = load_samples(str(tmp_path / "d.npz"))
     assert "mean/std not given so none subtracted" in " ".join(plain.notes)
 

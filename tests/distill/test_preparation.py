@@ -12,7 +12,6 @@ from torch import nn
 
 from compress.calib.samples import load_samples
 from compress.distill.job import DistillOptions, distill
-from compress.distill.model_fit import fit_to_model
 from compress.distill.model_terms import ModelTerms
 from compress.distill.preparation import prepare
 from compress.distill.preview import preview
@@ -105,14 +104,14 @@ def test_last_steps_on_the_model_alone(tmp_path: Path, cache: Path) -> None:
     terms = ModelTerms(model.eval(), x, labels, 3, Standardisation.of(x))
     start = torch.randn((6, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     kept, six = start.clone(), torch.arange(6) // 2
-    fit = fit_to_model(start, six, terms, 60)
+    fit = terms.fitted(start, six, 60)
     with torch.no_grad():
         for images, told in ((start, fit.before), (fit.images, fit.after)):
             assert tuple(map(float, terms.values(images, six))) == pytest.approx(told, rel=1e-3, abs=1e-6)
     assert sum(fit.after) < 0.1 * sum(fit.before)
     assert fit.moved == pytest.approx(float((fit.images - start).square().mean().sqrt()))
     assert torch.equal(start, kept)
-    assert fit_to_model(start, six, terms, 0).after == fit.before  # nothing is done, and said to be
+    assert terms.fitted(start, six, 0).after == fit.before  # nothing is done, and said to be
 
     changed = {"model": model, "allow_poor_model": True}
     report = run(tmp_path / "fitted", cache, settings={"model_steps": 60}, **changed)

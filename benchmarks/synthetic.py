@@ -1,0 +1,90 @@
+"""Integer models calibrated without data, beside as many real images and plain noise: accuracy over seeds.
+
+``python -m benchmarks.synthetic resnet20 --settings W8A8 W4A8 W4A4 --seeds 3`` adds rows to
+``benchmarks/results/synthetic.json``, each as soon as it is measured, leaves out those that are there, and writes the
+table beside it anew. Real images are drawn by the seed from those that no test image is among; noise is normal, of mean
+0 and deviation 1, which is what ``--calib synthetic`` begins with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import RESULTS
+from benchmarks.distill_calibration import calibrated, difference
+from benchmarks.sparse_composition import told
+from benchmarks.zoo import ZOO, Case
+from compress.calib.synthetic import SYNTHETIC, SYNTHETIC_SAMPLES
+from compress.machine import describe_environment
+
+_FILE = RESULTS / "synthetic.json"
+SETS = ("real", "synthetic", "noise")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=list(ZOO))
+    parser.add_argument("--settings", nargs="*", default=[], help="such as W4A8")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    case = ZOO[arguments.model]()
+    result = json.loads(_FILE.read_text()) if _FILE.exists() else {"rows": []}
+    result["environment"] = describe_environment().model_dump()
+    for setting in arguments.settings:
+        bits, act_bits = map(int, setting[1:].split("A"))
+        for seed in range(arguments.seeds):
+            for name in SETS:
+                key = {"model": case.name, "setting": setting, "set": name, "seed": seed}
+                if any(key.items() <= row.items() for row in result["rows"]):
+                    continue
+                row = key | {"float": 100 * case.float_accuracy, "tests": len(case.test)}
+                row["accuracy"] = calibrated(case, samples(case, name, seed), seed, bits, act_bits)
+                print(row, flush=True)
+                result["rows"].append(row)
+                _FILE.write_text(json.dumps(result, indent=1) + "\n")
+    _FILE.with_suffix(".md").write_text(table(result))
+
+
+def samples(case: Case, name: str, seed: int) -> Tensor | str:
+    """Inputs [SYNTHETIC_SAMPLES, ...], or what the tool is told."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "real":
+        return case.calibration[torch.randperm(len(case.calibration), generator=generator)[:SYNTHETIC_SAMPLES]]
+    if name == "noise":
+        return torch.randn((SYNTHETIC_SAMPLES, *case.test.shape[1:]), generator=generator)
+    return SYNTHETIC
+
+
+def table(result: dict[str, Any]) -> str:
+    """Means over seeds in Markdown."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    about = {row["model"]: f"{row['model']} (float {row['float']:.2f})" for row in result["rows"]}
+    for row in result["rows"]:
+        found.setdefault((row["model"], row["setting"]), {}).setdefault(row["set"], {})[row["seed"]] = row["accuracy"]
+    lines = [
+        "# Calibration without data",
+        "",
+        f"`python -m benchmarks.synthetic MODEL`: {result['environment']['cpu']}, one thread. Accuracy in percent, "
+        f"mean and standard error over seeds; {SYNTHETIC_SAMPLES} images a set, `adaquant`, first and last layer at 8 "
+        "bits.",
+        "",
+        "| | | real | synthetic | noise | synthetic less real | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (model, setting), sets in found.items():
+        each = [told(np.array(list(sets[name].values()))) if name in sets else "" for name in SETS]
+        less = difference(sets.get("synthetic", {}), sets.get("real", {}))
+        lines.append(f"| {about[model]} | {setting} | {' | '.join(each)} | {less} | {len(sets.get('synthetic', {}))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

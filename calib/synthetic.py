@@ -1,0 +1,88 @@
+"""Calibration inputs made of noise, for a model whose data is not at hand (``--calib synthetic``).
+
+Noise is moved until the model's BatchNorm layers see the statistics that they keep from training (ZeroQ,
+arXiv 2001.00281, section 3.1; compress/calib/norm_distance.py). Nothing else is asked of it: no labels, no prior that
+makes it look like pictures. It serves ranges and the reconstruction of layers; accuracy is never measured on it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from compress.cache import cache_folder, digest
+from compress.calib.image_fit import fit_images
+from compress.calib.norm_distance import NormDistance
+from compress.calib.samples import Samples
+from compress.errors import InputError
+from compress.progress import Progress, silent
+
+__all__ = ["SYNTHETIC", "SYNTHETIC_SAMPLES", "synthesize"]
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_SAMPLES = 128
+_STEPS, _RATE, _BATCH = 300, 0.05, 64
+
+
+def synthesize(
+    module: nn.Module, example: tuple[Tensor, ...], fingerprint: str, count: int, seed: int, progress: Progress = silent
+) -> Samples:
+    """``count`` inputs for ``module``, which is in evaluation mode; the same ones for the same arguments.
+
+    They are kept in the cache under the model's ``fingerprint``.
+
+    Args:
+        example: the module's inputs [N, ...].
+
+    Raises:
+        InputError: there are several, or whole numbers; or no BatchNorm layer keeps statistics.
+    """
+    measure = NormDistance(module)
+    if not measure.norms:
+        raise InputError(
+            f"--calib {SYNTHETIC}: inputs are made to fit the running statistics of BatchNorm layers, and the model "
+            "has none; give samples, or leave --calib out, which quantizes the weights alone"
+        )
+    if len(example) > 1 or not example[0].is_floating_point():
+        raise InputError(f"--calib {SYNTHETIC}: only a single input of fractions is made up; give samples")
+    shape = tuple(example[0].shape[1:])
+    path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, seed, _STEPS, _RATE, _BATCH])}.safetensors"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            x, distance = file.get_tensor("x"), file.get_tensor("distance")
+    except (OSError, safetensors.SafetensorError):  # not made yet, or cut short when the machine went down
+        x, distance = _make(measure, shape, count, seed, progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        safetensors.torch.save_file({"x": x, "distance": distance}, temporary)
+        os.replace(temporary, path)
+    before, after = distance.tolist()
+    note = (
+        f"{count} inputs made of noise, without data: {_STEPS} steps took them from {before:.2g} to {after:.2g} from "
+        f"the statistics of {len(measure.norms)} BatchNorm layers"
+    )
+    return Samples((x,), None, "synthetic inputs", (note,))
+
+
+def _make(
+    measure: NormDistance, shape: tuple[int, ...], count: int, seed: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Inputs [count, *shape], and their mean distance before and after [2]. Each batch has the statistics by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = range(0, count, _BATCH)
+    parts: list[Tensor] = []
+    distances: list[tuple[float, ...]] = []
+
+    def advance(what: str, done: int, steps: int) -> None:
+        progress(what, len(parts) * steps + done, len(starts) * steps)
+
+    for start in starts:
+        noise = torch.randn((min(_BATCH, count - start), *shape), generator=generator)
+        fit = fit_images(noise, lambda z: (measure(z)[1],), _STEPS, _RATE, advance)
+        parts.append(fit.images)
+        distances.append((*fit.before, *fit.after))
+    return torch.cat(parts), torch.tensor(distances).mean(0)

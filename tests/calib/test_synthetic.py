@@ -1,0 +1,126 @@
+"""Inputs made of noise: what they fit, that they are the same again, and which models cannot have any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress.calib.norm_distance import NormDistance
+from compress.calib.synthetic import SYNTHETIC_SAMPLES, synthesize
+from compress.errors import InputError
+from compress.options import Options, Source
+from compress.work import open_work
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def trained(x: Tensor) -> nn.Sequential:
+    """Two convolutions whose BatchNorm layers hold the statistics of ``x``."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4),
+    )  # fmt: skip
+    with torch.no_grad():
+        net(x)
+    return net.eval()
+
+
+def far(count: int = 256) -> Tensor:
+    """Images unlike standard noise, in level and in scale."""
+    return 3 + 0.5 * torch.randn(count, 1, 8, 8).cumsum(3)
+
+
+def test_the_distance_is_that_of_the_definition() -> None:
+    x = far()
+    net = trained(x)
+    y = torch.randn(32, 1, 8, 8)
+    with torch.no_grad():
+        output, distance = NormDistance(net)(y)
+    assert torch.equal(output, net(y))
+    terms = []
+    for end in (1, 4):
+        seen, norm = net[:end](y).detach().double(), net[end]
+        shift = (seen.mean((0, 2, 3)) - norm.running_mean) ** 2 / norm.running_var
+        spread = (seen.var((0, 2, 3), correction=0) / norm.running_var).sqrt() - 1
+        terms.append((shift + spread**2).mean())
+    assert float(distance) == pytest.approx(float(sum(terms) / 2), rel=1e-3)
+    assert float(NormDistance(net)(x)[1].detach()) < 1e-6  # nothing but rounding, on what the statistics are of
+
+
+def test_inputs_fit_the_statistics_batch_by_batch() -> None:
+    net = trained(far())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    samples = synthesize(net, (torch.zeros(1, 1, 8, 8),), "model", 100, seed=0)
+    x = samples.inputs[0]
+    assert x.shape == (100, 1, 8, 8)
+    measure = NormDistance(net)
+    noise = float(measure(torch.randn(64, 1, 8, 8))[1].detach())
+    for part in x.split(64):
+        assert float(measure(part)[1].detach()) < 0.02 * noise
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not any(part._forward_pre_hooks for part in net)
+
+
+def test_the_same_again_and_from_the_cache(cache: Path) -> None:
+    net = trained(far())
+    example = (torch.zeros(1, 1, 8, 8),)
+    told: list[str] = []
+    first = synthesize(net, example, "model", 8, 0, lambda what, done, total: told.append(what))
+    assert told
+    told.clear()
+    again = synthesize(net, example, "model", 8, 0, lambda what, done, total: told.append(what))
+    assert torch.equal(first.inputs[0], again.inputs[0])
+    assert first.notes == again.notes
+    assert not told
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes()[:-5])  # cut short
+    anew = synthesize(net, example, "model", 8, 0)
+    assert torch.equal(first.inputs[0], anew.inputs[0])
+    assert not torch.equal(first.inputs[0], synthesize(net, example, "model", 8, seed=1).inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "why"),
+    [
+        (nn.Sequential(nn.Linear(4, 2)), (torch.zeros(1, 4),), "the model has none; give samples"),
+        (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), (torch.zeros(1, 4),), "the model has none"),
+        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4), torch.zeros(1, 4)), "a single input of fractions"),
+        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4, dtype=torch.int64),), "a single input of fractions"),
+    ],
+)
+def test_what_has_nothing_to_fit(module: nn.Module, example: tuple[Tensor, ...], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        synthesize(module, example, "model", 8, 0)
+
+
+def test_what_a_run_gets() -> None:
+    net, x = trained(far()), far(8)
+    source = Source()
+    work = open_work(net, "synthetic", {"x": x.numpy(), "y": net(x).argmax(1).numpy()}, Options(samples=3), source)
+    assert work.samples is not None
+    assert work.samples.inputs[0].shape == (3, 1, 8, 8)  # as the labelled images
+    assert any("made of noise, without data" in note for note in work.notes)
+    assert len(open_work(net, "synthetic", None, Options(), Source(input_shape=(1, 8, 8))).samples or ()) == (
+        SYNTHETIC_SAMPLES
+    )
+
+
+def test_it_calibrates_as_real_images_do_and_noise_does_not() -> None:
+    real, test = far(128), far(128)
+    net = trained(far(512))
+    wanted = net(test).detach()
+    errors = {}
+    for name, calib in {"real": real, "synthetic": "synthetic", "noise": torch.randn(128, 1, 8, 8)}.items():
+        result = compress.quantize(net, calib=calib, bits=4, act_bits=4, method="mse", input_shape=(1, 8, 8))
+        with torch.no_grad():
+            errors[name] = float((result.module(test) - wanted).square().mean() / wanted.var())
+    assert errors["synthetic"] < 1.5 * errors["real"], errors
+    assert errors["noise"] > 1.5 * errors["synthetic"], errors
