@@ -21,11 +21,16 @@ from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.progress import Progress, silent
 
-__all__ = ["SYNTHETIC", "SYNTHETIC_SAMPLES", "synthesize"]
+__all__ = ["SYNTHETIC", "SYNTHETIC_SAMPLES", "is_synthetic", "synthesize"]
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_SAMPLES = 128
 _STEPS, _RATE, _BATCH = 300, 0.05, 64
+
+
+def is_synthetic(source: object) -> bool:
+    """Whether ``source`` asks for made inputs in the place of samples; a file of that name is ``./synthetic``."""
+    return isinstance(source, str) and source == SYNTHETIC
 
 
 def synthesize(
@@ -45,7 +50,7 @@ def synthesize(
     if not measure.norms:
         raise InputError(
             f"--calib {SYNTHETIC}: inputs are made to fit the running statistics of BatchNorm layers, and the model "
-            "has none; give samples, or leave --calib out, which quantizes the weights alone"
+            "has none; give samples (compress quantize without --calib quantizes the weights alone)"
         )
     if len(example) > 1 or not example[0].is_floating_point():
         raise InputError(f"--calib {SYNTHETIC}: only a single input of fractions is made up; give samples")

@@ -1,5 +1,4 @@
-"""Model files in: .pt, .pth, .th, .bin (torch.save), .safetensors, .pt2 (torch.export) and Hugging Face folders, to a
-module.
+"""Model files: .pt, .pth, .th, .bin (torch.save), .safetensors, .pt2 (torch.export), Hugging Face folders; to a module.
 
 Loading runs no code from the file. torch.save files go through torch's weights_only unpickler, which knows torch.nn's
 own layers and the names the user allowed; archives of torch.export are checked first (compress.pt2).
@@ -28,6 +27,7 @@ import torch
 from compress.errors import InputError
 from compress.factory import build_module, fit_state, import_dotted, one_line
 from compress.huggingface import TextReader, is_pretrained, open_pretrained
+from compress.lookalike import lookalike
 from compress.pt2 import load_exported
 
 __all__ = ["LoadedModel", "fingerprint", "load_model", "read_safely", "to_float_eval"]
@@ -85,6 +85,8 @@ def load_model(
     file = Path(path)
     if is_pretrained(file):
         return _load_pretrained(file, model, classes, seed)
+    if mistaken := lookalike(file):
+        raise InputError(mistaken)
     if classes is not None:
         raise InputError(f"{file} is no Hugging Face folder, which alone gets a new head; give a model that has one")
     kind = _kind(file)
@@ -291,11 +293,8 @@ def _refusal(file: Path, foreign: Sequence[str]) -> str:
             "commands when loaded; get the weights as .safetensors from someone you trust."
         )
     flags = " ".join(f"--allow {name.replace('__main__.', 'your_module.')}" for name in foreign)
-    hint = (
-        " (__main__ was the script that saved it: name the module that defines the class)"
-        if any(name.startswith("__main__.") for name in foreign)
-        else ""
-    )
+    main = any(name.startswith("__main__.") for name in foreign)
+    hint = " (__main__ was the script that saved it: name the module that defines the class)" if main else ""
     return (
         f"{file} was not loaded: it needs {', '.join(foreign)}, beyond torch.nn's own layers{hint}. If you trust "
         f"them, add {flags}; or save the state_dict() and give --model package.module:factory."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calib.samples import Samples, load_samples
-from compress.calib.synthetic import SYNTHETIC, SYNTHETIC_SAMPLES, synthesize
+from compress.calib.synthetic import SYNTHETIC_SAMPLES, is_synthetic, synthesize
 from compress.deltas import add_deltas
 from compress.huggingface import TextReader
 from compress.intake import Intake, ModelLike, read_model, take_in
@@ -50,7 +50,7 @@ def open_work(
     """
     loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
     loaded = add_deltas(loaded, source.deltas)
-    made = isinstance(calib, str) and calib == SYNTHETIC
+    made = is_synthetic(calib)
     samples = labelled = None
     if calib is not None and not made:
         samples = read_samples(calib, source, loaded.parameters, loaded.text, limit=options.samples, seed=options.seed)

@@ -391,5 +391,5 @@ def test_resnet20_on_cifar10(shared_data: Path, tmp_path: Path, monkeypatch: pyt
         shared_data / "cifar10/cifar10_test_a.npz", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), labelled=True
     )
     with torch.no_grad():
-        answers = torch.cat([module(*batch).argmax(1) for batch in samples.batches(500)])
-    assert int((answers == samples.labels).sum()) == 4565
+        answers = torch.cat([module(*batch).argmax(1) for batch in samples.take(1000).batches(500)])
+    assert int((answers == samples.take(1000).labels).sum()) == 938

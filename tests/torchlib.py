@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from typing import Any
 
@@ -13,7 +14,15 @@ def keep_torchlib() -> None:
     registry: Any = getattr(module, "ONNXRegistry", None)
     if registry is None or hasattr(registry.from_torchlib, "kept"):
         return
-    build = functools.cache(registry.from_torchlib)
+
+    @functools.cache
+    def build(opset_version: int) -> Any:
+        made = registry_from_torchlib(opset_version)
+        gc.collect()
+        gc.freeze()  # it stays, and every collection during an export would walk it: a tenth of the time
+        return made
+
+    registry_from_torchlib = registry.from_torchlib
 
     def from_torchlib(cls: Any, opset_version: int) -> Any:
         kept, made = build(opset_version), cls()

@@ -82,7 +82,13 @@ def train(
 @takes(cutting)
 def truncate(
     model: Model,
-    calib: Annotated[str, typer.Option(help="Samples; with labels sizes are chosen by their loss")],
+    calib: Annotated[
+        str,
+        typer.Option(
+            help="Samples; with labels sizes are chosen by their loss; or synthetic: noise made to fit the model's "
+            "BatchNorm statistics"
+        ),
+    ],
     out: Out,
     test: Test = None,
     weighted: Annotated[

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.calib.samples import Samples
+from compress.calib.synthetic import SYNTHETIC_SAMPLES, is_synthetic, synthesize
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.truncate import ranks_by_rule
 from compress.progress import Progress, silent
+from compress.shapes import find_input_shape
 from compress.training.data import TrainingData
 from compress.training.family import Family, refuse_existing, write_family
 from compress.training.labelled import check_labels, read_labelled, read_samples, training_data
@@ -77,7 +79,7 @@ def train_lowrank(
         InputError: the model, the data or an option cannot be used.
     """
     recipe.check()
-    start = _start(model, data, out, test, options, labelled=True)
+    start = _start(model, data, out, test, options, progress, labelled=True)
     try:
         maestro = Maestro(
             start.module, penalty=penalty, threshold=threshold, sampler=sampler, ignore=options.ignore,
@@ -123,6 +125,7 @@ def truncate(
 
     Args:
         data: samples; with labels members are chosen by their loss, else by the relative squared error of the outputs.
+            ``synthetic`` makes some of noise (compress/calib/synthetic.py).
         weighted: order by gram matrices of the inputs; False: by the weights' own singular values.
         unrolling: of convolutions; see :func:`~compress.training.ordering.order_layers`.
         energy, threshold: one of them: no search, but one member beside the whole model, with ranks by that rule; see
@@ -134,7 +137,7 @@ def truncate(
     ruled = energy is not None or threshold is not None
     if ruled:
         _ranks_by_rule({}, energy, threshold)
-    start = _start(model, data, out, test, options)
+    start = _start(model, data, out, test, options, progress)
     try:
         done = decompose(
             start.module, ignore=options.ignore, keep_first=options.keep_first, keep_last=options.keep_last
@@ -151,13 +154,24 @@ def truncate(
 
 
 def _start(
-    model: ModelLike, data: object, out: Path, test: object | None, options: LowRankOptions, *, labelled: bool = False
+    model: ModelLike,
+    data: object,
+    out: Path,
+    test: object | None,
+    options: LowRankOptions,
+    progress: Progress,
+    *,
+    labelled: bool = False,
 ) -> _Start:
     options.check()
     refuse_existing(out, overwrite=options.overwrite)
     loaded = read_model(model, factory=options.factory, allow=options.allow)
-    samples = read_samples(data, loaded, options.length, labelled=labelled)
+    made = is_synthetic(data) and not labelled
+    samples = None if made else read_samples(data, loaded, options.length, labelled=labelled)
     held = read_labelled(test, loaded, options.length)[1] if test is not None else None
+    if samples is None:
+        example = (find_input_shape(loaded.module).example(),) if held is None else held.inputs
+        samples = synthesize(loaded.module, example, loaded.fingerprint, SYNTHETIC_SAMPLES, 0, progress)
     plain = samples.labels is None
     given = TrainingData(samples.inputs, torch.empty(0)) if plain else training_data(samples, loaded)
     if samples.names:
