@@ -20,7 +20,7 @@ from benchmarks.accuracy import RESULTS
 from benchmarks.distill_calibration import calibrated, difference
 from benchmarks.sparse_composition import told
 from benchmarks.zoo import ZOO, Case
-from compress.calib.synthetic import SYNTHETIC, SYNTHETIC_SAMPLES
+from compress.calib.synthetic import SYNTHETIC, synthetic_count
 from compress.machine import describe_environment
 
 _FILE = RESULTS / "synthetic.json"
@@ -54,12 +54,13 @@ def main() -> None:
 
 
 def samples(case: Case, name: str, seed: int) -> Tensor | str:
-    """Inputs [SYNTHETIC_SAMPLES, ...], or what the tool is told."""
+    """As many inputs as are made without data, or what the tool is told."""
     generator = torch.Generator().manual_seed(seed)
+    shape = tuple(case.test.shape[1:])
     if name == "real":
-        return case.calibration[torch.randperm(len(case.calibration), generator=generator)[:SYNTHETIC_SAMPLES]]
+        return case.calibration[torch.randperm(len(case.calibration), generator=generator)[: synthetic_count(shape)]]
     if name == "noise":
-        return torch.randn((SYNTHETIC_SAMPLES, *case.test.shape[1:]), generator=generator)
+        return torch.randn((synthetic_count(shape), *shape), generator=generator)
     return SYNTHETIC
 
 
@@ -73,8 +74,8 @@ def table(result: dict[str, Any]) -> str:
         "# Calibration without data",
         "",
         f"`python -m benchmarks.synthetic MODEL`: {result['environment']['cpu']}, one thread. Accuracy in percent, "
-        f"mean and standard error over seeds; {SYNTHETIC_SAMPLES} images a set, `adaquant`, first and last layer at 8 "
-        "bits.",
+        "mean and standard error over seeds; a model's sets have as many images each: 128 of 32 x 32, fewer of larger ones; "
+        "`adaquant`, first and last layer at 8 bits.",
         "",
         "| | | real | synthetic | noise | synthetic less real | seeds |",
         "|---|---|---|---|---|---|---|",

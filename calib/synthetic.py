@@ -7,6 +7,7 @@ makes it look like pictures. It serves ranges and the reconstruction of layers; 
 
 from __future__ import annotations
 
+import math
 import os
 
 import safetensors
@@ -21,11 +22,13 @@ from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.progress import Progress, silent
 
-__all__ = ["SYNTHETIC", "SYNTHETIC_SAMPLES", "is_synthetic", "synthesize"]
+__all__ = ["SYNTHETIC", "is_synthetic", "synthesize", "synthetic_count"]
 
 SYNTHETIC = "synthetic"
-SYNTHETIC_SAMPLES = 128
-_STEPS, _RATE, _BATCH = 300, 0.05, 64
+_STEPS, _RATE = 300, 0.05
+# Inputs in all and in a batch, which has the statistics by itself: that of 3 x 32 x 32 images, and fewer of large ones,
+# which have more places each and take longer.
+_COUNT, _BATCH, _PLACES = (32, 128), (16, 64), 32 * 32
 
 
 def is_synthetic(source: object) -> bool:
@@ -34,14 +37,21 @@ def is_synthetic(source: object) -> bool:
 
 
 def synthesize(
-    module: nn.Module, example: tuple[Tensor, ...], fingerprint: str, count: int, seed: int, progress: Progress = silent
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    fingerprint: str,
+    *,
+    most: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Samples:
-    """``count`` inputs for ``module``, which is in evaluation mode; the same ones for the same arguments.
+    """32 to 128 inputs for ``module``, which is in evaluation mode; the same ones for the same arguments.
 
     They are kept in the cache under the model's ``fingerprint``.
 
     Args:
         example: the module's inputs [N, ...].
+        most: how many, at most.
 
     Raises:
         InputError: there are several, or whole numbers; or no BatchNorm layer keeps statistics.
@@ -55,12 +65,14 @@ def synthesize(
     if len(example) > 1 or not example[0].is_floating_point():
         raise InputError(f"--calib {SYNTHETIC}: only a single input of fractions is made up; give samples")
     shape = tuple(example[0].shape[1:])
-    path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, seed, _STEPS, _RATE, _BATCH])}.safetensors"
+    count, batch = synthetic_count(shape), _fewer(_BATCH, shape)
+    count = count if most is None else min(count, most)
+    path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, batch, seed, _STEPS, _RATE])}.safetensors"
     try:
         with safetensors.safe_open(path, "pt") as file:
             x, distance = file.get_tensor("x"), file.get_tensor("distance")
     except (OSError, safetensors.SafetensorError):  # not made yet, or cut short when the machine went down
-        x, distance = _make(measure, shape, count, seed, progress)
+        x, distance = _make(measure, (count, *shape), batch, seed, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         safetensors.torch.save_file({"x": x, "distance": distance}, temporary)
@@ -73,21 +85,30 @@ def synthesize(
     return Samples((x,), None, "synthetic inputs", (note,))
 
 
+def synthetic_count(shape: tuple[int, ...]) -> int:
+    """How many inputs of ``shape`` [C, ...] are made."""
+    return _fewer(_COUNT, shape)
+
+
+def _fewer(bounds: tuple[int, int], shape: tuple[int, ...]) -> int:
+    """The upper one up to 32 x 32 places, and fewer in proportion to them above, down to the lower one."""
+    places = math.prod(shape[1:])
+    return max(bounds[0], bounds[1] * _PLACES // max(places, _PLACES))
+
+
 def _make(
-    measure: NormDistance, shape: tuple[int, ...], count: int, seed: int, progress: Progress
+    measure: NormDistance, shape: tuple[int, ...], batch: int, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Inputs [count, *shape], and their mean distance before and after [2]. Each batch has the statistics by itself."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = range(0, count, _BATCH)
+    """Inputs of ``shape`` [N, ...], and their mean distance before and after [2]."""
     parts: list[Tensor] = []
     distances: list[tuple[float, ...]] = []
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).split(batch)
 
     def advance(what: str, done: int, steps: int) -> None:
-        progress(what, len(parts) * steps + done, len(starts) * steps)
+        progress(what, len(parts) * steps + done, len(noise) * steps)
 
-    for start in starts:
-        noise = torch.randn((min(_BATCH, count - start), *shape), generator=generator)
-        fit = fit_images(noise, lambda z: (measure(z)[1],), _STEPS, _RATE, advance)
+    for each in noise:
+        fit = fit_images(each, lambda z: (measure(z)[1],), _STEPS, _RATE, advance)
         parts.append(fit.images)
         distances.append((*fit.before, *fit.after))
     return torch.cat(parts), torch.tensor(distances).mean(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calib.samples import Samples, load_samples
-from compress.calib.synthetic import SYNTHETIC_SAMPLES, is_synthetic, synthesize
+from compress.calib.synthetic import is_synthetic, synthesize
 from compress.deltas import add_deltas
 from compress.huggingface import TextReader
 from compress.intake import Intake, ModelLike, read_model, take_in
@@ -60,9 +60,14 @@ def open_work(
     if labelled is not None:
         check_metric(intake, labelled)
     if made:
-        count = min(options.samples, SYNTHETIC_SAMPLES)
-        example = intake.traced.example
-        samples = synthesize(intake.original, example, intake.fingerprint, count, options.seed, progress)
+        samples = synthesize(
+            intake.original,
+            intake.traced.example,
+            intake.fingerprint,
+            most=options.samples,
+            seed=options.seed,
+            progress=progress,
+        )
     return Work(intake, samples, labelled)
 
 

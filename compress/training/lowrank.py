@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.calib.samples import Samples
-from compress.calib.synthetic import SYNTHETIC_SAMPLES, is_synthetic, synthesize
+from compress.calib.synthetic import is_synthetic, synthesize
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
@@ -171,7 +171,7 @@ def _start(
     held = read_labelled(test, loaded, options.length)[1] if test is not None else None
     if samples is None:
         example = (find_input_shape(loaded.module).example(),) if held is None else held.inputs
-        samples = synthesize(loaded.module, example, loaded.fingerprint, SYNTHETIC_SAMPLES, 0, progress)
+        samples = synthesize(loaded.module, example, loaded.fingerprint, progress=progress)
     plain = samples.labels is None
     given = TrainingData(samples.inputs, torch.empty(0)) if plain else training_data(samples, loaded)
     if samples.names:

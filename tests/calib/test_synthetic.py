@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.calib.norm_distance import NormDistance
-from compress.calib.synthetic import SYNTHETIC_SAMPLES, synthesize
+from compress.calib.synthetic import synthesize, synthetic_count
 from compress.errors import InputError
 from compress.options import Options, Source
 from compress.work import open_work
@@ -58,7 +58,7 @@ def test_the_distance_is_that_of_the_definition() -> None:
 def test_inputs_fit_the_statistics_batch_by_batch() -> None:
     net = trained(far())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    samples = synthesize(net, (torch.zeros(1, 1, 8, 8),), "model", 100, seed=0)
+    samples = synthesize(net, (torch.zeros(1, 1, 8, 8),), "model", most=100)
     x = samples.inputs[0]
     assert x.shape == (100, 1, 8, 8)
     measure = NormDistance(net)
@@ -73,18 +73,18 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
     net = trained(far())
     example = (torch.zeros(1, 1, 8, 8),)
     told: list[str] = []
-    first = synthesize(net, example, "model", 8, 0, lambda what, done, total: told.append(what))
+    first = synthesize(net, example, "model", most=8, progress=lambda what, done, total: told.append(what))
     assert told
     told.clear()
-    again = synthesize(net, example, "model", 8, 0, lambda what, done, total: told.append(what))
+    again = synthesize(net, example, "model", most=8, progress=lambda what, done, total: told.append(what))
     assert torch.equal(first.inputs[0], again.inputs[0])
     assert first.notes == again.notes
     assert not told
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:-5])  # cut short
-    anew = synthesize(net, example, "model", 8, 0)
+    anew = synthesize(net, example, "model", most=8)
     assert torch.equal(first.inputs[0], anew.inputs[0])
-    assert not torch.equal(first.inputs[0], synthesize(net, example, "model", 8, seed=1).inputs[0])
+    assert not torch.equal(first.inputs[0], synthesize(net, example, "model", most=8, seed=1).inputs[0])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
 )
 def test_what_has_nothing_to_fit(module: nn.Module, example: tuple[Tensor, ...], why: str) -> None:
     with pytest.raises(InputError, match=why):
-        synthesize(module, example, "model", 8, 0)
+        synthesize(module, example, "model", most=8)
 
 
 def test_what_a_run_gets() -> None:
@@ -108,9 +108,14 @@ def test_what_a_run_gets() -> None:
     assert work.samples is not None
     assert work.samples.inputs[0].shape == (3, 1, 8, 8)  # as the labelled images
     assert any("made of noise, without data" in note for note in work.notes)
-    assert len(open_work(net, "synthetic", None, Options(), Source(input_shape=(1, 8, 8))).samples or ()) == (
-        SYNTHETIC_SAMPLES
-    )
+    assert len(open_work(net, "synthetic", None, Options(), Source(input_shape=(1, 8, 8))).samples or ()) == 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((3, 32, 32), 128), ((3, 64, 32), 64), ((3, 224, 224), 32), ((1, 16000), 32), ((784,), 128)]
+)
+def test_fewer_of_large_ones(shape: tuple[int, ...], count: int) -> None:
+    assert synthetic_count(shape) == count
 
 
 def test_it_calibrates_as_real_images_do_and_noise_does_not() -> None:
