@@ -74,8 +74,8 @@ def table(result: dict[str, Any]) -> str:
         "# Calibration without data",
         "",
         f"`python -m benchmarks.synthetic MODEL`: {result['environment']['cpu']}, one thread. Accuracy in percent, "
-        "mean and standard error over seeds; a model's sets have as many images each: 128 of 32 x 32, fewer of larger ones; "
-        "`adaquant`, first and last layer at 8 bits.",
+        "mean and standard error over seeds; a model's sets have as many images each, 128 of 32 x 32, fewer of larger "
+        "ones; `adaquant`, first and last layer at 8 bits.",
         "",
         "| | | real | synthetic | noise | synthetic less real | seeds |",
         "|---|---|---|---|---|---|---|",
