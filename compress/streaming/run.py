@@ -24,7 +24,7 @@ from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.methods import METHODS
-from compress.progress import Progress, silent
+from compress.progress import Progress, Tally, silent
 from compress.records import Choice, Plan, QuantOption
 from compress.registry import resolve
 from compress.report.schema import StreamedLayer, StreamReport
@@ -127,9 +127,8 @@ class _Run:
     """How far a job is, and what has come of it."""
 
     def __init__(self, job: _Job, started: float, progress: Progress) -> None:
-        self.job, self._started, self._progress = job, started, progress
-        self._continued = self._layers_done = 0
-        self._layers_in_all = job.model.count * len(job.model.linears())
+        self.job, self._started, self._continued = job, started, 0
+        self._tally = Tally(progress, job.model.count * len(job.model.linears()))
         self._layers: list[StreamedLayer] = []
         self._seconds: list[float] = []
 
@@ -141,17 +140,17 @@ class _Run:
         """
         model = self.job.model
         walk = self.job.walk(store)
-        self._say("what stands before the blocks")
+        self._tally.say("what stands before the blocks")
         self._continued = walk.begin()
-        self._layers_done = self._continued * len(model.linears())
+        self._tally.count = self._continued * len(model.linears())
         for number in range(self._continued, model.count):
             if blocks is not None and number - self._continued >= blocks:
                 raise _EnoughError
             begun = time.monotonic()
-            outcomes = walk.quantize_block(number, self._layer_done)
+            outcomes = walk.quantize_block(number, self._tally.add)
             self._layers += [StreamedLayer(**vars(each)) for each in outcomes]
             self._seconds.append(time.monotonic() - begun)
-        self._say("writing")
+        self._tally.finish("writing")
 
     def report(self) -> StreamReport:
         """Of what was done so far."""
@@ -169,13 +168,6 @@ class _Run:
             notes=job.data.notes if job.data is not None else (),
             environment=describe_environment(),
         )
-
-    def _layer_done(self, name: str) -> None:
-        self._layers_done += 1
-        self._say(name)
-
-    def _say(self, what: str) -> None:
-        self._progress(what, self._layers_done, self._layers_in_all)
 
 
 def _check(
