@@ -178,10 +178,11 @@ class _Rehearsal:
     def judge_seconds(self) -> float:
         """Of all looks at sets, each with the step size that was learned and with the usual one."""
         options, network, augmentations = self.options, self.ready.network, self.ready.settings.augmentations
-        step = _seconds(
-            lambda: train_on(network, self.images, self.labels, 0.01, _STEPS, 0, augmentations=augmentations)
-        ) / _STEPS  # fmt: skip
-        one = options.judge_steps * step + len(self.ready.unseen) * self.pass_seconds
+
+        def train() -> object:
+            return train_on(network, self.images, self.labels, 0.01, _STEPS, 0, augmentations=augmentations)
+
+        one = options.judge_steps * (_seconds(train) / _STEPS) + len(self.ready.unseen) * self.pass_seconds
         return _looks(self.ready) * 2 * options.nets * one
 
     def memory_bytes(self) -> int:
