@@ -21,6 +21,11 @@ class Normalisation:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
 
+    @classmethod
+    def of(cls, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation:
+        """As the options say."""
+        return cls(*(None if each is None else tuple(each) for each in (mean, std)))
+
     def __str__(self) -> str:
         parts = [
             f"--{name} {','.join(f'{number:g}' for number in numbers)}"
@@ -47,7 +52,7 @@ def require_same(own: Normalisation, mean: Sequence[float] | None, std: Sequence
     Raises:
         InputError: they are others, so that images that are normalised already would be so once more.
     """
-    given = Normalisation(*(None if each is None else tuple(each) for each in (mean, std)))
+    given = Normalisation.of(mean, std)
     for here, there in ((given.mean, own.mean), (given.std, own.std)):
         if (here is None) != (there is None) or (here and there and not _equal(here, there)):
             raise InputError(

@@ -37,7 +37,6 @@ __all__ = [
     "time_models",
 ]
 
-# Called with what is being done, how far it is, and where it ends.
 _MIN_ROUNDS = 30
 # Enough for P99.9 to lie below the maximum.
 _MAX_ROUNDS = 2000

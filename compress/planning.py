@@ -78,52 +78,25 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     Raises:
         InputError: options that do not go together.
     """
-    if options.rows is not None and (
-        options.act_bits is not None or options.dynamic is not None or options.group_size is not None
-    ):
-        raise InputError(
-            "--rows chooses how inputs and groups are stored: leave out --act-bits, --dynamic and --group-size"
-        )
-    if options.rows is not None and options.budgets:
-        raise InputError("--rows chooses a uniform plan's formats: with --budget leave it out")
+    _check_rows(options)
     if is_dynamic(options, samples):
-        if options.budgets:
-            raise InputError("--budget chooses among calibrated grids: give --calib and leave out --dynamic")
-        if options.act_bits not in (None, 8):
-            raise InputError(
-                f"--act-bits {options.act_bits}: ranges measured as the model runs (--dynamic, or no --calib data) are "
-                "for 8 bits; give --calib samples, or leave --act-bits out, and the weights alone are quantized"
-            )
-    for name, value, low in (
-        ("--bits", options.bits, 2),
-        ("--act-bits", options.act_bits, 2),
-        ("--first-last-bits", options.first_last_bits, 2),
-    ):
-        if value is not None and not (isinstance(value, int) and low <= value <= 8):
-            raise InputError(f"{name} {value}: allowed are {low} to 8")
-    if options.group_size is not None and (options.act_bits is not None or options.dynamic):
-        raise InputError(
-            "--group-size quantizes weights alone: integer kernels take one scale a row; drop --act-bits and --dynamic"
-        )
-    if options.group_size is not None and not (isinstance(options.group_size, int) and options.group_size >= 2):
-        raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
-    methods = [resolve(METHODS, name, "method") for name in choose_methods(options, samples)]
+        _check_dynamic(options)
+    _check_widths(options)
+    _check_groups(options)
+    names = choose_methods(options, samples)
+    methods = [resolve(METHODS, name, "method") for name in names]
     iterations = max(method.iterations for method in methods) if options.iterations is None else options.iterations
     if iterations < 0:
         raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     if samples is not None:
-        check_transformable(choose_methods(options, samples), intake.traced, samples.inputs)
-    resolve(OBSERVERS, observer := choose_observer(intake, options, samples), "observer")
+        check_transformable(names, intake.traced, samples.inputs)
+    observer = choose_observer(intake, options, samples)
+    resolve(OBSERVERS, observer, "observer")
+    if samples is None:
+        _check_without_data(options)
     correction = options.bias_correction
     if correction is None:
         correction = not any(method.needs_data for method in methods)
-    learned = (
-        options.statistics_tuning, options.bias_tuning, options.bias_correction, options.smoothquant, options.awq,
-    )  # fmt: skip
-    if samples is None and any(learned):
-        raise InputError(
-            "SmoothQuant, AWQ, bias correction, statistics tuning and bias tuning need calibration data: give --calib"
-        )
     return Plan(
         choices=(),
         target=find_target(options.target).name,
@@ -142,6 +115,58 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
         model_fingerprint=intake.fingerprint,
         data_fingerprint=samples.fingerprint if samples is not None else None,
     )
+
+
+def _check_rows(options: Options) -> None:
+    if options.rows is None:
+        return
+    if options.act_bits is not None or options.dynamic is not None or options.group_size is not None:
+        raise InputError(
+            "--rows chooses how inputs and groups are stored: leave out --act-bits, --dynamic and --group-size"
+        )
+    if options.budgets:
+        raise InputError("--rows chooses a uniform plan's formats: with --budget leave it out")
+
+
+def _check_dynamic(options: Options) -> None:
+    if options.budgets:
+        raise InputError("--budget chooses among calibrated grids: give --calib and leave out --dynamic")
+    if options.act_bits not in (None, 8):
+        raise InputError(
+            f"--act-bits {options.act_bits}: ranges measured as the model runs (--dynamic, or no --calib data) are "
+            "for 8 bits; give --calib samples, or leave --act-bits out, and the weights alone are quantized"
+        )
+
+
+def _check_widths(options: Options) -> None:
+    for name, bits in (
+        ("--bits", options.bits),
+        ("--act-bits", options.act_bits),
+        ("--first-last-bits", options.first_last_bits),
+    ):
+        if bits is not None and not (isinstance(bits, int) and 2 <= bits <= 8):
+            raise InputError(f"{name} {bits}: allowed are 2 to 8")
+
+
+def _check_groups(options: Options) -> None:
+    if options.group_size is None:
+        return
+    if options.act_bits is not None or options.dynamic:
+        raise InputError(
+            "--group-size quantizes weights alone: integer kernels take one scale a row; drop --act-bits and --dynamic"
+        )
+    if not (isinstance(options.group_size, int) and options.group_size >= 2):
+        raise InputError(f"--group-size {options.group_size}: allowed are 2 and more; matmul-nbits runs 16 to 256")
+
+
+def _check_without_data(options: Options) -> None:
+    learned = (
+        options.statistics_tuning, options.bias_tuning, options.bias_correction, options.smoothquant, options.awq,
+    )  # fmt: skip
+    if any(learned):
+        raise InputError(
+            "SmoothQuant, AWQ, bias correction, statistics tuning and bias tuning need calibration data: give --calib"
+        )
 
 
 def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]:

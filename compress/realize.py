@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise
 from compress.graph.traced import TracedModel
 from compress.intake import Intake, check_fits, noise
-from compress.progress import Progress
+from compress.progress import Progress, Tally
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
@@ -30,7 +31,6 @@ from compress.targets import find_target
 
 __all__ = ["Progress", "Result", "gate_inputs", "realize"]
 
-# Called with what is being done, how far it is, and where it ends.
 GATE_SAMPLES = 256
 
 
@@ -41,6 +41,15 @@ class Result:
     report: Report
     folder: Path | None
     module: torch.nn.Module
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """ONNX files of the model before and after, and what is in the second one."""
+
+    float: Path
+    compressed: Path
+    content: ir.Model
 
 
 def realize(
@@ -71,48 +80,36 @@ def realize(
     """
     started = time.monotonic()
     work = folder.with_name(f".{folder.name}.work") if folder is not None else None
-    total = len(plan.choices)
+    tally = Tally(progress, len(plan.choices))
     with open_store(work, plan_fingerprint(plan), plan_parts(plan), restart=overwrite) as store:
-        done = 0
         found = sum(store.has(choice.layer) for choice in plan.choices)
         continued = [f"continued: {found} layers were finished by an earlier run"] if found else []
-
-        def layer_done(label: str) -> None:
-            nonlocal done
-            done += 1
-            progress(label, min(done, total), total)
-
-        def say(what: str) -> None:
-            progress(what, min(done, total), total)
-
-        inputs = samples.inputs if samples else None
         float_graph = intake.traced.copy()
-        compressed = apply_plan(float_graph, plan, inputs, store, layer_done, say)
+        compressed = apply_plan(float_graph, plan, samples.inputs if samples else None, store, tally.add, tally.say)
         calibrated = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-            progress("exporting", total, total)
-            float_file, file = Path(scratch) / "float.onnx", Path(scratch) / ONNX_FILE
-            write_onnx(build_onnx(intake.traced), float_file, {})
-            onnx_model = build_onnx(compressed.model)
-            write_onnx(onnx_model, file, {})
+            tally.finish("exporting")
+            files = _export(intake.traced, compressed.model, Path(scratch))
             provider = find_target(plan.target).provider
-            parity = verify(compressed.model, file, *gate_inputs(compressed.model, samples, plan.seed), provider)
-            verify_or_raise(parity, folder / ONNX_FILE if folder is not None else file)
-            progress("measuring", total, total)
+            inputs, source = gate_inputs(compressed.model, samples, plan.seed)
+            parity = verify(compressed.model, files.compressed, inputs, source, provider)
+            verify_or_raise(parity, folder / ONNX_FILE if folder is not None else files.compressed)
+            tally.finish("measuring")
             metric = None
             if labelled is not None:
-                metric = measure_metric(intake, compressed.model, file, labelled, provider)
+                metric = measure_metric(intake, compressed.model, files.compressed, labelled, provider)
+            latency = measure_latency(
+                files.float, files.compressed, provider, threads=threads, batch=batch, length=intake.traced.length
+            )
             report = build_report(
                 plan=plan,
                 layers=layers_of(intake.layers, plan.splits),
                 results=compressed.layers,
                 model=compressed.model,
-                float_file=float_file,
-                compressed_file=file,
+                float_file=files.float,
+                compressed_file=files.compressed,
                 parity=parity,
-                latency=measure_latency(
-                    float_file, file, provider, threads=threads, batch=batch, length=intake.traced.length
-                ),
+                latency=latency,
                 metric=metric,
                 measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
                 calibration_seconds=calibrated - started,
@@ -121,11 +118,19 @@ def realize(
             report = report.model_copy(update={"notes": (*report.notes, *_missed(report))})
             if folder is not None:
                 with new_folder(folder, overwrite) as partial:
-                    write_onnx(onnx_model, partial / ONNX_FILE, _metadata(plan, parity, report))
+                    write_onnx(files.content, partial / ONNX_FILE, _metadata(plan, parity, report))
                     save_artifact(partial, compressed.model, plan)
                     write_base(compare_base(intake.original, float_graph), partial, tensors_digest(partial))
                     (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return Result(report, folder, compressed.model.module)
+
+
+def _export(float_model: TracedModel, model: TracedModel, folder: Path) -> _Exported:
+    float_file, file = folder / "float.onnx", folder / ONNX_FILE
+    write_onnx(build_onnx(float_model), float_file, {})
+    content = build_onnx(model)
+    write_onnx(content, file, {})
+    return _Exported(float_file, file, content)
 
 
 def gate_inputs(traced: TracedModel, samples: Samples | None, seed: int) -> tuple[tuple[Tensor, ...], str]:

@@ -11,7 +11,7 @@ from compress.calib.observers import OBSERVERS
 from compress.errors import InputError
 from compress.formats import find_format
 from compress.methods import METHODS
-from compress.records import Choice, LayerSpec, Plan, Skip
+from compress.records import Allocation, Choice, LayerSpec, Plan, Skip
 from compress.registry import resolve
 from compress.targets import Target, find_target
 
@@ -34,59 +34,60 @@ def review_plan(
         InputError: it is for another model, or asks for what a layer, format, method or target cannot do; all such
             choices are named.
     """
-    if plan.model_fingerprint != model_fingerprint:
-        remedy = "make one for this model with `compress allocate`"
-        if plan.data_fingerprint is not None and data_fingerprint is None:
-            remedy = "it was made with calibration data, which set the input shape: give them as --calib"
-        raise InputError(
-            f"the plan was made for another model (fingerprint {plan.model_fingerprint[:12]}, this model's is "
-            f"{model_fingerprint[:12]}); {remedy}"
-        )
+    _check_model(plan, model_fingerprint, data_fingerprint)
     target = find_target(plan.target)
     resolve(OBSERVERS, plan.observer, "observer")
-    problems = _split_problems(plan, layers)
-    known = {layer.name: layer for layer in layers_of(layers, plan.splits)}
-    names = [choice.layer for choice in plan.choices]
-    problems += [f"layer {name} is chosen twice" for name in sorted({name for name in names if names.count(name) > 1})]
-    for choice in plan.choices:
-        problem = _problem(choice, known.get(choice.layer), target, data_fingerprint is not None)
-        if problem:
-            problems.append(f"layer {choice.layer}: {problem}")
-    if plan.iterations < 0:
-        problems.append(f"iterations is {plan.iterations}: allowed are 0 (round only) and more")
-    if data_fingerprint is None:
-        steps = [name for name in _STEPS_WITH_DATA if getattr(plan.steps, name)]
-        problems += [f"step {name} needs calibration data: give --calib" for name in steps]
-    if not plan.choices and not plan.splits:
-        problems.append("it chooses nothing for any layer")
+    problems = [*_split_problems(plan, layers), *_choice_problems(plan, layers, target, data_fingerprint is not None)]
     if problems:
         raise InputError("the plan cannot be carried out: " + "; ".join(problems))
     notes = []
     if plan.data_fingerprint is not None and plan.data_fingerprint != data_fingerprint:
         notes.append("the plan was made with other calibration data than it is carried out with")
-    skipped = [skip for skip in plan.skipped if skip.layer not in names]
-    listed = {*names, *(skip.layer for skip in skipped)}
-    skipped += [Skip(layer=name, reason="not in the plan") for name in known if name not in listed]
     allocation = plan.allocation
-    if allocation is not None:
-        planned = {
-            (name, each.method, each.option, each.format)
-            for each in allocation.chosen
-            if each.option
-            for name in (each.split.parts if each.split else (each.layer,))
-        }
-        chosen = {(each.layer, each.method, each.option, each.format) for each in plan.choices}
-        cut = {each.split for each in allocation.chosen if each.split}
-        if planned != chosen or cut != set(plan.splits) or allocation.settings != settings_digest(plan):
-            allocation = None
-            notes.append("the plan was edited since it was found: its predictions and its certificate no longer hold")
+    if allocation is not None and not _as_found(plan, allocation):
+        allocation = None
+        notes.append("the plan was edited since it was found: its predictions and its certificate no longer hold")
     stamped = {
-        "skipped": tuple(skipped),
+        "skipped": _skipped(plan, layers),
         "allocation": allocation,
         "data_fingerprint": data_fingerprint,
         "samples": samples,
     }
     return plan.model_copy(update=stamped), notes
+
+
+def _check_model(plan: Plan, model_fingerprint: str, data_fingerprint: str | None) -> None:
+    if plan.model_fingerprint == model_fingerprint:
+        return
+    remedy = "make one for this model with `compress allocate`"
+    if plan.data_fingerprint is not None and data_fingerprint is None:
+        remedy = "it was made with calibration data, which set the input shape: give them as --calib"
+    raise InputError(
+        f"the plan was made for another model (fingerprint {plan.model_fingerprint[:12]}, this model's is "
+        f"{model_fingerprint[:12]}); {remedy}"
+    )
+
+
+def _skipped(plan: Plan, layers: Sequence[LayerSpec]) -> tuple[Skip, ...]:
+    """Layers that stay float, for the plan's reason where it has one."""
+    chosen = {choice.layer for choice in plan.choices}
+    told = [skip for skip in plan.skipped if skip.layer not in chosen]
+    listed = chosen | {skip.layer for skip in told}
+    names = dict.fromkeys(layer.name for layer in layers_of(layers, plan.splits))
+    return (*told, *(Skip(layer=name, reason="not in the plan") for name in names if name not in listed))
+
+
+def _as_found(plan: Plan, allocation: Allocation) -> bool:
+    """Whether ``plan`` still is what its ``allocation`` was found for."""
+    planned = {
+        (name, each.method, each.option, each.format)
+        for each in allocation.chosen
+        if each.option
+        for name in (each.split.parts if each.split else (each.layer,))
+    }
+    chosen = {(each.layer, each.method, each.option, each.format) for each in plan.choices}
+    cut = {each.split for each in allocation.chosen if each.split}
+    return planned == chosen and cut == set(plan.splits) and allocation.settings == settings_digest(plan)
 
 
 def settings_digest(plan: Plan) -> str:
@@ -103,6 +104,24 @@ def _split_problems(plan: Plan, layers: Sequence[LayerSpec]) -> list[str]:
         reason = split.refusal(layer) if layer else "the model has no layer of that name; `compress inspect` lists them"
         if reason:
             found.append(f"layer {split.layer} cannot be split: {reason}")
+    return found
+
+
+def _choice_problems(plan: Plan, layers: Sequence[LayerSpec], target: Target, with_data: bool) -> list[str]:
+    known = {layer.name: layer for layer in layers_of(layers, plan.splits)}
+    names = [choice.layer for choice in plan.choices]
+    found = [f"layer {name} is chosen twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    for choice in plan.choices:
+        problem = _problem(choice, known.get(choice.layer), target, with_data)
+        if problem:
+            found.append(f"layer {choice.layer}: {problem}")
+    if plan.iterations < 0:
+        found.append(f"iterations is {plan.iterations}: allowed are 0 (round only) and more")
+    if not with_data:
+        steps = [name for name in _STEPS_WITH_DATA if getattr(plan.steps, name)]
+        found += [f"step {name} needs calibration data: give --calib" for name in steps]
+    if not plan.choices and not plan.splits:
+        found.append("it chooses nothing for any layer")
     return found
 
 

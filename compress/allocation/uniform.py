@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
 from compress.errors import InputError
@@ -40,58 +41,82 @@ def uniform_choices(
     Raises:
         InputError: nothing is left to compress, or a pattern matches no layer.
     """
-    kept = ignored(layers, ignore)
-    outer = ends(layers)
+    kept, outer = ignored(layers, ignore), ends(layers)
+    slow = slow_on_integers(layers, target) if act_bits is not None else set()
+    widths = _Widths(bits, act_bits, dynamic, group_size, method, target, frozenset(slow))
     choices, skipped = [], []
-    leading = slow_on_integers(layers, target) if act_bits is not None else set()
     for layer in layers:
-        wide = first_last_bits if layer.name in outer else 0
-        if layer.kind == "embedding" and not layer.refusal:
-            choice = _embedding_choice(layer, max(bits, first_last_bits), target)
-            if layer.name in kept:
-                choice = Skip(layer=layer.name, reason="named by --ignore")
-            if isinstance(choice, Skip):
-                skipped.append(choice)
-            else:
-                choices.append(choice)
-            continue
-        slow = layer.name in leading or (dynamic and layer.kind != "linear")
-        integer = act_bits is not None and not slow
-        option = QuantOption(
-            bits=max(bits, wide),
-            act_bits=max(act_bits, wide) if act_bits is not None and not slow else None,
-            dynamic=dynamic and integer,
-            # Integer kernels take one zero point a tensor; a float weight may have one a channel, which fits better.
-            symmetric=integer,
-            group_size=group_size if layer.kind == "linear" and act_bits is None else None,
-        )
-        format_name, reason = find_format_for(layer, option, target)
         measured = (fastest or {}).get(layer.name)
-        if measured is not None:
-            option, format_name, reason = measured.option, measured.format, None
+        found: Choice | Skip
         if layer.name in kept:
-            reason = "named by --ignore"
-        if reason:
-            skipped.append(Skip(layer=layer.name, reason=reason))
+            found = Skip(layer=layer.name, reason="named by --ignore")
+        elif layer.kind == "embedding" and not layer.refusal:
+            found = _embedding_choice(layer, max(bits, first_last_bits), target)
+        elif measured is not None:
+            found = Choice(
+                layer=layer.name, method=method, option=measured.option, format=measured.format,
+                reason=measured.reason or None,
+            )  # fmt: skip
         else:
-            if measured is not None:
-                why = measured.reason or ""
-            elif option.group_size is not None and format_name == "float-weights":
-                kernel = FORMATS["matmul-nbits"].refusal(layer, option)
-                why = f"unpacked to floats when the file is loaded: {kernel}" if kernel else ""
-            elif layer.name in leading:
-                why = f"runs on floats: faster with fewer than {target.integer_channels} output channels"
-            else:
-                why = "runs on floats: only linears measure ranges as they run; give --calib" if slow else ""
-            choices.append(
-                Choice(layer=layer.name, method=method, option=option, format=format_name, reason=why or None)
-            )
+            found = widths.choice(layer, first_last_bits if layer.name in outer else 0)
+        if isinstance(found, Skip):
+            skipped.append(found)
+        else:
+            choices.append(found)
     if not choices:
         reasons = (
             "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:3]) or "the model has no layer with weights"
         )
         raise InputError(f"nothing to compress: {reasons}")
     return choices, skipped
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """What layers get where it fits them; ``slow`` are those that the target runs faster on floats."""
+
+    bits: int
+    act_bits: int | None
+    dynamic: bool
+    group_size: int | None
+    method: str
+    target: Target
+    slow: frozenset[str]
+
+    def choice(self, layer: LayerSpec, least: int) -> Choice | Skip:
+        """What is done to ``layer``, on ``least`` bits or more."""
+        option = self._option(layer, least)
+        name, reason = find_format_for(layer, option, self.target)
+        if reason:
+            return Skip(layer=layer.name, reason=reason)
+        return Choice(
+            layer=layer.name, method=self.method, option=option, format=name, reason=self._why(layer, option, name)
+        )
+
+    def _option(self, layer: LayerSpec, least: int) -> QuantOption:
+        integer = self.act_bits is not None and not self._on_floats(layer)
+        return QuantOption(
+            bits=max(self.bits, least),
+            act_bits=max(self.act_bits, least) if self.act_bits is not None and integer else None,
+            dynamic=self.dynamic and integer,
+            # Integer kernels take one zero point a tensor; a float weight may have one a channel, which fits better.
+            symmetric=integer,
+            group_size=self.group_size if layer.kind == "linear" and self.act_bits is None else None,
+        )
+
+    def _on_floats(self, layer: LayerSpec) -> bool:
+        return layer.name in self.slow or (self.dynamic and layer.kind != "linear")
+
+    def _why(self, layer: LayerSpec, option: QuantOption, format_name: str) -> str | None:
+        """Why it runs on floats, where that was not asked for."""
+        if option.group_size is not None and format_name == "float-weights":
+            kernel = FORMATS["matmul-nbits"].refusal(layer, option)
+            return f"unpacked to floats when the file is loaded: {kernel}" if kernel else None
+        if layer.name in self.slow:
+            return f"runs on floats: faster with fewer than {self.target.integer_channels} output channels"
+        if self._on_floats(layer):
+            return "runs on floats: only linears measure ranges as they run; give --calib"
+        return None
 
 
 def _embedding_choice(layer: LayerSpec, bits: int, target: Target) -> Choice | Skip:

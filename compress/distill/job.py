@@ -52,34 +52,20 @@ def distill(
     """
     options = options or DistillOptions()
     ready = prepare(data, out, classes, options)
-    settings, network, z, labels = ready.settings, ready.network, ready.z, ready.labels
-    terms, standardisation, work = ready.terms, ready.standardisation, ready.work
+    settings, experts, terms = ready.settings, ready.experts, ready.terms
     if terms is not None:
         say(terms.fit)
-    experts = ready.experts
-    recipe = experts.settings
     accuracies = experts.train(progress)
-    if settings.representative:
-        logits = network.logits(experts.rows(settings.seed % recipe.count, recipe.epochs, recipe.epochs + 1)[0], z)
-        start = representatives(logits, labels, classes, settings.each, settings.seed)
-    else:
-        start = random_images(labels, classes, settings.each, settings.seed)
-
-    low, high = float(ready.x.min()), float(ready.x.max())
+    start = _start(ready)
+    labels = ready.labels[start]
     judge, judged = _judge(ready, start, options)
     clock = _Clock(progress)
-    distiller = Distiller(
-        experts, z[start], labels[start], settings, judge=judge, terms=terms, state=work / "state.safetensors",
-        every=options.every, discard=options.overwrite,
-        show=lambda images: write_sheet(
-            work / PREVIEW_FILE, standardisation.invert(images), settings.each, low, high
-        ),
-    )  # fmt: skip
+    distiller = _distiller(ready, start, judge, options)
     found = distiller.run(clock.update)
     if found.scores and found.iteration == 0 and not options.allow_originals:
-        raise InputError(_originals(found, len(start), work if distiller.kept else None))
-    fitted, z_images = _fitted(found, labels[start], terms, judge, settings.model_steps, progress)
-    images = standardisation.invert(z_images)
+        raise InputError(_originals(found, len(start), ready.work if distiller.kept else None))
+    fitted, z_images = _fitted(found, labels, terms, judge, settings.model_steps, progress)
+    images = ready.standardisation.invert(z_images)
     neighbours = find_neighbours(images, ready.kept[start], ready.x, settings.seed)
     report = DistillReport(
         classes=classes,
@@ -96,7 +82,7 @@ def distill(
         expert_accuracies=tuple(accuracies),
         seconds_per_100=clock.seconds_per_100,
         neighbours=neighbours,
-        settings={"distillation": asdict(settings), "experts": asdict(recipe)},
+        settings={"distillation": asdict(settings), "experts": asdict(experts.settings)},
         model_accuracy=terms.accuracy if terms else None,
         model_distance=terms.distance if terms else None,
         fitted=fitted,
@@ -104,13 +90,36 @@ def distill(
         warnings=(*(terms.doubts if terms else ()), *_warnings(found, neighbours)),
         environment=describe_environment(),
     )
-    given = Normalisation(*(None if each is None else tuple(each) for each in (options.mean, options.std)))
     write_folder(
-        out, images, labels[start], settings.momentum, standardisation, given, report, low, high,
-        overwrite=options.overwrite,
+        out, images, labels, settings.momentum, ready.standardisation, Normalisation.of(options.mean, options.std),
+        report, *ready.span, overwrite=options.overwrite,
     )  # fmt: skip
     distiller.forget()
     return report
+
+
+def _start(ready: Preparation) -> Tensor:
+    """Which real images sets begin with, by index [n]: those an expert finds typical of their class, or any."""
+    settings, experts, labels = ready.settings, ready.experts, ready.labels
+    if not settings.representative:
+        return random_images(labels, ready.classes, settings.each, settings.seed)
+    recipe = experts.settings
+    trained = experts.rows(settings.seed % recipe.count, recipe.epochs, recipe.epochs + 1)[0]
+    logits = ready.network.logits(trained, ready.z)
+    return representatives(logits, labels, ready.classes, settings.each, settings.seed)
+
+
+def _distiller(ready: Preparation, start: Tensor, judge: Judge | None, options: DistillOptions) -> Distiller:
+    """With its state, and a sheet of the set as it is, in the work folder."""
+    settings, work, span = ready.settings, ready.work, ready.span
+
+    def show(images: Tensor) -> None:
+        write_sheet(work / PREVIEW_FILE, ready.standardisation.invert(images), settings.each, *span)
+
+    return Distiller(
+        ready.experts, ready.z[start], ready.labels[start], settings, judge=judge, terms=ready.terms,
+        state=work / "state.safetensors", every=options.every, discard=options.overwrite, show=show,
+    )  # fmt: skip
 
 
 def _judge(ready: Preparation, start: Tensor, options: DistillOptions) -> tuple[Judge | None, str]:

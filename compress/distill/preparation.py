@@ -105,6 +105,11 @@ class Preparation:
     work: Path
     notes: tuple[str, ...]
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """The smallest and the largest value of all real images."""
+        return float(self.x.min()), float(self.x.max())
+
 
 def prepare(data: object, out: Path, classes: int, options: DistillOptions) -> Preparation:
     """Read and check everything.

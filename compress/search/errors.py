@@ -23,7 +23,7 @@ from compress.intake import Intake
 from compress.kernels.table import register_operators
 from compress.options import Options
 from compress.planning import make_plan
-from compress.progress import Progress
+from compress.progress import Progress, Tally
 from compress.records import Plan, Steps
 from compress.search.space import Space, Way
 from compress.targets import find_target
@@ -74,14 +74,8 @@ def measure_errors(
     missing = {layer: [trial for trial in wanted if trial.key not in known[layer]] for layer, wanted in trials.items()}
     count = sum(map(len, missing.values()))
     if count:
-        done = 0
-
-        def trial_done(label: str) -> None:
-            nonlocal done
-            done += 1
-            progress(f"sensitivity of {label}", min(done, count), count)
-
-        progress("sensitivities: the model at 8 bits", 0, count)
+        tally = Tally(progress, count)
+        tally.say("sensitivities: the model at 8 bits")
         part = samples.take(min(options.search.sensitivity_samples, len(samples))) if samples else None
         try:
             known |= measure_sensitivity(
@@ -95,7 +89,7 @@ def measure_errors(
                 iterations=options.search.sensitivity_iterations,
                 seed=options.seed,
                 store=store,
-                progress=trial_done,
+                progress=lambda label: tally.add(f"sensitivity of {label}"),
             )
         finally:
             store.leave()

@@ -45,27 +45,14 @@ def sweep_front(
     Raises:
         InputError: ``over`` is unknown.
     """
+    _check_over(prepared, over)
     allocator = prepared.allocator
-    known = [name for name in ("size", "latency", "bops") if name != "latency" or allocator.costs.latency is not None]
-    if over not in known:
-        raise InputError(f"--over {over}: known are {', '.join(known)}")
-    if prepared.drop is not None or over in prepared.limits:
-        named = "drop" if prepared.drop is not None else over
-        raise InputError(f"--budget {named}=...: a front has limits of {over} of its own, and keeps no drop")
-    others = prepared.limits
-    free = allocator.find(others)
-    least = allocator.smallest(over, others)
-    if least is None:
-        raise InfeasibleBudget(allocator.explain(others))
-    lowest = least * _FIRST
-    highest = max(free.measured.get(over, free.predicted[over]), lowest)
     points: list[FrontPoint] = []
     plans: list[Plan] = []
-    for limit in np.linspace(lowest, highest, count).tolist():
+    for limit in np.linspace(*_ends(allocator, over, prepared.limits), count).tolist():
         progress(f"plan for {over} {limit:.4g}", len(points), count)
-        budgets = {**others, over: limit}
         try:
-            draft = allocator.find(budgets)
+            draft = allocator.find({**prepared.limits, over: limit})
         except InfeasibleBudget:
             continue  # the file of the very smallest plan may come out larger than predicted
         kept = (*prepared.budgets, Budget.model_validate({"quantity": over, "limit": limit}))
@@ -90,9 +77,9 @@ def sweep_front(
         )
         plans.append(plan)
     progress("front", count, count)
-    fewer = count - len(points)
-    missing = [f"{fewer} of {count} limits gave no plan of their own: out of reach, all float, or the one before"]
-    missing = missing if fewer else []
+    missing = []
+    if fewer := count - len(points):
+        missing = [f"{fewer} of {count} limits gave no plan of their own: out of reach, all float, or the one before"]
     front = Front(
         over=over,
         sensitivity=prepared.measure,
@@ -101,6 +88,26 @@ def sweep_front(
         notes=(*allocator.costs.notes, *prepared.notes, *missing),
     )
     return front, plans
+
+
+def _check_over(prepared: Prepared, over: str) -> None:
+    timed = prepared.allocator.costs.latency is not None
+    known = [name for name in ("size", "latency", "bops") if name != "latency" or timed]
+    if over not in known:
+        raise InputError(f"--over {over}: known are {', '.join(known)}")
+    if prepared.drop is not None or over in prepared.limits:
+        named = "drop" if prepared.drop is not None else over
+        raise InputError(f"--budget {named}=...: a front has limits of {over} of its own, and keeps no drop")
+
+
+def _ends(allocator: Allocator, over: str, budgets: Mapping[str, float]) -> tuple[float, float]:
+    """The smallest ``over`` that the other ``budgets`` leave within reach, and where nothing more is gained by it."""
+    free = allocator.find(budgets)
+    least = allocator.smallest(over, budgets)
+    if least is None:
+        raise InfeasibleBudget(allocator.explain(budgets))
+    lowest = least * _FIRST
+    return lowest, max(free.measured.get(over, free.predicted[over]), lowest)
 
 
 def _greedy_error(allocator: Allocator, budgets: Mapping[str, float]) -> float | None:

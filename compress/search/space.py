@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,62 +186,89 @@ def list_space(
     Raises:
         InputError: widths out of range, or nothing is left to choose.
     """
-    search = options.search
     activations = _activations(options, with_data)
-    kept, leading, outer = ignored(layers, options.ignore), slow_on_integers(layers, target), ends(layers)
+    kept, slow, outer = ignored(layers, options.ignore), slow_on_integers(layers, target), ends(layers)
+    offer = _Offer(options, methods, target, activations, with_data, timed, frozenset(slow), frozenset(outer))
     ways: dict[str, tuple[Way, ...]] = {}
     skipped = []
     for layer in layers:
-        found: list[Way] = []
-        reason = "named by --ignore" if layer.name in kept else layer.refusal
-        if layer.kind == "embedding" and reason is None:
-            table = _table_ways(layer, search.weight_widths, target)
-            if isinstance(table, str):
-                skipped.append(Skip(layer=layer.name, reason=table))
-            else:
-                ways[layer.name] = (*table, *((FLOAT,) if search.floats else ()))
-            continue
-        ranks = thin_ranks(layer, search.ranks or ())
-        branch = thin_ranks(layer, (BRANCH_SHARE,)) if ranks and layer.kind == "linear" else ()
-        widths = [
-            bits
-            for bits in sorted(search.weight_widths)
-            if layer.name not in outer or options.first_last_bits is None or bits >= options.first_last_bits
-        ]
-        for bits in widths:
-            inputs: list[int | None] = [bits] if search.tied and with_data else list(activations)
-            if with_data and not timed and layer.name in leading:
-                inputs = [None]
-            elif with_data and timed:
-                inputs.append(None)
-            for act_bits in inputs:
-                option = QuantOption(bits=bits, act_bits=act_bits, symmetric=act_bits is not None)
-                for name in target.formats:
-                    fits = FORMATS[name].inputs == option.inputs
-                    if fits and FORMATS[name].refusal(layer, option) is None:
-                        found += [Way(method, option, name) for method in methods]
-                        # The value between two factors has a grid of its own: on few bits it loses what it saves.
-                        if bits in (4, max(widths)) and act_bits in (None, 8):
-                            found += [Way(method, option, name, rank) for method in methods for rank in ranks]
-                        if bits <= 4 and act_bits in (None, 8):
-                            found += [
-                                Way(method, option, name, rank, "branch") for method in methods for rank in branch
-                            ]
-        if reason is None and not found:
-            reason = f"target {target.name} has no format for it"
-        if reason is not None:
-            skipped.append(Skip(layer=layer.name, reason=reason))
+        found = "named by --ignore" if layer.name in kept else offer.ways(layer)
+        if isinstance(found, str):
+            skipped.append(Skip(layer=layer.name, reason=found))
         else:
-            ways[layer.name] = (*found, *((FLOAT, *_float_ranks(ranks)) if search.floats else ()))
+            ways[layer.name] = found
     if not ways:
         reasons = "; ".join(f"{skip.layer}: {skip.reason}" for skip in skipped[:3])
         raise InputError(f"nothing to compress: {reasons or 'the model has no layer with weights'}")
-    separable = with_data and not search.tied and len(activations) > 1
-    return Space(ways, _units(traced, ways, search.grouped), tuple(skipped), separable)
+    separable = with_data and not options.search.tied and len(activations) > 1
+    return Space(ways, _units(traced, ways, options.search.grouped), tuple(skipped), separable)
 
 
-def _float_ranks(ranks: Sequence[int]) -> tuple[Way, ...]:
-    return tuple(Way(None, None, "float", rank) for rank in ranks)
+@dataclass(frozen=True)
+class _Offer:
+    """What there is to choose from; ``slow`` layers run faster on floats, ``outer`` are the first and the last."""
+
+    options: Options
+    methods: Sequence[str]
+    target: Target
+    activations: tuple[int | None, ...]
+    with_data: bool
+    timed: bool
+    slow: frozenset[str]
+    outer: frozenset[str]
+
+    def ways(self, layer: LayerSpec) -> tuple[Way, ...] | str:
+        """All of a layer, staying float last, or why it has to stay float."""
+        search = self.options.search
+        if layer.refusal is not None:
+            return layer.refusal
+        if layer.kind == "embedding":
+            table = _table_ways(layer, search.weight_widths, self.target)
+            return table if isinstance(table, str) else (*table, *((FLOAT,) if search.floats else ()))
+        ranks = thin_ranks(layer, search.ranks or ())
+        found = tuple(self._quantized(layer, ranks))
+        if not found:
+            return f"target {self.target.name} has no format for it"
+        thin = tuple(Way(None, None, "float", rank) for rank in ranks)
+        return (*found, *((FLOAT, *thin) if search.floats else ()))
+
+    def _quantized(self, layer: LayerSpec, ranks: Sequence[int]) -> Iterator[Way]:
+        branch = thin_ranks(layer, (BRANCH_SHARE,)) if ranks and layer.kind == "linear" else ()
+        widths = self._widths(layer)
+        for option, name in self._formats(layer, widths):
+            yield from (Way(method, option, name) for method in self.methods)
+            if option.act_bits not in (None, 8):
+                continue
+            # The value between two factors has a grid of its own: on few bits it loses what it saves.
+            if option.bits in (4, max(widths)):
+                yield from (Way(method, option, name, rank) for method in self.methods for rank in ranks)
+            if option.bits <= 4:
+                yield from (Way(method, option, name, rank, "branch") for method in self.methods for rank in branch)
+
+    def _formats(self, layer: LayerSpec, widths: Sequence[int]) -> Iterator[tuple[QuantOption, str]]:
+        """Every pair of widths with each format that takes it."""
+        for bits in widths:
+            for act_bits in self._inputs(layer, bits):
+                option = QuantOption(bits=bits, act_bits=act_bits, symmetric=act_bits is not None)
+                for name in self.target.formats:
+                    if FORMATS[name].inputs == option.inputs and FORMATS[name].refusal(layer, option) is None:
+                        yield option, name
+
+    def _widths(self, layer: LayerSpec) -> list[int]:
+        """Of the weight, the narrowest first."""
+        least = self.options.first_last_bits
+        return [
+            bits
+            for bits in sorted(self.options.search.weight_widths)
+            if layer.name not in self.outer or least is None or bits >= least
+        ]
+
+    def _inputs(self, layer: LayerSpec, bits: int) -> Sequence[int | None]:
+        """Widths of the input beside a weight of ``bits``; None: float."""
+        if self.with_data and not self.timed and layer.name in self.slow:
+            return (None,)
+        given = (bits,) if self.options.search.tied and self.with_data else self.activations
+        return (*given, None) if self.with_data and self.timed else given
 
 
 def _bytes(layer: LayerSpec, option: QuantOption | None) -> int:

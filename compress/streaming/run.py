@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from compress.calib.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.methods import METHODS
-from compress.progress import Progress, silent
+from compress.progress import Progress, Tally, silent
 from compress.records import Choice, Plan, QuantOption
 from compress.registry import resolve
 from compress.report.schema import StreamedLayer, StreamReport
@@ -75,73 +77,97 @@ def stream(
     method = method or ("gptq" if calib is not None else "mse")
     _check(out, overwrite, bits, group_size, method, calib, blocks)
     opened = open_blocks(model)
-    narrow = [name for name, part in opened.linears().items() if group_size and part.in_features % group_size]
-    if narrow:
-        raise InputError(
-            f"--group-size {group_size}: the rows of {narrow[0]} have {opened.linears()[narrow[0]].in_features} "
-            "weights, which is no multiple of it"
-        )
+    _check_groups(opened, group_size)
     data = _read(opened, calib, samples, length, seed)
-    batches = _batches(opened, data) if data is not None else None
     option = QuantOption(bits=bits, group_size=group_size, symmetric=symmetric)
-    parts = {
-        "the model": _fingerprint(model),
-        "the calibration data": data.fingerprint[:12] if data is not None else "none",
-        "bits": str(option),
-        "symmetric": str(symmetric),
-        "method": method,
-        "seed": str(seed),
-        "versions": f"compress {version('compress-toolchain')}, torch {torch.__version__}",
-    }
-    work = out.with_name(f".{out.name}.work")
-    layers: list[StreamedLayer] = []
-    seconds: list[float] = []
-    total = opened.count * len(opened.linears())
-    report: StreamReport | None = None
+    job = _Job(model, opened, data, option, method, seed)
+    run = _Run(job, started, progress)
+    try:
+        with open_store(out.with_name(f".{out.name}.work"), digest(job.parts), job.parts, restart=overwrite) as store:
+            run.quantize(store, blocks)
+            report = run.report()
+            with new_folder(out, overwrite) as folder:
+                _write(folder, job, store, report)
+    except _EnoughError:
+        return run.report()
+    return report
 
-    def finished() -> StreamReport:
+
+@dataclass(frozen=True)
+class _Job:
+    """What is quantized, on what data, and how; ``folder`` is where ``model`` is from."""
+
+    folder: Path
+    model: BlockModel
+    data: Samples | None
+    option: QuantOption
+    method: str
+    seed: int
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """What makes a run another one."""
+        return {
+            "the model": _fingerprint(self.folder),
+            "the calibration data": self.data.fingerprint[:12] if self.data is not None else "none",
+            "bits": str(self.option),
+            "symmetric": str(self.option.symmetric),
+            "method": self.method,
+            "seed": str(self.seed),
+            "versions": f"compress {version('compress-toolchain')}, torch {torch.__version__}",
+        }
+
+    def walk(self, store: ResumeStore) -> BlockWalk:
+        """At the first block."""
+        batches = _batches(self.model, self.data) if self.data is not None else None
+        return BlockWalk(self.model, self.option, self.method, batches, store, self.seed)
+
+
+class _Run:
+    """How far a job is, and what has come of it."""
+
+    def __init__(self, job: _Job, started: float, progress: Progress) -> None:
+        self.job, self._started, self._continued = job, started, 0
+        self._tally = Tally(progress, job.model.count * len(job.model.linears()))
+        self._layers: list[StreamedLayer] = []
+        self._seconds: list[float] = []
+
+    def quantize(self, store: ResumeStore, blocks: int | None) -> None:
+        """Do all blocks that an earlier run has left.
+
+        Raises:
+            _EnoughError: there are more than ``blocks`` of them; so many are done.
+        """
+        model = self.job.model
+        walk = self.job.walk(store)
+        self._tally.say("what stands before the blocks")
+        self._continued = walk.begin()
+        self._tally.count = self._continued * len(model.linears())
+        for number in range(self._continued, model.count):
+            if blocks is not None and number - self._continued >= blocks:
+                raise _EnoughError
+            begun = time.monotonic()
+            outcomes = walk.quantize_block(number, self._tally.add)
+            self._layers += [StreamedLayer(**vars(each)) for each in outcomes]
+            self._seconds.append(time.monotonic() - begun)
+        self._tally.finish("writing")
+
+    def report(self) -> StreamReport:
+        """Of what was done so far."""
+        job, seconds = self.job, self._seconds
         return StreamReport(
-            model=str(model),
-            option=str(option),
-            method=method,
-            blocks=opened.count,
-            continued=done,
-            layers=tuple(layers),
+            model=str(job.folder),
+            option=str(job.option),
+            method=job.method,
+            blocks=job.model.count,
+            continued=self._continued,
+            layers=tuple(self._layers),
             seconds_a_block=round(sum(seconds) / len(seconds), 3) if seconds else None,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(time.monotonic() - self._started, 3),
             peak_memory_bytes=peak_bytes(),
-            notes=data.notes if data is not None else (),
+            notes=job.data.notes if job.data is not None else (),
             environment=describe_environment(),
         )
-
-    try:
-        with open_store(work, digest(parts), parts, restart=overwrite) as store:
-            walk = BlockWalk(opened, option, method, batches, store, seed)
-            progress("what stands before the blocks", 0, total)
-            done = walk.begin()
-            finished_layers = done * len(opened.linears())
-
-            def layer_done(name: str) -> None:
-                nonlocal finished_layers
-                finished_layers += 1
-                progress(name, finished_layers, total)
-
-            for number in range(done, opened.count):
-                if blocks is not None and number - done >= blocks:
-                    report = finished()
-                    raise _EnoughError
-                begun = time.monotonic()
-                outcomes = walk.quantize_block(number, layer_done)
-                layers += [StreamedLayer(**vars(each)) for each in outcomes]
-                seconds.append(time.monotonic() - begun)
-            progress("writing", total, total)
-            report = finished()
-            with new_folder(out, overwrite) as folder:
-                _write(folder, opened, store, option, symmetric, method, report, parts, seed, len(data) if data else 0)
-    except _EnoughError:
-        pass
-    assert report is not None
-    return report
 
 
 def _check(
@@ -159,6 +185,15 @@ def _check(
         raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
     if blocks is not None and blocks < 1:
         raise InputError(f"--blocks {blocks}: 1 or more")
+
+
+def _check_groups(model: BlockModel, group_size: int | None) -> None:
+    for name, part in model.linears().items():
+        if group_size and part.in_features % group_size:
+            raise InputError(
+                f"--group-size {group_size}: the rows of {name} have {part.in_features} weights, which is no multiple "
+                "of it"
+            )
 
 
 def _read(model: BlockModel, calib: object | None, samples: int, length: int | None, seed: int) -> Samples | None:
@@ -188,18 +223,8 @@ def _fingerprint(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _write(
-    folder: Path,
-    model: BlockModel,
-    store: ResumeStore,
-    option: QuantOption,
-    symmetric: bool,
-    method: str,
-    report: StreamReport,
-    parts: dict[str, str],
-    seed: int,
-    samples: int,
-) -> None:
+def _write(folder: Path, job: _Job, store: ResumeStore, report: StreamReport) -> None:
+    model, option = job.model, job.option
     files = model.count + 1
     names = [f"model-{number + 1:05d}-of-{files:05d}.safetensors" for number in range(files)]
     others = model.shards.read(model.others())
@@ -213,18 +238,18 @@ def _write(
     linears = [f"{model.block_name(number)}{name}" for number in range(model.count) for name in model.linears()]
     ignored = [name for name, part in model.skeleton.named_modules() if _is_outside(model, name, part)]
     settings = model.settings | {
-        "quantization_config": quantization_config(option.bits, option.group_size, symmetric, ignored)
+        "quantization_config": quantization_config(option.bits, option.group_size, option.symmetric, ignored)
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     plan = Plan(
-        choices=tuple(Choice(layer=name, method=method, option=option, format=_FORMAT) for name in linears),
+        choices=tuple(Choice(layer=name, method=job.method, option=option, format=_FORMAT) for name in linears),
         target="compressed-tensors",
         observer="minmax",
         iterations=0,
-        seed=seed,
-        samples=samples,
-        model_fingerprint=parts["the model"],
-        data_fingerprint=parts["the calibration data"],
+        seed=job.seed,
+        samples=len(job.data) if job.data is not None else 0,
+        model_fingerprint=job.parts["the model"],
+        data_fingerprint=job.parts["the calibration data"],
     )
     (folder / "plan.json").write_text(plan.model_dump_json(indent=2))
     (folder / "report.json").write_text(report.model_dump_json(indent=2))

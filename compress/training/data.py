@@ -125,6 +125,11 @@ class TrainingData:
         """Whether labels are classes."""
         return not self.labels.is_floating_point()
 
+    @property
+    def metric_name(self) -> str:
+        """What :func:`compress.training.loop.evaluate` measures on them."""
+        return "accuracy" if self.classes else "mean squared error"
+
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """Samples of all ``parts``, [N, L] with zeros behind those that are shorter."""

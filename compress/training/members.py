@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.errors import InputError
 from compress.graph.traced import first_output
 from compress.lowrank.decompose import Decomposition, decomposed_layers
-from compress.lowrank.layers import Positions, SpatialConv2d
+from compress.lowrank.layers import LowRankLayer, Positions, SpatialConv2d
 from compress.lowrank.norms import norm_statistics, recalibrate, set_norm_statistics
 from compress.lowrank.truncate import Member, count_positions, cut_to, model_macs, truncation_path
 from compress.machine import describe_environment
@@ -123,58 +123,89 @@ def make_family(
 
     With ``ranks`` there are two: all of it, and that one.
     """
-    labelled = len(dense.data.labels) > 0
-    judged = tuple(x[-_JUDGED:] for x in dense.data.inputs)
-    labels = dense.data.labels[-_JUDGED:]
-    criterion = criterion_of(dense.data) if labelled else None
+    cuts = _Cuts(module, dense)
+    if ranks is None:
+        path = _searched(module, cuts.recalibrated_loss, dense, options, progress)
+    else:
+        path, dear = _ruled(module, done, dense, ranks)
+        notes += dear
+    members, statistics = _measured(cuts, path, progress)
+    set_norm_statistics(module, statistics[0])
+    family = Family(
+        loss_name=cuts.loss_name,
+        metric_name=dense.test.metric_name if dense.test is not None else None,
+        dense_macs=dense.macs,
+        dense_weights=dense.weights,
+        dense_metric=dense.metric,
+        inputs=tuple(FamilyInput.of(x) for x in dense.data.inputs),
+        members=tuple(members),
+        layers={name: _described(layer) for name, layer in done.layers.items()},
+        dense=dict(done.dense),
+        notes=notes,
+        environment=describe_environment(),
+    )
+    return family, statistics
+
+
+class _Cuts:
+    """A decomposed module, judged as it is cut at the moment, and given BatchNorm statistics that suit the cut."""
+
+    def __init__(self, module: nn.Module, dense: DenseModel) -> None:
+        self.module, self.dense = module, dense
+        self._judged = tuple(x[-_JUDGED:] for x in dense.data.inputs)
+        self._labels = dense.data.labels[-_JUDGED:]
+        self._criterion = criterion_of(dense.data) if len(dense.data.labels) else None
+        self._judged_batches = _batches(self._judged)
+        self._batches = _batches(tuple(x[:_NORMALISED] for x in dense.data.inputs))
+        self._given = norm_statistics(module)
+
+    @property
+    def loss_name(self) -> str:
+        """What :meth:`loss` is."""
+        return "loss" if self._criterion is not None else "relative squared error of the outputs"
 
     @torch.no_grad()
-    def loss() -> float:
-        outputs = _outputs(module, judged)
-        if criterion is not None:
-            return float(criterion(outputs, labels))
-        return float((outputs - dense.outputs).square().sum() / dense.outputs.square().sum().clamp(min=1e-30))
+    def loss(self) -> float:
+        """Of the labels where there are some, else of the dense model's outputs."""
+        outputs = _outputs(self.module, self._judged)
+        if self._criterion is not None:
+            return float(self._criterion(outputs, self._labels))
+        wanted = self.dense.outputs
+        return float((outputs - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
 
-    batches, judging = _batches(tuple(x[:_NORMALISED] for x in dense.data.inputs)), _batches(judged)
+    def recalibrated_loss(self) -> float:
+        """With statistics measured on the samples that are judged: enough to compare cuts."""
+        recalibrate(self.module, self._judged_batches)
+        return self.loss()
 
-    def recalibrated_loss() -> float:
-        recalibrate(module, judging)
-        return loss()
-
-    given = norm_statistics(module)
-
-    @torch.no_grad()
-    def unchanged() -> bool:
-        """Whether the dense model's function is still computed: its own statistics then hold."""
-        change = (_outputs(module, judged) - dense.outputs).square().sum()
-        return float(change) <= 1e-6 * float(dense.outputs.square().sum())
-
-    def settle() -> float:
-        """Give the module, cut as it is, statistics of its own where they are better than those it came with."""
-        set_norm_statistics(module, given)
-        before = loss()
-        if unchanged():
+    def settle(self) -> float:
+        """Give the cut statistics of its own where they are better than those the module came with; the loss then."""
+        set_norm_statistics(self.module, self._given)
+        before = self.loss()
+        if self._computes_dense() or recalibrate(self.module, self._batches) == 0:
             return before
-        if recalibrate(module, batches) == 0:
-            return before
-        after = loss()
+        after = self.loss()
         if after <= before:
             return after
-        set_norm_statistics(module, given)
+        set_norm_statistics(self.module, self._given)
         return before
 
-    if ranks is None:
-        path = _searched(module, recalibrated_loss, dense, options, progress)
-    else:
-        dear = [name for name, rank in ranks.items() if not done.layers[name].pays(rank)]
-        notes += tuple(f"{name} stays dense: rank {ranks[name]} would cost more" for name in dear)
-        whole = {name: layer.rank for name, layer in done.layers.items()}
-        chosen = ranks | {name: whole[name] for name in dear}
-        path = [Member(each, model_macs(module, dense.positions, each), 0.0) for each in (whole, chosen)]
+    @torch.no_grad()
+    def _computes_dense(self) -> bool:
+        """Whether the dense model's function is still computed: its own statistics then hold."""
+        change = (_outputs(self.module, self._judged) - self.dense.outputs).square().sum()
+        return float(change) <= 1e-6 * float(self.dense.outputs.square().sum())
+
+
+def _measured(
+    cuts: _Cuts, path: Sequence[Member], progress: Progress
+) -> tuple[list[FamilyMember], list[dict[str, Tensor]]]:
+    """Each of ``path`` with its loss and metric, and the statistics it has them with."""
+    module, test = cuts.module, cuts.dense.test
     members, statistics = [], []
     for number, member in enumerate(path):
         with cut_to(decomposed_layers(module), member.ranks):
-            lost = settle()
+            lost = cuts.settle()
             statistics.append(norm_statistics(module))
             members.append(
                 FamilyMember(
@@ -182,32 +213,26 @@ def make_family(
                     macs=member.macs,
                     weights=weights_of(module, member),
                     loss=lost,
-                    metric=evaluate(module, dense.test) if dense.test is not None else None,
+                    metric=evaluate(module, test) if test is not None else None,
                 )
             )
         progress("measuring members", number + 1, len(path))
-    set_norm_statistics(module, statistics[0])
-    name = None
-    if dense.test is not None:
-        name = "accuracy" if dense.test.classes else "mean squared error"
-    what = {
-        layer_name: f"rank {layer.rank} of {layer.full_rank}" + ", spatial" * isinstance(layer, SpatialConv2d)
-        for layer_name, layer in done.layers.items()
-    }
-    family = Family(
-        loss_name=("loss" if labelled else "relative squared error of the outputs"),
-        metric_name=name,
-        dense_macs=dense.macs,
-        dense_weights=dense.weights,
-        dense_metric=dense.metric,
-        inputs=tuple(FamilyInput.of(x) for x in dense.data.inputs),
-        members=tuple(members),
-        layers=what,
-        dense=dict(done.dense),
-        notes=notes,
-        environment=describe_environment(),
-    )
-    return family, statistics
+    return members, statistics
+
+
+def _described(layer: LowRankLayer) -> str:
+    return f"rank {layer.rank} of {layer.full_rank}" + ", spatial" * isinstance(layer, SpatialConv2d)
+
+
+def _ruled(
+    module: nn.Module, done: Decomposition, dense: DenseModel, ranks: dict[str, int]
+) -> tuple[list[Member], tuple[str, ...]]:
+    """The whole model and the member of ``ranks``, and which layers stay dense in it, as sentences."""
+    dear = [name for name, rank in ranks.items() if not done.layers[name].pays(rank)]
+    notes = tuple(f"{name} stays dense: rank {ranks[name]} would cost more" for name in dear)
+    whole = {name: layer.rank for name, layer in done.layers.items()}
+    chosen = ranks | {name: whole[name] for name in dear}
+    return [Member(each, model_macs(module, dense.positions, each), 0.0) for each in (whole, chosen)], notes
 
 
 def _searched(

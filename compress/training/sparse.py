@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from compress.artifact import check_free
+from compress.calib.samples import Samples
 from compress.checkpoint import LoadedModel, load_model
 from compress.deltas import REFERENCE_SUFFIX, open_deltas, unbound
 from compress.errors import InputError
@@ -21,12 +17,12 @@ from compress.intake import ModelLike, read_model
 from compress.progress import Progress, silent
 from compress.sparse.application import apply_deltas, check_base, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
-from compress.sparse.criteria import BY_GRADIENT
 from compress.sparse.delta import CLASSES, SparseDelta
 from compress.sparse.deltafile import VALUES, read_delta, write_delta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
 from compress.training.labelled import (
+    Source,
     as_labels_of,
     check_labels,
     named_sources,
@@ -34,7 +30,8 @@ from compress.training.labelled import (
     read_labelled,
     read_sources,
 )
-from compress.training.loop import Epoch, Recipe, best_epoch, criterion_of, evaluate, fit
+from compress.training.loop import Epoch, Recipe, evaluate
+from compress.training.phases import Phases, SparseCompanion
 
 __all__ = ["FULL", "SparseCompanion", "SparseOptions", "SparseResult", "train_sparse"]
 
@@ -144,6 +141,43 @@ def train_sparse(
     Raises:
         InputError: the model, the data or an option cannot be used, or training breaks in its first epoch.
     """
+    second = replace(recipe, epochs=sparse_epochs, rate=recipe.rate if sparse_rate is None else sparse_rate)
+    _check(out, options, recipe, second)
+    task = _Task.read(model, data, test, dev, options, recipe.seed)
+    deltas = _Deltas.open(task.sources, options.sources)
+    tuner = _make_tuner(task.loaded, options, recipe.seed, deltas)
+    metric = _Metric(tuner, task.test, options.eval_source)
+    base = metric.measure()
+    phases = Phases(
+        tuner, task.data, task.dev, options.eval_source, out.with_name(f".{out.name}.work"),
+        _identity(options, task, deltas, tuner.k), options.overwrite, progress,
+    )  # fmt: skip
+    try:
+        phases.run(recipe, second, metric.measure)
+        learned = tuner.delta()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if task.new_outputs is not None:
+        learned.notes[CLASSES] = str(task.new_outputs)
+    write_delta(learned, out, options.values)
+    shutil.rmtree(phases.work, ignore_errors=True)
+    delta = read_delta(out)
+    return SparseResult(
+        delta=delta,
+        maskable=tuner.parts.count,
+        size_bytes=out.stat().st_size,
+        metric_name=task.data.metric_name,
+        base=base,
+        full=phases.full_metric,
+        sparse=metric.measure_with(delta),
+        histories=(phases.full_epochs, phases.sparse_epochs),
+        notes=(*task.loaded.notes, *task.samples.notes, *deltas.notes, *phases.notes),
+        stops=tuple(phases.stops),
+    )
+
+
+def _check(out: Path, options: SparseOptions, first: Recipe, second: Recipe) -> None:
+    """Refuse what can be refused before anything is read; ``first`` and ``second``: the phases' recipes."""
     check_free(out, options.overwrite)
     if out.suffix == REFERENCE_SUFFIX:
         raise InputError(
@@ -152,122 +186,56 @@ def train_sparse(
         )
     if out.suffix in _NO_DELTAS:
         raise InputError(f"--out {out}: a delta is no model; give a name that ends in .safetensors")
-    second = replace(recipe, epochs=sparse_epochs, rate=recipe.rate if sparse_rate is None else sparse_rate)
-    recipe.check()
+    first.check()
     if options.values not in VALUES:
         raise InputError(f"--values {options.values}: known are {', '.join(VALUES)}")
-    if sparse_epochs < 1:
-        raise InputError(f"--sparse-epochs {sparse_epochs}: at least 1")
+    if second.epochs < 1:
+        raise InputError(f"--sparse-epochs {second.epochs}: at least 1")
     if not (math.isfinite(second.rate) and second.rate > 0):
         raise InputError(f"--sparse-lr {second.rate:g}: a number above 0")
-    loaded = read_model(model, factory=options.factory, allow=options.allow)
-    several = named_sources(data)
-    if options.eval_source is not None and options.eval_source not in several:
-        raise InputError(f"--eval-source {options.eval_source}: known are {', '.join(several) or 'none'}")
-    if several and options.sources:
-        raise InputError("several sources have a delta each: give --source NAME=FILE, not one to start from for all")
-    samples, given = (
-        read_sources(several, loaded, options.length) if several else read_labelled(data, loaded, options.length)
-    )
-    others = [_read_like(given, each, loaded, options.length) for each in (test, dev)]
-    held, judged = (each[1] if each is not None else None for each in others)
-    classes = new_outputs(loaded, given, samples.source)
-    if classes is not None:
-        loaded = load_model(loaded.source, classes=classes, seed=recipe.seed)
-    module = loaded.module
-    check_labels(module, given, samples.source)
-    for other in others:
-        if other is not None:
-            check_labels(module, other[1], other[0])
-    deltas = open_deltas(list(dict.fromkeys(each.delta for each in several.values() if each.delta is not None)))
-    beside = {name: deltas.get(str(each.delta), SparseDelta(None, {})) for name, each in several.items()}
-    started = open_deltas(options.sources)
-    tuner = _make_tuner(loaded, options, recipe.seed, beside, started)
-    source = options.eval_source
-    base = _measured(tuner, held, source)
-    start: tuple[object, ...] = (
-        options.identity(loaded, started),
-        samples.fingerprint,
-        tuner.k,
-        judged and judged.digest,
-    )
-    if several:
-        start += tuple((name, each.repeats, beside[name].digest) for name, each in several.items())
-    work = out.with_name(f".{out.name}.work")
-
-    notes = [*loaded.notes, *samples.notes, *unbound(started), *unbound(deltas)]
-    stops = list[str]()
-    phases = _Phases(
-        tuner, given, judged, source, work, start, options.rounds, options.overwrite, progress, notes, stops
-    )
-    full, first_history, second_history = None, tuple[Epoch, ...](), tuple[Epoch, ...]()
-    try:
-        for turn in range(options.rounds):
-            if turn:
-                tuner.reopen()
-            if options.criterion == "change" and tuner.k:
-                first_history += phases.train("full", turn, recipe, second if turn else None)
-                full = _measured(tuner, held, source)
-            elif options.criterion in BY_GRADIENT:
-                _gather(tuner, given, recipe.batch)
-            tuner.select()
-            second_history += phases.train("sparse", turn, second, recipe)
-        learned = tuner.delta()
-        if classes is not None:
-            learned.notes[CLASSES] = str(classes)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    write_delta(learned, out, options.values)
-    shutil.rmtree(work, ignore_errors=True)
-    delta = read_delta(out)
-    sparse = _measured_with(tuner, delta, held, source)
-    name = "accuracy" if given.classes else "mean squared error"
-    return SparseResult(
-        delta, tuner.parts.count, out.stat().st_size, name, base, full, sparse, (first_history, second_history),
-        tuple(notes), tuple(stops),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Phases:
-    """What the phases of a run share; ``notes`` and ``stops`` grow as they are trained."""
+class _Task:
+    """A model and labelled samples that it has outputs for.
 
-    tuner: SparseFineTuner
+    Attributes:
+        sources: by name, where there are several.
+        samples, data: what is trained on, as it was read and as the loop takes it.
+        new_outputs: of the head that the model got for the data; None: it had one.
+    """
+
+    loaded: LoadedModel
+    sources: dict[str, Source]
+    samples: Samples
     data: TrainingData
-    judged: TrainingData | None
-    source: str | None  # beside whose delta it is judged
-    work: Path
-    identity: object
-    rounds: int
-    discard: bool
-    progress: Progress
-    notes: list[str]
-    stops: list[str]
+    test: TrainingData | None
+    dev: TrainingData | None
+    new_outputs: int | None
 
-    def train(self, kind: str, turn: int, recipe: Recipe, earlier: Recipe | None) -> tuple[Epoch, ...]:
-        """Go through one phase, from its checkpoint if there is one; its epochs.
-
-        Args:
-            earlier: the recipe of the phase before, on which this one depends too.
-        """
-        number = f" {turn + 1}" if self.rounds > 1 else ""
-        name = f"{kind} phase{number}"
-        history, stopped = fit(
-            self.tuner.module, self.data, recipe, companion=SparseCompanion(self.tuner),
-            judge=judge_by(self.judged, self.tuner, self.source) if self.judged else None,
-            checkpoint=self.work / f"{kind}{number}.pt",
-            fingerprint=repr((self.identity, name, earlier)),
-            discard=self.discard,
-            progress=lambda done, total, loss: self.progress(f"{name}, loss {loss:.4f}", done, total),
-        )  # fmt: skip
-        if stopped and not history:
-            raise InputError(f"{name}: {stopped}")
-        if stopped:
-            self.stops.append(f"{name} stopped early: {stopped}")
-        if self.judged is not None:
-            best = best_epoch(history)
-            self.notes.append(f"{name}: of {len(history)} epochs number {best} was best on the samples of --dev")
-        return tuple(history)
+    @classmethod
+    def read(
+        cls, model: ModelLike, data: object, test: object, dev: object, options: SparseOptions, seed: int
+    ) -> _Task:
+        """Read all of it; ``seed``: of a new head's weights."""
+        loaded, length = read_model(model, factory=options.factory, allow=options.allow), options.length
+        sources = named_sources(data)
+        if options.eval_source is not None and options.eval_source not in sources:
+            raise InputError(f"--eval-source {options.eval_source}: known are {', '.join(sources) or 'none'}")
+        if sources and options.sources:
+            raise InputError(
+                "several sources have a delta each: give --source NAME=FILE, not one to start from for all"
+            )
+        samples, given = read_sources(sources, loaded, length) if sources else read_labelled(data, loaded, length)
+        held, judged = (_read_like(given, each, loaded, length) for each in (test, dev))
+        outputs = new_outputs(loaded, given, samples.source)
+        if outputs is not None:
+            loaded = load_model(loaded.source, classes=outputs, seed=seed)
+        check_labels(loaded.module, given, samples.source)
+        for other in (held, judged):
+            if other is not None:
+                check_labels(loaded.module, other[1], other[0])
+        return cls(loaded, sources, samples, given, held and held[1], judged and judged[1], outputs)
 
 
 def _read_like(
@@ -280,38 +248,40 @@ def _read_like(
     return samples.source, as_labels_of(given, read)
 
 
-class SparseCompanion:
-    """:class:`~compress.sparse.tuner.SparseFineTuner` as the loop's companion, in either phase."""
+@dataclass(frozen=True)
+class _Deltas:
+    """Deltas that there are already.
 
-    def __init__(self, tuner: SparseFineTuner) -> None:
-        self.tuner = tuner
+    Attributes:
+        beside: each source's own by its name, empty for one that has none.
+        started: those that the base is changed by first.
+        notes: which of them name no base, as sentences.
+    """
 
-    def step(self, source: str | None = None) -> AbstractContextManager[object]:
-        return self.tuner.step(source)
+    beside: dict[str, SparseDelta]
+    started: dict[str, SparseDelta]
+    notes: tuple[str, ...]
 
-    def penalty(self) -> Tensor:
-        return self.tuner.penalty()
-
-    def end_epoch(self, optimizer: Optimizer) -> tuple[str, ...]:
-        return ()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the mask is chosen again, the same, from the full phase's checkpoint
-
-    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer) -> None:
-        """Nothing to load."""
+    @classmethod
+    def open(cls, sources: Mapping[str, Source], paths: Sequence[Path]) -> _Deltas:
+        """Read those of ``sources`` and those in ``paths``, from which training starts."""
+        own = open_deltas(list(dict.fromkeys(each.delta for each in sources.values() if each.delta is not None)))
+        beside = {name: own.get(str(each.delta), SparseDelta(None, {})) for name, each in sources.items()}
+        started = open_deltas(paths)
+        return cls(beside, started, (*unbound(started), *unbound(own)))
 
 
-def _make_tuner(
-    loaded: LoadedModel,
-    options: SparseOptions,
-    seed: int,
-    beside: Mapping[str, SparseDelta],
-    started: Mapping[str, SparseDelta],
-) -> SparseFineTuner:
-    module, base = loaded.module, None
-    if beside:
-        called = {f"the delta of source {name}": each for name, each in beside.items()}
+def _identity(options: SparseOptions, task: _Task, deltas: _Deltas, k: int) -> tuple[object, ...]:
+    """What makes a run another one, for its checkpoints."""
+    dev = task.dev and task.dev.digest
+    one = (options.identity(task.loaded, deltas.started), task.samples.fingerprint, k, dev)
+    return one + tuple((name, each.repeats, deltas.beside[name].digest) for name, each in task.sources.items())
+
+
+def _make_tuner(loaded: LoadedModel, options: SparseOptions, seed: int, deltas: _Deltas) -> SparseFineTuner:
+    module, base, started = loaded.module, None, deltas.started
+    if deltas.beside:
+        called = {f"the delta of source {name}": each for name, each in deltas.beside.items()}
         check_base(called, tensor_hashes(base_tensors(module)))
     if started:
         hashes = tensor_hashes(base_tensors(module))
@@ -321,7 +291,7 @@ def _make_tuner(
             module, density=options.density, k=options.k, criterion=options.criterion,
             rounds=options.rounds, pattern=options.pattern,
             head=(*options.head, *loaded.head), frozen=options.frozen, train_norms=options.train_norms, l1=options.l1,
-            sources=beside, seed=seed,
+            sources=deltas.beside, seed=seed,
         )  # fmt: skip
         if started:
             if options.train_norms:
@@ -333,43 +303,25 @@ def _make_tuner(
     return tuner
 
 
-def judge_by(data: TrainingData, tuner: SparseFineTuner, source: str | None) -> Callable[[nn.Module], float]:
-    """The loop's judge: the accuracy on ``data``, or minus the squared error, beside the delta of ``source``."""
-    sign = 1 if data.classes else -1
+@dataclass(frozen=True)
+class _Metric:
+    """The metric on the ``test`` samples beside the delta of ``source``; None where there are no samples."""
 
-    def judge(module: nn.Module) -> float:
-        with tuner.step(source):
-            return sign * evaluate(module, data)
+    tuner: SparseFineTuner
+    test: TrainingData | None
+    source: str | None
 
-    return judge
+    def measure(self) -> float | None:
+        """Of the module as it is."""
+        if self.test is None:
+            return None
+        with self.tuner.step(self.source):
+            return evaluate(self.tuner.module, self.test)
 
-
-def _gather(tuner: SparseFineTuner, data: TrainingData, batch: int) -> None:
-    """The gradient of the summed loss over all ``data``, in evaluation mode, where dropout adds no chance."""
-    criterion = criterion_of(data)
-    tuner.module.eval()
-    for source, index in data.in_order(batch):
-        inputs, labels = data.take(index)
-        tuner.module.zero_grad(set_to_none=True)
-        with tuner.step(source):
-            (criterion(data.output(tuner.module, inputs), labels) * len(labels)).backward()
-        tuner.gather()
-    tuner.module.zero_grad(set_to_none=True)
-
-
-def _measured(tuner: SparseFineTuner, held: TrainingData | None, source: str | None) -> float | None:
-    if held is None:
-        return None
-    with tuner.step(source):
-        return evaluate(tuner.module, held)
-
-
-def _measured_with(
-    tuner: SparseFineTuner, delta: SparseDelta, held: TrainingData | None, source: str | None
-) -> float | None:
-    """The metric of base and delta; the module is as it was at the start afterwards."""
-    tuner.rewind()
-    done = apply_deltas(tuner.module, {"the delta": delta}, any_base=True)
-    found = _measured(tuner, held, source)
-    revert(tuner.module, done.before)
-    return found
+    def measure_with(self, delta: SparseDelta) -> float | None:
+        """Of base and delta; the module is as it was at the start afterwards."""
+        self.tuner.rewind()
+        done = apply_deltas(self.tuner.module, {"the delta": delta}, any_base=True)
+        found = self.measure()
+        revert(self.tuner.module, done.before)
+        return found
