@@ -22,6 +22,7 @@ from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.int8_quantize import quantize_block
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.launch import launch_options, on_its_device, overlaps, power_of_two
+from compress.kernels.product import integer_product
 from compress.kernels.tile_place import tile_place
 
 __all__ = ["KERNEL", "int8_conv"]
@@ -76,7 +77,7 @@ def int8_conv_fwd_kernel(
             p_image[None, :] + o_c.to(tl.int64)[:, None] * stride_c + o_h * stride_h + o_w * stride_w, mask=m_x, other=0
         )
         b_q = tl.where(m_x, b_x, b_zero.to(tl.int8)) if CODES else quantize_block(b_x, b_scale, b_zero, LOW, HIGH)
-        b_acc = tl.dot(b_w, b_q, b_acc)
+        b_acc = integer_product(b_w, b_q, b_acc)
     b_acc -= tl.load(p_sums + o_out, mask=m_o, other=0)[:, None] * b_zero.to(tl.int32)
     b_y = b_acc.to(tl.float32) * (tl.load(p_wscale + o_out, mask=m_o, other=0.0) * b_scale)[:, None]
     if HAS_BIAS:

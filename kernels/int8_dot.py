@@ -20,6 +20,7 @@ from compress.kernels.int8_quantize import grid_arguments, quantize_block, quant
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.launch import launch_options, multiprocessors, on_its_device, overlaps, power_of_two
 from compress.kernels.partial_sums import sum_partials
+from compress.kernels.product import integer_product
 from compress.kernels.row_grid import RowGrid
 from compress.kernels.tile_place import tile_place
 
@@ -59,7 +60,7 @@ def int8_dot_fwd_kernel(
         b_x = tl.load(p_column + o_k[:, None], mask=m_m[None, :] & m_k[:, None], other=0)
         if not CODES:
             b_x = quantize_block(b_x, b_scale[None, :], b_zero[None, :], LOW, HIGH)
-        b_acc = tl.dot(b_w, b_x, b_acc)
+        b_acc = integer_product(b_w, b_x, b_acc)
     if i_split == 0:
         b_sums = tl.load(p_sums + o_n, mask=m_o, other=0)
         b_acc -= b_sums[:, None] * b_zero.to(tl.int32)[None, :]

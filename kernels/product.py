@@ -1,4 +1,4 @@
-"""A block product on the tensor cores, as every kernel here writes it."""
+"""Block products on the tensor cores, as every kernel here writes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.kernels.launch import capability
 
-__all__ = ["block_product", "product_precision"]
+__all__ = ["block_product", "integer_product", "product_precision"]
 
 
 @triton.jit
@@ -20,6 +20,12 @@ def block_product(b_a, b_b, b_acc, PRECISION: tl.constexpr):
     else:
         b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
     return b_acc
+
+
+@triton.jit
+def integer_product(b_a, b_b, b_acc):
+    """``b_acc + b_a @ b_b`` of bytes in 32-bit integers; triton before 3.9 takes sums for float32 unless it is told."""
+    return tl.dot(b_a, b_b, b_acc, out_dtype=tl.int32)
 
 
 def product_precision(x: Tensor) -> str:

@@ -62,6 +62,17 @@ def test_every_launch_is_in_such_a_function() -> None:
     assert launches == 12
 
 
+def test_products_of_bytes_say_what_they_sum_in() -> None:
+    """Triton 3.6, which GPU machines still have, refuses to compile one that does not; the pinned one finds out."""
+    found = {}
+    for path in Path(launch.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":
+                found[ast.unparse(node)] = path.name
+    assert set(found.values()) == {"product.py"}, "every kernel multiplies by block_product or integer_product"
+    assert "tl.dot(b_a, b_b, b_acc, out_dtype=tl.int32)" in found
+
+
 class Grids:
     """Stands in for a kernel: remembers the grids it would be launched on."""
 
