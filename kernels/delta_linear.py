@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.kernels.delta_rows import DeltaRows, column_dtype
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.lanes import LaneWeight
-from compress.kernels.packed_linear import checked_bias, checked_weight, flat_rows
+from compress.kernels.packed_linear import check_places, checked_bias, checked_weight, flat_rows, row_length
 
 __all__ = ["add_delta_", "choose_delta", "delta_linear", "packed_delta_linear"]
 
@@ -32,8 +32,12 @@ def choose_delta(x: Tensor, base: Tensor | LaneWeight, task: Tensor | None) -> C
     return choose(Call.on(x, "delta_linear", outputs, bits=bits, group_size=group_size, mixed=task is not None))
 
 
-def _checked(starts: Tensor, columns: Tensor, values: Tensor, outputs: int, inputs: int) -> DeltaRows:
-    """The deltas, their sizes checked against the base and each other, before anything is launched."""
+_VALUES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _checked(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, outputs: int, inputs: int) -> DeltaRows:
+    """The deltas, checked against the base, each other and the place of ``x``, before anything is launched."""
+    check_places(x, starts=starts, columns=columns, values=values)
     if starts.dim() != 2 or starts.shape[1] != outputs + 1 or starts.dtype is not torch.int32:
         raise ValueError(
             f"starts {starts.dtype} {tuple(starts.shape)}; deltas to {outputs} outputs need torch.int32 "
@@ -44,6 +48,8 @@ def _checked(starts: Tensor, columns: Tensor, values: Tensor, outputs: int, inpu
             f"columns {columns.dtype} {tuple(columns.shape)} and values {tuple(values.shape)}; deltas to {inputs} "
             f"inputs need {column_dtype(inputs)} [K] and one value each"
         )
+    if values.dtype not in _VALUES:
+        raise ValueError(f"values of {values.dtype}; allowed are {', '.join(map(str, _VALUES))}")
     if not all(part.is_contiguous() for part in (starts, columns, values)):
         raise ValueError("starts, columns and values must be contiguous")
     return DeltaRows(starts, columns, values, inputs)
@@ -55,8 +61,9 @@ def _run(x: Tensor, base: Tensor | LaneWeight, deltas: DeltaRows, task: Tensor |
         raise ValueError(f"{deltas.count} deltas and no task; say of each row which of them is its own")
     if task is not None and (tuple(task.shape) != x.shape[:-1] or task.dtype is not torch.int32):
         raise ValueError(f"task {task.dtype} {tuple(task.shape)}; rows {tuple(x.shape[:-1])} need as many torch.int32")
+    check_places(x, task=task)
     bias = checked_bias(bias, deltas.outputs, x)
-    if not len(flat):
+    if not (len(flat) and deltas.outputs):
         return x.new_empty(*x.shape[:-1], deltas.outputs)
     own = task.reshape(-1).contiguous() if task is not None else None
     y: Tensor = choose_delta(flat, base, own).run(flat, base, deltas, own, bias)
@@ -79,11 +86,13 @@ def delta_linear(
     Raises:
         ValueError: sizes or types do not fit each other, or there are several deltas and no ``task``.
     """
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.dtype is not x.dtype:
+    inputs = row_length(x)
+    if weight.dim() != 2 or weight.shape[1] != inputs or weight.dtype is not x.dtype:
         raise ValueError(
-            f"weight {weight.dtype} {tuple(weight.shape)}; x {x.dtype} needs the same type and [O, {x.shape[-1]}]"
+            f"weight {weight.dtype} {tuple(weight.shape)}; x {x.dtype} needs the same type and [O, {inputs}]"
         )
-    return _run(x, weight.contiguous(), _checked(starts, columns, values, *weight.shape), task, bias)
+    check_places(x, weight=weight)
+    return _run(x, weight.contiguous(), _checked(x, starts, columns, values, *weight.shape), task, bias)
 
 
 @torch.library.custom_op("compress::packed_delta_linear", mutates_args=())
@@ -106,7 +115,7 @@ def packed_delta_linear(
         ValueError: as :func:`delta_linear`, and as :func:`~compress.kernels.packed_linear.packed_linear`.
     """
     weight = checked_weight(x, units, scale, zero_point, bits, group_size)
-    return _run(x, weight, _checked(starts, columns, values, weight.outputs, weight.inputs), task, bias)
+    return _run(x, weight, _checked(x, starts, columns, values, weight.outputs, weight.inputs), task, bias)
 
 
 @torch.library.custom_op("compress::add_delta_", mutates_args=("weight",))
@@ -118,11 +127,12 @@ def add_delta_(weight: Tensor, starts: Tensor, columns: Tensor, values: Tensor, 
     """
     if not weight.is_contiguous() or weight.dim() < 2:
         raise ValueError(f"a weight {tuple(weight.shape)} of strides {weight.stride()}; it must be contiguous [O, ...]")
-    flat = weight.view(weight.shape[0], -1)
-    delta = _checked(starts, columns, values, *flat.shape)
+    flat = weight.view(weight.shape[0], weight[0].numel() if len(weight) else 0)
+    delta = _checked(weight, starts, columns, values, *flat.shape)
     if not 0 <= number < delta.count:
         raise ValueError(f"delta {number}; there are 0 to {delta.count - 1}")
-    choose(Call.on(flat, "add_delta_", delta.outputs)).run(weight, delta, number)
+    if weight.numel():
+        choose(Call.on(flat, "add_delta_", delta.outputs)).run(weight, delta, number)
 
 
 @delta_linear.register_fake

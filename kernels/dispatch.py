@@ -36,7 +36,9 @@ class Call(NamedTuple):
         rank: of a low-rank weight or branch; 0 without.
         mixed: whether rows belong to different sparse deltas.
         groups: of a convolution; ``outputs`` are those of all.
-        trained: whether weights require gradients: what was launched just before may still be writing them.
+        trained: whether weights require gradients or were copied for this call: what was launched just before may
+            still be writing them.
+        aligned: whether packed units begin at a multiple of 4 bytes.
     """
 
     operator: str
@@ -52,6 +54,7 @@ class Call(NamedTuple):
     mixed: bool = False
     groups: int = 1
     trained: bool = False
+    aligned: bool = True
 
     @classmethod
     def on(
@@ -88,6 +91,7 @@ class Requires:
     inputs: int | None = None
     mixed: bool = True
     trained: bool = True
+    unaligned: bool = True
     group_outputs: int | None = None
     capability: tuple[int, int] | None = (8, 0)
 
@@ -121,6 +125,8 @@ class Requires:
             yield "only one delta for all rows, not each row's own"
         if call.trained and not self.trained:
             yield "only weights that stay as they are, not trained ones: it reads ahead of what may still write them"
+        if not call.aligned and not self.unaligned:
+            yield "only units that begin at a multiple of 4 bytes, as it reads them in pairs"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from compress.kernels.tile_place import tile_place
 
 __all__ = ["KERNEL", "int8_conv"]
 
+# From here on places within an image are counted in 64 bits, which take registers that smaller ones are spared.
+_LONG = 1 << 31
+
 
 @triton.jit
 def int8_conv_fwd_kernel(
@@ -37,9 +40,12 @@ def int8_conv_fwd_kernel(
     KH: tl.constexpr, KW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
     OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CODES: tl.constexpr, HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr, REQUANTIZE: tl.constexpr, OUT_OFFSET: tl.constexpr, OUT_LOW: tl.constexpr,
-    OUT_HIGH: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    OUT_HIGH: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of a group's outputs and positions, groups. WHOLE: channels of a group are a multiple of K."""
+    """Programs: tiles of a group's outputs and positions, groups. WHOLE: channels of a group are a multiple of K.
+
+    LONG: an image, of the input or the output, is too large for offsets of 32 bits.
+    """
     i_group = tl.program_id(1)
     i_n, i_m = tile_place(group_outputs, N)
     o_n = i_n * N + tl.arange(0, N)
@@ -70,6 +76,9 @@ def int8_conv_fwd_kernel(
             o_tap = o_k // channels
         o_h = o_y[None, :] * SH - PH + (o_tap // KW * DH)[:, None]
         o_w = o_x[None, :] * SW - PW + (o_tap % KW * DW)[:, None]
+        if LONG:
+            o_h = o_h.to(tl.int64)
+            o_w = o_w.to(tl.int64)
         m_k = o_k < total
         m_x = m_k[:, None] & m_m[None, :] & (o_h >= 0) & (o_h < height) & (o_w >= 0) & (o_w < width)
         b_w = tl.load(p_row + o_k[None, :], mask=m_o[:, None] & m_k[None, :], other=0)
@@ -84,6 +93,9 @@ def int8_conv_fwd_kernel(
         b_y += tl.load(p_bias + o_out, mask=m_o, other=0.0).to(tl.float32)[:, None]
     if RELU:
         b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if LONG:
+        o_y = o_y.to(tl.int64)
+        o_x = o_x.to(tl.int64)
     p_y = p_out + o_image.to(tl.int64)[None, :] * stride_on + o_out.to(tl.int64)[:, None] * stride_oc
     p_y += (o_y * stride_oh + o_x * stride_ow)[None, :]
     m_y = m_o[:, None] & m_m[None, :]
@@ -127,9 +139,15 @@ def int8_conv(
         WHOLE=channels % k == 0, OFFSET=problem.grid.offset, LOW=low, HIGH=high, CODES=x.dtype is torch.int8,
         HAS_BIAS=bias is not None, RELU=problem.relu, REQUANTIZE=problem.following is not None,
         OUT_OFFSET=following.offset, OUT_LOW=next_low, OUT_HIGH=next_high,
-        OVERLAP=overlaps(x), STAGES=stages, num_warps=warps, **launch_options(x),
+        OVERLAP=overlaps(x), STAGES=stages, LONG=max(_reach(x), _reach(out)) >= _LONG,
+        num_warps=warps, **launch_options(x),
     )  # fmt: skip
     return out
+
+
+def _reach(image: Tensor) -> int:
+    """How far apart the first and the last position of an image in ``image`` [B, C, H, W] lie, in entries."""
+    return sum((size - 1) * stride for size, stride in zip(image.shape[2:], image.stride()[2:], strict=True))
 
 
 def default_tile(outputs: int, positions: int, channels: int) -> tuple[int, int, int, int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.int8_weight import Int8Weight
-from compress.kernels.packed_linear import checked_bias, flat_rows
+from compress.kernels.packed_linear import check_places, checked_bias, flat_rows, row_length
 from compress.kernels.row_grid import RowGrid
 
 __all__ = ["checked_int8", "choose_int8", "int8_dynamic_linear", "int8_linear"]
@@ -24,18 +24,28 @@ def choose_int8(x: Tensor, weight: Int8Weight) -> Choice:
     return choose(Call.on(x, "int8_linear", weight.codes.shape[0], bits=8, group_size=x.shape[1]))
 
 
-def checked_int8(weight: Tensor, weight_scale: Tensor, weight_sums: Tensor, inputs: int, outputs: int) -> Int8Weight:
-    """The weight, its parts' sizes checked against each other: a kernel would read past the end of wrong ones.
+def checked_int8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sums: Tensor, row: tuple[int, ...]
+) -> Int8Weight:
+    """The weight, its parts checked against ``x``, each other and the shape of a ``row``, [I] or that of a kernel: a
+    kernel would read past the end of wrong ones.
 
     Raises:
-        ValueError: one has another size or type.
+        ValueError: one has another size, type or device.
     """
-    wanted = {"weight": (weight, torch.int8), "weight_scale": (weight_scale, torch.float32)}
-    for name, (part, dtype) in (wanted | {"weight_sums": (weight_sums, torch.int32)}).items():
-        shape = (outputs,) if name != "weight" else (outputs, inputs)
-        found = tuple(part.shape) if name != "weight" else (part.shape[0], part[0].numel() if outputs else inputs)
-        if found != shape or part.dtype is not dtype or not part.is_contiguous():
-            raise ValueError(f"{name} {part.dtype} {found}; {outputs} x {inputs} need contiguous {dtype} {shape}")
+    outputs = weight.shape[0] if weight.dim() else 0
+    wanted = {
+        "weight": (weight, torch.int8, (outputs, *row)),
+        "weight_scale": (weight_scale, torch.float32, (outputs,)),
+        "weight_sums": (weight_sums, torch.int32, (outputs,)),
+    }
+    for name, (part, dtype, shape) in wanted.items():
+        if tuple(part.shape) != shape or part.dtype is not dtype or not part.is_contiguous():
+            raise ValueError(
+                f"{name} {part.dtype} {tuple(part.shape)}; {' x '.join(map(str, (outputs, *row)))} need contiguous "
+                f"{dtype} {shape}"
+            )
+    check_places(x, weight=weight, weight_scale=weight_scale, weight_sums=weight_sums)
     return Int8Weight(weight, weight_scale, weight_sums)
 
 
@@ -43,7 +53,7 @@ def _run(x: Tensor, grid: RowGrid, weight: Int8Weight, bias: Tensor | None) -> T
     flat = flat_rows(x)
     outputs = weight.codes.shape[0]
     bias = checked_bias(bias, outputs, x)
-    if not len(flat):
+    if not (len(flat) and outputs):
         return x.new_empty(*x.shape[:-1], outputs)
     y: Tensor = choose_int8(flat, weight).run(flat, grid, weight, bias)
     return y.reshape(*x.shape[:-1], -1)
@@ -70,7 +80,8 @@ def int8_linear(
     Raises:
         ValueError: parts have another size or type.
     """
-    found = checked_int8(weight, weight_scale, weight_sums, x.shape[-1], weight.shape[0])
+    found = checked_int8(x, weight, weight_scale, weight_sums, (row_length(x),))
+    check_places(x, scale=scale, zero_point=zero_point)
     if scale.numel() not in (1, x.numel() // x.shape[-1]) or scale.shape != zero_point.shape:
         raise ValueError(
             f"scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)}; x {tuple(x.shape)} needs one of "
@@ -94,7 +105,7 @@ def int8_dynamic_linear(
     Raises:
         ValueError: as there.
     """
-    found = checked_int8(weight, weight_scale, weight_sums, x.shape[-1], weight.shape[0])
+    found = checked_int8(x, weight, weight_scale, weight_sums, (row_length(x),))
     return _run(x, RowGrid("token" if per_token else "tensor"), found, bias)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.kernels.dispatch import Call, Choice, choose
-from compress.kernels.packed_linear import checked_bias, flat_rows
+from compress.kernels.packed_linear import check_places, checked_bias, flat_rows, row_length
 
 __all__ = ["choose_lowrank", "lowrank_linear"]
 
@@ -34,10 +34,11 @@ def lowrank_linear(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, ran
     """``x`` [..., I], ``up`` [O, R] and ``down`` [R, I] of its dtype, ``bias`` [O], to [..., O] at ``rank``.
 
     Raises:
-        ValueError: the factors do not fit each other or ``x``, are not row-major, or have fewer components; or the
-            bias does not fit.
+        ValueError: the factors do not fit each other or ``x``, are not row-major or elsewhere, or have fewer
+            components; or the bias does not fit.
     """
-    inputs, total = x.shape[-1], up.shape[1]
+    check_places(x, up=up, down=down)
+    inputs, total = row_length(x), up.shape[-1] if up.dim() == 2 else 0
     if tuple(down.shape) != (total, inputs) or not 1 <= rank <= total:
         raise ValueError(
             f"up {tuple(up.shape)} and down {tuple(down.shape)} at rank {rank}; allowed are [O, R] and [R, {inputs}] "
@@ -49,7 +50,7 @@ def lowrank_linear(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, ran
         raise ValueError(f"up of {up.dtype} and down of {down.dtype}; x needs both of {x.dtype}, its own type")
     bias = checked_bias(bias, up.shape[0], x)
     flat = flat_rows(x)
-    if not len(flat):
+    if not (len(flat) and len(up)):
         return x.new_empty(*x.shape[:-1], up.shape[0])
     choice = choose_lowrank(flat, up, down, rank)
     y: Tensor = choice.run(flat, up[:, :rank], down[:rank], bias)

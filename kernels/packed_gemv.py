@@ -271,6 +271,8 @@ KERNEL = Kernel(
         bits=(2, 3, 4, 5, 6, 7, 8),
         group_sizes=(16, 32, 64, 128, 256),
         rank=512,
+        trained=False,
+        unaligned=False,
         capability=(8, 0),
     ),
 )

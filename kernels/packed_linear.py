@@ -19,16 +19,61 @@ from torch import Tensor
 from compress.kernels.dispatch import Call, Choice, choose
 from compress.kernels.lanes import LaneWeight, unit_shape
 
-__all__ = ["checked_bias", "checked_weight", "choose_packed", "flat_rows", "packed_linear", "packed_lowrank_linear"]
+__all__ = [
+    "check_places",
+    "checked_bias",
+    "checked_weight",
+    "choose_packed",
+    "flat_rows",
+    "packed_linear",
+    "packed_lowrank_linear",
+    "row_length",
+]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0) -> Choice:
-    """The kernel that multiplies ``x`` [M, I] with ``weight``, and why others do not."""
+def choose_packed(x: Tensor, weight: LaneWeight, rank: int = 0, trained: bool = False) -> Choice:
+    """The kernel that multiplies ``x`` [M, I] with ``weight``, and why others do not.
+
+    ``rank`` is the branch's, ``trained`` whether its factors may still be being written.
+    """
     return choose(
-        Call.on(x, "packed_linear", weight.outputs, bits=weight.bits, group_size=weight.group_size, rank=rank)
+        Call.on(
+            x,
+            "packed_linear",
+            weight.outputs,
+            bits=weight.bits,
+            group_size=weight.group_size,
+            rank=rank,
+            trained=trained,
+            aligned=weight.units.data_ptr() % 4 == 0,
+        )
     )
+
+
+def row_length(x: Tensor) -> int:
+    """I of ``x`` [..., I].
+
+    Raises:
+        ValueError: it has no last dimension, or nothing in it.
+    """
+    if x.dim() == 0 or not x.shape[-1]:
+        raise ValueError(f"x of shape {tuple(x.shape)}; a linear takes [..., I], of 1 input or more")
+    return x.shape[-1]
+
+
+def check_places(x: Tensor, **parts: Tensor | None) -> None:
+    """Refuse what is not on ``x``'s device: a kernel would take its address for one of that device.
+
+    Raises:
+        ValueError: a part is elsewhere.
+    """
+    for name, part in parts.items():
+        if part is not None and part.device != x.device:
+            raise ValueError(
+                f"{name} on {part.device} and x on {x.device}; move one of them: both must be on one device"
+            )
 
 
 def checked_weight(
@@ -37,7 +82,10 @@ def checked_weight(
     """The weight, its sizes checked against ``x`` and each other: a kernel would read past the end of wrong ones."""
     if not 2 <= bits <= 8 or group_size < 1:
         raise ValueError(f"{bits} bits in groups of {group_size}; allowed are 2 to 8 bits, and groups of 1 or more")
-    inputs, outputs = x.shape[-1], scale.shape[0]
+    check_places(x, units=units, scale=scale, zero_point=zero_point)
+    if scale.dim() != 2:
+        raise ValueError(f"scale of shape {tuple(scale.shape)}; a weight has a row of them for each output: [O, G]")
+    inputs, outputs = row_length(x), scale.shape[0]
     wanted = unit_shape(outputs, inputs, bits)
     if tuple(units.shape) != wanted or units.dtype is not torch.int16 or not units.is_contiguous():
         raise ValueError(
@@ -73,7 +121,7 @@ def checked_bias(bias: Tensor | None, outputs: int, x: Tensor) -> Tensor | None:
 
 def flat_rows(x: Tensor) -> Tensor:
     """``x`` as [M, I], its rows contiguous."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, row_length(x))
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
@@ -85,12 +133,12 @@ def packed_linear(
 
     Raises:
         ValueError: units, scales, zero points or ``bias`` have another size or type than ``bits`` and ``group_size``
-            ask for.
+            ask for, or are on another device.
     """
     weight = checked_weight(x, units, scale, zero_point, bits, group_size)
     bias = checked_bias(bias, weight.outputs, x)
     flat = flat_rows(x)
-    if not len(flat):
+    if not (len(flat) and weight.outputs):
         return x.new_empty(*x.shape[:-1], weight.outputs)
     return choose_packed(flat, weight).run(flat, weight, bias).reshape(*x.shape[:-1], -1)
 
@@ -114,18 +162,22 @@ def packed_lowrank_linear(
     """
     weight = checked_weight(x, units, scale, zero_point, bits, group_size)
     bias = checked_bias(bias, weight.outputs, x)
-    rank = down.shape[0]
-    if tuple(down.shape) != (rank, weight.inputs) or tuple(up.shape) != (weight.outputs, rank):
+    check_places(x, up=up, down=down)
+    rank = down.shape[0] if down.dim() else 0
+    if rank < 1 or tuple(down.shape) != (rank, weight.inputs) or tuple(up.shape) != (weight.outputs, rank):
         raise ValueError(
-            f"up {tuple(up.shape)} and down {tuple(down.shape)}; the weight is {weight.outputs} x {weight.inputs}"
+            f"up {tuple(up.shape)} and down {tuple(down.shape)}; the weight is {weight.outputs} x {weight.inputs}, and "
+            f"needs [{weight.outputs}, R] and [R, {weight.inputs}] of a rank R from 1 on"
         )
     if up.dtype is not x.dtype or down.dtype is not x.dtype:
         raise ValueError(f"up of {up.dtype} and down of {down.dtype}; x needs both of {x.dtype}, its own type")
-    up, down = (part if part.stride(-1) == 1 else part.contiguous() for part in (up, down))
     flat = flat_rows(x)
-    if not len(flat):
+    if not (len(flat) and weight.outputs):
         return x.new_empty(*x.shape[:-1], weight.outputs)
-    choice = choose_packed(flat, weight, rank)
+    # Factors that an optimizer's step or a copy, launched just before, may still be writing are not read ahead.
+    trained = any(part.requires_grad or part.stride(-1) != 1 for part in (up, down))
+    up, down = (part if part.stride(-1) == 1 else part.contiguous() for part in (up, down))
+    choice = choose_packed(flat, weight, rank, trained)
     if choice.name == "packed_gemv":
         from compress.kernels.thin_gemv import inner_gemv
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from compress.kernels import int8_conv as conv_module
 from compress.kernels.conv_problem import ConvProblem, conv_reference
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.fake_quantize import fake_quantize
@@ -149,6 +150,14 @@ def test_the_largest_sums_fit(zero: int, value: float, bytes_in: bool, device: s
     assert float(got) == -128 * value * MOST_INPUTS
 
 
+def test_large_images(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those whose places need 64 bits."""
+    x, weight, _, bias, problem = case("stride and dilation", device)
+    wanted = in_small(x, weight, bias, problem)
+    monkeypatch.setattr(conv_module, "_LONG", 0)
+    assert torch.equal(in_small(x, weight, bias, problem), wanted)
+
+
 def arguments(device: str = "cpu") -> tuple[Any, ...]:
     x, weight, _, bias, problem = case("3 x 3", device)
     found = (x, problem.grid.scale, problem.grid.zero_point, weight.codes, weight.scale, weight.sums, bias)
@@ -199,7 +208,7 @@ def test_choice(change: dict[str, Any], kernel: str) -> None:
         (0, torch.zeros(2, 5, 0, 9), r"is smaller than the kernel, 3 x 3"),
         (1, torch.ones(2), r"the input's grid: scale torch\.float32 \(2,\); a convolution takes one"),
         (2, torch.zeros(1, dtype=torch.int32), r"zero_point torch\.int32, 8 bits"),
-        (4, torch.ones(6), r"weight_scale torch\.float32 \(6,\); 7 x 45 need contiguous"),
+        (4, torch.ones(6), r"weight_scale torch\.float32 \(6,\); 7 x 3 x 3 x 5 need contiguous"),
     ],
 )
 def test_wrong_sizes_are_refused(place: int, value: Tensor, message: str) -> None:

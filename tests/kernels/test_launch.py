@@ -78,10 +78,11 @@ class Grids:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []
+        self.settings: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         self.seen.append(grid)
-        return lambda *arguments, **named: None
+        return lambda *arguments, **named: self.settings.append(named)
 
 
 @pytest.fixture
@@ -116,6 +117,15 @@ def test_more_rows_than_a_grids_y_takes(grids: Grids) -> None:
         int8_dot.int8_dot(torch.zeros(9_000_000, 1, dtype=torch.float16), grid, weight)
     assert len(grids.seen) == 7
     assert all(size <= 65_535 for grid in grids.seen for size in grid[1:]), grids.seen
+
+
+@pytest.mark.parametrize(("stride", "long"), [(1 << 30, True), ((1 << 30) - 1, False)])
+def test_places_in_a_large_image_are_counted_in_64_bits(stride: int, long: bool, grids: Grids) -> None:
+    problem = ConvProblem(RowGrid("static", torch.ones(1), torch.zeros(1)), (1, 1), (0, 0), (1, 1), 1)
+    weight = Int8Weight(torch.zeros(1, 1, 1, 1, dtype=torch.int8), torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    x = torch.empty_strided((1, 1, 3, 1), (1, 1, stride, 1), dtype=torch.int8, device="meta")
+    int8_conv.int8_conv(x, weight, None, problem)
+    assert [each["LONG"] for each in grids.settings] == [long]
 
 
 def _is_launch(call: ast.Call) -> bool:
