@@ -12,15 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["dynamic_grid", "fake_quantize_dynamic"]
+__all__ = ["divide", "dynamic_grid", "fake_quantize_dynamic"]
 
 _TOP = 255
+
+
+def divide(x: Tensor, number: int) -> Tensor:
+    """``x / number``, rounded once everywhere: on a GPU torch multiplies with a plain number's reciprocal instead."""
+    return x / x.new_full((), number)
 
 
 def dynamic_grid(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point, [] each in ``x``'s dtype, of the 8-bit grid that ``x`` gets."""
     low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
-    scale = (high - low) / _TOP
+    scale = divide(high - low, _TOP)
     # All zeros: any grid keeps them. Its value is not asked for: a GPU would have to be waited for.
     scale = torch.where(scale > 0, scale, 1.0)
     offset = torch.round((-low / scale).clamp(0, _TOP))

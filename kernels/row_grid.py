@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.kernels.dynamic import dynamic_grid
+from compress.kernels.dynamic import divide, dynamic_grid
 
 __all__ = ["KINDS", "RowGrid"]
 
@@ -64,7 +64,7 @@ class RowGrid:
             scale, zero = (each.reshape(1, 1) for each in dynamic_grid(x))
             zero = zero - self.offset
         else:
-            scale = x.abs().amax(1, keepdim=True) / 127
+            scale = divide(x.abs().amax(1, keepdim=True), 127)
             scale = torch.where(scale > 0, scale, 1.0)
             zero = torch.zeros_like(scale)
         codes = torch.round(x / scale).add_(zero).clamp_(*self.bounds)

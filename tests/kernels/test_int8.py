@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.dynamic import fake_quantize_dynamic
@@ -91,6 +92,26 @@ def test_codes_are_the_references(kind: str, device: str) -> None:
     grid = grids(4, device)[kind]
     codes = quantize_rows(x, grid, grid_arguments(x, grid))
     assert torch.equal(codes.float(), grid.quantize(x)[0])
+
+
+class AsOnGpus(TorchDispatchMode):
+    """Tensors divided by plain numbers as CUDA does it: multiplied with the reciprocal."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.div and not isinstance(args[1], Tensor):
+            return args[0] * args[0].new_full((), args[1]).reciprocal()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_gpus_reference_finds_the_same_grids(kind: str) -> None:
+    x = torch.randn(400, 30)
+    grid = grids(400, "cpu")[kind]
+    wanted = grid.quantize(x)
+    with AsOnGpus():
+        assert not torch.equal(x / 127, torch.div(x, torch.tensor(127.0))), "they do differ"
+        for got, exact in zip(grid.quantize(x), wanted, strict=True):
+            assert torch.equal(got, exact)
 
 
 def test_grids_are_those_of_the_graphs_operators(device: str) -> None:
