@@ -12,6 +12,9 @@ from torch import Tensor
 from compress.kernels.lanes import LaneWeight
 from compress.weights import QuantizedWeight
 
+# Read once, before the first product on a GPU: without it torch warns of each one where fresh memory is to hold NaN.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 @pytest.fixture
 def device() -> str:

@@ -16,6 +16,8 @@ from compress.errors import InputError
 from compress.graph.fold import fold_batch_norm
 from compress.graph.simplify import simplify
 from compress.graph.traced import trace
+from compress.kernels.delta_reference import add_reference
+from compress.kernels.delta_rows import DeltaRows
 from compress.kernels.table import register_operators
 from compress.runtime.base import BASE_FILE, compare_base, read_base, write_base
 from compress.runtime.delta import add_to_graph
@@ -202,6 +204,19 @@ def test_on_gpus_codes_stay_packed_beside_the_delta(artifact: Path) -> None:
         assert (runs["query"].bits, runs["query"].group_size) == (4, 16)
     runs = {run.layer: run for run in explain(traced, (x,))}
     assert (runs["query"].operator, runs["query"].kernel) == ("delta_linear", "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_adding_in_place_is_merging(dtype: torch.dtype) -> None:
+    """To the bit; the kernel is compared with the reference in tests/kernels/test_delta.py."""
+    module = nn.Conv2d(3, 7, 3, dtype=dtype)
+    shape, weight = tuple(module.weight.shape), module.weight.detach().clone()
+    index = torch.randperm(7 * 27)[:80].sort().values
+    values = torch.randn(80) * torch.tensor(10.0).pow(torch.randint(-6, 3, (80,)))
+    sparse = SparseDelta(None, {"weight": SparseTensor(shape, str(dtype).removeprefix("torch."), index, values)})
+    apply_deltas(module, {"delta": sparse}, any_base=True)
+    add_reference(weight, DeltaRows.from_flat(shape, index, values))
+    assert torch.equal(weight, module.weight)
 
 
 def test_refusals(artifact: Path, tmp_path: Path) -> None:
