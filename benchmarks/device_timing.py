@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["copies_for", "copy_bandwidth", "record_graph", "time_in_turn"]
+__all__ = ["copies_for", "copy_bandwidth", "matmul_rate", "record_graph", "time_in_turn"]
 
 ROUNDS = 15
 MIN_ROUND_US = 2000.0
@@ -75,4 +75,19 @@ def copy_bandwidth() -> float:
         end.record()
         end.synchronize()
         best = max(best, 2 * source.numel() * 4 / start.elapsed_time(end) / 1e6)
+    return best
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """TFLOP/s of torch.matmul on two random matrices [size, size] of ``dtype``: the best of several rounds."""
+    a, b = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    best = 0.0
+    for _ in range(10):
+        start.record()
+        torch.matmul(a, b, out=out)
+        end.record()
+        end.synchronize()
+        best = max(best, 2 * size**3 / start.elapsed_time(end) / 1e9)
     return best

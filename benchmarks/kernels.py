@@ -1,17 +1,18 @@
-"""Every kernel beside torch.matmul in bfloat16, on one GPU, in one run.
+"""Every kernel beside torch.matmul in 16 bits, on one GPU, in one run.
 
-``python -m benchmarks.kernels`` writes ``benchmarks/results/kernels-DEVICE.json`` and a table beside it. A case is a
-shape function (CASES): what it computes, the tensors one call reads, and how dense the same layer would be. Weights are
-random codes, never zeros. GB/s counts what a call must read of its weight: codes, scales, zero points, factors. Beside
-4 bits in groups of 128 stand, in the same rounds, those of torchao, gemlite and bitsandbytes that are installed.
+``python -m benchmarks.kernels`` writes ``benchmarks/results/kernels-DEVICE.json`` and a table beside it, anew after
+each case; one that fails is reported there, and the next one runs. A case is a shape function (:func:`cases`): what it
+computes, the tensors one call reads, and how dense the same layer would be. Weights are random codes, never zeros. GB/s
+counts what a call must read of its weight: codes, scales, zero points, factors. Beside 4 bits in groups of 128 stand,
+in the same rounds, those of torchao, gemlite and bitsandbytes that are installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.device_timing import copies_for, copy_bandwidth, record_graph, time_in_turn
+from benchmarks.device_timing import copies_for, copy_bandwidth, matmul_rate, record_graph, time_in_turn
 from benchmarks.kernel_peers import PEER_GROUP, installed_peers, peer_graph
+from benchmarks.kernel_results import Results
 from compress.kernels.delta_linear import choose_delta
 from compress.kernels.delta_reference import delta_reference
 from compress.kernels.delta_rows import DeltaRows
@@ -39,6 +41,7 @@ from compress.kernels.table import register_operators
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((4096, 4096), (8192, 28672))
 DTYPE = torch.bfloat16
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_ERROR = 1e-2
 PEERS_BESIDE = f"4 bits, group {PEER_GROUP}"
 
@@ -98,7 +101,7 @@ def packed_lowrank(bits: int, group: int, rank: int) -> Callable[[Tensor, int], 
 
     def make(x: Tensor, outputs: int) -> Call:
         w = random_weight(outputs, x.shape[1], bits, group)
-        up, down = random_factors(outputs, x.shape[1], rank)
+        up, down = random_factors(outputs, x.shape[1], rank, x.dtype)
         run = torch.ops.compress.packed_lowrank_linear
         return Call(
             x,
@@ -117,7 +120,7 @@ def lowrank(divisor: int, kept: int) -> Callable[[Tensor, int], Call]:
     def make(x: Tensor, outputs: int) -> Call:
         total = x.shape[1] // divisor
         rank = total // kept
-        up, down = random_factors(outputs, x.shape[1], total)
+        up, down = random_factors(outputs, x.shape[1], total, x.dtype)
         run = torch.ops.compress.lowrank_linear
         return Call(
             x,
@@ -179,14 +182,14 @@ def with_delta(bits: int, group: int, density: float, tasks: int) -> Callable[[T
     return make
 
 
-def random_factors(outputs: int, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
+def random_factors(outputs: int, inputs: int, rank: int, dtype: torch.dtype = DTYPE) -> tuple[Tensor, Tensor]:
     """``up`` [O, R] and ``down`` [R, I]."""
-    up = torch.randn(outputs, rank, device="cuda", dtype=DTYPE) * rank**-0.5
-    return up, torch.randn(rank, inputs, device="cuda", dtype=DTYPE) * inputs**-0.5
+    up = torch.randn(outputs, rank, device="cuda", dtype=dtype) * rank**-0.5
+    return up, torch.randn(rank, inputs, device="cuda", dtype=dtype) * inputs**-0.5
 
 
 def cases() -> list[Case]:
-    """Everything that is measured."""
+    """Everything that is measured, first what a target is set for: a lent GPU's minutes may end before the cases do."""
     found = []
     for shape in SHAPES:
         for rows, target in ((1, ">= 3x, >= 80 % of copy"), (4, ""), (16, ">= 2.5x"), (64, ""), (2048, ">= 0.9x")):
@@ -209,18 +212,21 @@ def cases() -> list[Case]:
         for rows in (1, 4, 16):
             found.append(Case("rank inputs / 8", rows, shape, lowrank(8, 1), ">= 4x"))
         found.append(Case("rank inputs / 8, half of it used", 1, shape, lowrank(8, 2)))
-    return found
+    return sorted(found, key=lambda case: not case.target)
 
 
-def measure(case: Case, bandwidth: float) -> dict[str, Any]:
-    """Time one case, its dense twin, and the case it stands beside, in turn."""
+def measure(case: Case, bandwidth: float, rate: float, dtype: torch.dtype = DTYPE) -> dict[str, Any]:
+    """Time one case, its dense twin, and the case it stands beside, in turn.
+
+    ``bandwidth``: GB/s of a copy; ``rate``: TFLOP/s of a matrix product in ``dtype``, which inputs are in.
+    """
     outputs, inputs = case.shape
     makers = {"ours": case.make}
     if case.beside:
         makers["beside"] = packed(4, 128)
     graphs, kept, error = {}, [], 0.0
     for name, make in makers.items():
-        calls = [make(torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE), outputs)]
+        calls = [make(torch.randn(case.rows, inputs, device="cuda", dtype=dtype), outputs)]
         copies = copies_for(calls[0].weight_bytes)
         calls += [make(torch.randn_like(calls[0].x), outputs) for _ in range(copies - 1)]
         graph, results = record_graph([call.run for call in calls])
@@ -235,12 +241,12 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
     if not error <= MAX_ERROR:
         raise AssertionError(f"{case}: relative error {error:.2e}")
     copies = copies_for(2 * outputs * inputs)
-    weights = [torch.randn(outputs, inputs, device="cuda", dtype=DTYPE) * inputs**-0.5 for _ in range(copies)]
-    xs = [torch.randn(case.rows, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
+    weights = [torch.randn(outputs, inputs, device="cuda", dtype=dtype) * inputs**-0.5 for _ in range(copies)]
+    xs = [torch.randn(case.rows, inputs, device="cuda", dtype=dtype) for _ in range(copies)]
     dense = [lambda x=x, w=w: torch.matmul(x, w.T) for x, w in zip(xs, weights, strict=True)]
     graphs["dense"] = (record_graph(dense)[0], copies)
     peers: dict[str, Any] = {}
-    if case.name == PEERS_BESIDE:
+    if case.name == PEERS_BESIDE and dtype is torch.bfloat16:
         for name, peer in installed_peers().items():
             try:
                 graphs[name], held, peers[name] = peer_graph(peer, case.rows, case.shape)
@@ -249,6 +255,7 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
                 peers[name] = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
     times = time_in_turn(graphs)
     ours = statistics.median(times["ours"])
+    tflop_per_s = 2 * case.rows * outputs * inputs / ours / 1e6
     for name, found in peers.items():
         if name in times:
             found["us"] = round(statistics.median(times[name]), 2)
@@ -267,7 +274,8 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
         "weight_bytes": first.weight_bytes,
         "gb_per_s": round(first.weight_bytes / ours / 1000, 1),
         "share_of_copy": round(first.weight_bytes / ours / 1000 / bandwidth, 3),
-        "tflop_per_s": round(2 * case.rows * outputs * inputs / ours / 1e6, 1),
+        "tflop_per_s": round(tflop_per_s, 1),
+        "share_of_matmul": round(tflop_per_s / rate, 3),
         "relative_error": float(f"{error:.2e}"),
         "target": case.target,
     }
@@ -279,73 +287,69 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
     return row
 
 
-def table(result: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        f"# Kernels on one {result['device']}",
-        "",
-        f"`{result['command']}`, torch {result['torch']}, triton {result['triton']}. Copy: "
-        f"{result['copy_gb_per_s']:.0f} GB/s, read and written. All in CUDA graphs over cold buffers; dense is "
-        "torch.matmul in bfloat16 in the same rounds; GB/s counts the bytes of the compressed weight.",
-        "",
-        "| weight | outputs x inputs | rows | kernel | us | dense us | speedup | GB/s | of copy | target |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        target = row["target"]
-        if "times_beside" in row:
-            target = f"{row['times_beside']:.2f}x the time without; {target}".removesuffix("; ")
-        beside = [
-            f"{name} {peer['times_ours']:.2f}x our time" for name, peer in row.get("peers", {}).items() if "us" in peer
-        ]
-        target = "; ".join(part for part in (target, *beside) if part)
-        lines.append(
-            f"| {row['case']} | {row['outputs']} x {row['inputs']} | {row['rows']} | {row['kernel']} | {row['us']:.1f} "
-            f"| {row['dense_us']:.1f} | {row['speedup']:.2f}x | {row['gb_per_s']:.0f} "
-            f"| {100 * row['share_of_copy']:.0f} % | {target} |"
-        )
-    return "\n".join(lines) + "\n"
+def warm(found: list[Case], dtype: torch.dtype) -> None:
+    """Only compile what the cases ``found`` run, so that several processes can do it before one measures."""
+    for case in found:
+        try:
+            case.make(torch.randn(case.rows, case.shape[1], device="cuda", dtype=dtype), case.shape[0]).run()
+        except Exception as error:  # noqa: BLE001 -- measuring will meet and report it
+            print(f"{case.name}, {case.rows} rows, {case.shape}: {type(error).__name__}", flush=True)
+
+
+def is_usable() -> bool:
+    """Whether the GPU still takes work: after an illegal access it refuses all of this process's."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of inputs, factors and dense weights")
     parser.add_argument("--warm", type=int, nargs=2, metavar=("I", "N"), help="only compile every Nth case, from I on")
+    parser.add_argument(
+        "--from", dest="first", type=int, default=0, metavar="N", help="go on behind the N cases that --out has already"
+    )
     arguments = parser.parse_args()
     register_operators()
     torch.manual_seed(0)
+    dtype = DTYPES[arguments.dtype]
     if arguments.warm:
         index, count = arguments.warm
-        for case in cases()[index::count]:
-            case.make(torch.randn(case.rows, case.shape[1], device="cuda", dtype=DTYPE), case.shape[0]).run()
+        warm(cases()[index::count], dtype)
         return
-    device = torch.cuda.get_device_name()
-    bandwidth = copy_bandwidth()
-    result: dict[str, Any] = {
-        "device": device,
-        "command": "python -m benchmarks.kernels",
+    bandwidth, rate = copy_bandwidth(), matmul_rate(dtype)
+    header = {
+        "device": torch.cuda.get_device_name(),
+        "command": "python -m benchmarks.kernels" + (f" --dtype {arguments.dtype}" if dtype is not DTYPE else ""),
+        "dtype": arguments.dtype,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_gb_per_s": round(bandwidth, 1),
-        "rows": [],
+        "matmul_tflop_per_s": round(rate, 1),
     }
-    stem = f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower())}"
-    failures = []
-    for case in cases():
+    results = Results(arguments.out, header, arguments.first)
+    shown = ("case", "outputs", "inputs", "rows", "kernel", "us", "dense_us", "speedup", "share_of_copy")
+    for number, case in list(enumerate(cases()))[arguments.first :]:
         try:
-            result["rows"].append(measure(case, bandwidth))
-        except Exception as error:  # noqa: BLE001 -- reported below, and the others are still worth their time
-            failures.append(f"{case.name}, {case.rows} rows, {case.shape}: {type(error).__name__}: {error}")
-            print(failures[-1], flush=True)
+            row = measure(case, bandwidth, rate, dtype)
+        except Exception as error:  # noqa: BLE001 -- reported, and the others are still worth their time
+            results.fail(case.name, case.rows, case.shape, error)
+            print(number, *results.failures[-1].values(), flush=True)
+            if not is_usable():
+                # Another process has a GPU that works; this one's memory goes with it.
+                rest = ["--out", str(arguments.out), "--dtype", arguments.dtype, "--from", str(number + 1)]
+                os.execv(sys.executable, [sys.executable, "-m", "benchmarks.kernels", *rest])
             continue
-        row = result["rows"][-1]
-        shown = ("case", "outputs", "inputs", "rows", "kernel", "us", "dense_us", "speedup", "share_of_copy")
-        print(*(row[name] for name in shown), row.get("times_beside", ""), row["relative_error"], flush=True)
-        (arguments.out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (arguments.out / f"{stem}.md").write_text(table(result))
-    if failures:
-        raise SystemExit(f"{len(failures)} cases failed")
+        results.add(row)
+        print(number, *(row[name] for name in shown), row.get("times_beside", ""), row["relative_error"], flush=True)
+    if results.failures:
+        raise SystemExit(f"{len(results.failures)} cases failed")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""A benchmark of kernels loses nothing: not what was measured before a case failed, nor what comes behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import kernels
+from benchmarks.kernel_results import Results
+
+HEADER = {"device": "NVIDIA H200", "command": "python -m benchmarks.kernels", "dtype": "bfloat16", "torch": "2"}
+HEADER |= {"triton": "3"}
+FIGURES = {"kernel": "k", "us": 1.0, "dense_us": 2.0, "speedup": 2.0, "gb_per_s": 3.0, "share_of_copy": 0.5}
+FIGURES |= {"tflop_per_s": 4.0, "share_of_matmul": 0.25, "target": "", "relative_error": 1e-3}
+
+
+class Restarted(BaseException):
+    """In the place of another process."""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run(failing, usable, *arguments)`` of three cases, of which those in ``failing`` fail: what is on disk then."""
+    found = [kernels.Case(name, 1, (8, 32), lambda x, outputs: None) for name in "abc"]  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(kernels, "cases", lambda: found)
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda: 4000.0)
+    monkeypatch.setattr(kernels, "matmul_rate", lambda dtype: 700.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def go(failing: str, usable: bool, *arguments: str) -> tuple[list[str], list[str], list[str]]:
+        restarted: list[str] = []
+
+        def measure(case: kernels.Case, *_: Any) -> dict[str, Any]:
+            if case.name in failing:
+                raise RuntimeError("an illegal memory access |\n was met")
+            return {"case": case.name, "rows": case.rows, "outputs": 8, "inputs": 32, **FIGURES}
+
+        def synchronize() -> None:
+            if not usable:
+                raise RuntimeError("CUDA error")
+
+        def execv(program: str, given: list[str]) -> None:
+            restarted.extend(given)
+            raise Restarted
+
+        monkeypatch.setattr(kernels, "measure", measure)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(os, "execv", execv)
+        monkeypatch.setattr(sys, "argv", ["kernels", "--out", str(tmp_path), *arguments])
+        with suppress(SystemExit, Restarted):
+            kernels.main()
+        content = json.loads((tmp_path / "kernels-nvidia-h200.json").read_text())
+        return [row["case"] for row in content["rows"]], [each["case"] for each in content["failures"]], restarted
+
+    return go
+
+
+def test_a_case_that_fails_is_reported_and_the_next_one_runs(run: Any, tmp_path: Path) -> None:
+    assert run("b", True) == (["a", "c"], ["b"], [])
+    shown = (tmp_path / "kernels-nvidia-h200.md").read_text().splitlines()
+    assert shown[-1].endswith("| failed | | | | | | | | RuntimeError: an illegal memory access / was met |")
+    columns = [line.count("|") for line in shown if line.startswith("|")]
+    assert columns == [13] * 5
+    assert "| 4 | 25 % |" in shown[-2]
+
+
+def test_behind_one_that_broke_the_gpu_another_process_goes_on(run: Any, tmp_path: Path) -> None:
+    cases, failed, restarted = run("b", False)
+    assert (cases, failed) == (["a"], ["b"])
+    assert restarted[1:] == [
+        *("-m", "benchmarks.kernels", "--out", str(tmp_path), "--dtype", "bfloat16", "--from", "2"),
+    ]
+    assert run("", True, "--from", "2") == (["a", "c"], ["b"], [])
+
+
+def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="does not exist; leave --from out"):
+        Results(tmp_path, HEADER, 3)
+    Results(tmp_path, {**HEADER, "copy_gb_per_s": 1.0, "matmul_tflop_per_s": 1.0}).fail("a", 1, (2, 3), ValueError())
+    assert len(Results(tmp_path, HEADER, 1).failures) == 1
+    with pytest.raises(SystemExit, match="has triton 3, here it is 4"):
+        Results(tmp_path, HEADER | {"triton": "4"}, 1)
+    assert not Results(tmp_path, HEADER).failures
+
+
+def test_what_has_a_target_is_measured_first() -> None:
+    targets = [bool(case.target) for case in kernels.cases()]
+    assert targets == sorted(targets, reverse=True)
+    assert sum(targets) == 17
