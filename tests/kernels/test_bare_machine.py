@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.on_gpu import run
+
 ROOT = Path(__file__).resolve().parents[2]
 # Not in the image of those machines.
 ABSENT = ("pydantic", "pulp", "highspy")
@@ -25,3 +27,14 @@ for name in {[*modules, "benchmarks.kernels", "benchmarks.kernel_tuning"]}:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_part_that_fails_or_takes_too_long_keeps_what_it_said(tmp_path: Path) -> None:
+    def python(program: str) -> list[str]:
+        return [sys.executable, "-c", program]
+
+    assert run("good", [python("print(1)"), python("print(2)")], tmp_path, 60)
+    assert not run("bad", [python("print(3)"), python("raise SystemExit('four')")], tmp_path, 60)
+    assert not run("long", [python("import time; print(5); time.sleep(60)")], tmp_path, 3)
+    said = {path.stem: sorted(path.read_text().split()) for path in tmp_path.iterdir()}
+    assert said == {"good": ["1", "2"], "bad": ["3", "four"], "long": ["5"]}

@@ -137,11 +137,11 @@ def test_codes_that_are_none() -> None:
 
 
 def test_units_at_an_odd_place_go_to_a_kernel_that_reads_them_one_by_one() -> None:
-    units, *grids = lanes()
+    units, scale, zero_point = lanes()
     odd = torch.zeros(units.numel() + 1, dtype=torch.int16)[1:].view(units.shape)
     why = "only units that begin at a multiple of 4 bytes"
     for given, refused in ((units, False), (odd, True)):
-        choice = choose_packed(torch.ones(1, INPUTS), LaneWeight(given, *grids, 4, INPUTS, INPUTS))
+        choice = choose_packed(torch.ones(1, INPUTS), LaneWeight(given, scale, zero_point, 4, INPUTS, INPUTS))
         assert (why in choice.refused[0]) is refused
     call = Call("packed_linear", "cuda", (9, 0), torch.bfloat16, 1, 4096, 4096, bits=4, group_size=128)
     assert choose(call).name == "packed_gemv"
