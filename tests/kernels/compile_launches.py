@@ -7,7 +7,10 @@ compiled instead. ``python compile_launches.py ARCHITECTURE...`` prints a JSON l
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -44,10 +47,24 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any])
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     signature = {name: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in values.items()}
+    # A launch tells the compiler the same about its arguments: which are 1, and which are multiples of 16.
+    settings |= {name: 1 for name, v in values.items() if not isinstance(v, torch.Tensor) and v == 1}
     signature |= dict.fromkeys(settings, "constexpr")
-    # A launch tells the compiler the same about its arguments.
     aligned = [i for i, v in enumerate(values.values()) if isinstance(v, torch.Tensor) or v % 16 == 0]
     return ASTSource(kernel, signature, settings, {(i,): [["tt.divisibility", 16]] for i in aligned}), options
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers that a thread takes, and bytes of what did not fit into them."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found, said.stdout
+    return {"registers": int(found[1]), "spilled_bytes": int(found[2])}
 
 
 class Recorder:
@@ -77,16 +94,17 @@ class Recorder:
                 "tensor_cores": any(word in ptx for word in ("wgmma.mma_async", "mma.sync")),
                 "flushes_subnormals": ".ftz" in ptx,
                 "cubin_bytes": len(built.asm["cubin"]),
+                **resources(built.asm["cubin"]),
             }
         )
 
 
-def weight_of(bits: int) -> LaneWeight:
-    """A weight of zeros, groups of 128, scales in 16 bits."""
+def weight_of(bits: int, group_size: int = 128) -> LaneWeight:
+    """A weight of zeros, scales in 16 bits."""
     units = torch.zeros(unit_shape(OUTPUTS, INPUTS, bits), dtype=torch.int16)
-    grid = (OUTPUTS, INPUTS // 128)
+    grid = (OUTPUTS, INPUTS // group_size)
     return LaneWeight(
-        units, torch.ones(grid, dtype=torch.float16), torch.ones(grid, dtype=torch.uint8), bits, INPUTS, 128
+        units, torch.ones(grid, dtype=torch.float16), torch.ones(grid, dtype=torch.uint8), bits, INPUTS, group_size
     )
 
 
@@ -107,6 +125,13 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         packed_dot(torch.zeros(16, INPUTS, dtype=dtype), weight, None, branch, tile=TILE)
         unpack_weight(weight, dtype)
         rows += recorder.rows
+    recorder = Recorder(architecture, "4 bits, one scale a row")
+    JITFunction.run = recorder.method()
+    weight = weight_of(4, INPUTS)
+    packed_gemv(torch.zeros(1, INPUTS, dtype=torch.bfloat16), weight)
+    packed_dot(torch.zeros(16, INPUTS, dtype=torch.bfloat16), weight)
+    unpack_weight(weight, torch.bfloat16)
+    rows += recorder.rows
     for dtype in (torch.bfloat16, torch.float32):
         recorder = Recorder(architecture, f"rank 32 {dtype}")
         JITFunction.run = recorder.method()
