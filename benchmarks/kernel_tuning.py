@@ -187,20 +187,18 @@ def main() -> None:
         return
     bandwidth = copy_bandwidth()
     print(torch.cuda.get_device_name(), f"copy {bandwidth:.0f} GB/s", flush=True)
-    result = [row for shape in SHAPES for row in measure(shape, bandwidth, arguments.only, arguments.packed)]
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps(
-                {
-                    "device": torch.cuda.get_device_name(),
-                    "copy_gb_per_s": bandwidth,
-                    "bits": BITS,
-                    "group_size": GROUP_SIZE,
-                    "rank": RANK,
-                    "rows": result,
-                }
-            )
-        )
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "copy_gb_per_s": bandwidth,
+        "bits": BITS,
+        "group_size": GROUP_SIZE,
+        "rank": RANK,
+        "rows": [],
+    }
+    for shape in SHAPES:
+        result["rows"] += measure(shape, bandwidth, arguments.only, arguments.packed)
+        if arguments.out:  # after each shape: a lent GPU's minutes may end before the next one's
+            arguments.out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernel_tuning, kernels
 from benchmarks.kernel_results import Results
 
 HEADER = {"device": "NVIDIA H200", "command": "python -m benchmarks.kernels", "dtype": "bfloat16", "torch": "2"}
@@ -89,6 +89,21 @@ def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has triton 3, here it is 4"):
         Results(tmp_path, HEADER | {"triton": "4"}, 1)
     assert not Results(tmp_path, HEADER).failures
+
+
+def test_tiles_of_the_first_shape_are_there_before_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(shape: tuple[int, int], *_: Any) -> list[Any]:
+        if shape == kernel_tuning.SHAPES[1]:
+            raise Restarted
+        return [{"us": 1.0}]
+
+    monkeypatch.setattr(kernel_tuning, "measure", measure)
+    monkeypatch.setattr(kernel_tuning, "copy_bandwidth", lambda: 4000.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(sys, "argv", ["kernel_tuning", "--out", str(tmp_path / "tiles.json")])
+    with pytest.raises(Restarted):
+        kernel_tuning.main()
+    assert json.loads((tmp_path / "tiles.json").read_text())["rows"] == [{"us": 1.0}]
 
 
 def test_what_has_a_target_is_measured_first() -> None:
