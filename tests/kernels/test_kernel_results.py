@@ -6,11 +6,13 @@ import json
 import os
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import kernel_tuning, kernels
 from benchmarks.kernel_results import Results
@@ -104,6 +106,39 @@ def test_tiles_of_the_first_shape_are_there_before_the_second(tmp_path: Path, mo
     with pytest.raises(Restarted):
         kernel_tuning.main()
     assert json.loads((tmp_path / "tiles.json").read_text())["rows"] == [{"us": 1.0}]
+
+
+class OnTheCpu(TorchFunctionMode):
+    """What is asked for on a GPU, on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        return func(*args, **(given | {"device": "cpu"} if given.get("device") == "cuda" else given))
+
+
+class Replayed:
+    """In the place of a CUDA graph."""
+
+    def replay(self) -> None:
+        """What was recorded has run already."""
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES.values(), ids=str)
+def test_every_case_is_measured(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, on references, in made-up times: what is built, compared and written."""
+    monkeypatch.setattr(kernels, "copies_for", lambda call_bytes: 2)
+    monkeypatch.setattr(kernels, "record_graph", lambda calls: (Replayed(), [call() for call in calls]))
+    monkeypatch.setattr(kernels, "time_in_turn", lambda graphs: {name: [2.0, 3.0, 4.0] for name in graphs})
+    monkeypatch.setattr(kernels, "installed_peers", dict)
+    header = {**HEADER, "copy_gb_per_s": 4000.0, "matmul_tflop_per_s": 700.0}
+    results = Results(tmp_path, header)
+    found = {case.name: replace(case, shape=(48, 256), rows=min(case.rows, 5)) for case in kernels.cases()}
+    for case in found.values():
+        with OnTheCpu():
+            results.add(kernels.measure(case, 4000.0, 1e-3, dtype))
+    rows = json.loads((tmp_path / "kernels-nvidia-h200.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == list(found)
+    assert all(row["kernel"] == "reference" and row["us"] == 3.0 and row["share_of_matmul"] > 0 for row in rows)
 
 
 def test_what_has_a_target_is_measured_first() -> None:
