@@ -11,7 +11,8 @@ from torch import Tensor
 
 from compress.kernels.delta_linear import packed_delta_linear
 from compress.kernels.delta_rows import DeltaRows
-from compress.kernels.int8_linear import int8_dynamic_linear
+from compress.kernels.int8_conv2d import int8_conv2d
+from compress.kernels.int8_linear import int8_dynamic_linear, int8_linear
 from compress.kernels.lowrank_linear import lowrank_linear
 from compress.kernels.packed_linear import packed_linear, packed_lowrank_linear
 
@@ -49,7 +50,35 @@ def test_a_chain_in_a_graph_is_the_chain_one_by_one(rows: int, device: str, lane
                 between()
         return x
 
-    x = torch.randn(rows, SIZE, device=device, dtype=torch.bfloat16)
+    assert_the_same_in_a_graph(chain, torch.randn(rows, SIZE, device=device, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("images", [1, 16])
+def test_convolutions_and_what_reads_their_bytes(images: int, device: str) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU: the interpreter runs one launch at a time")
+    codes = torch.randint(-127, 128, (64, 3, 3, 64), dtype=torch.int8, device=device)
+    parts = (torch.full((64,), 1e-3, device=device), codes.flatten(1).sum(1, dtype=torch.int32))
+    square = torch.randint(-127, 128, (64, 64), dtype=torch.int8, device=device)
+    linear = (square, torch.full((64,), 1e-2, device=device), square.sum(1, dtype=torch.int32), None, 8)
+    grid = (torch.full((), 0.05, device=device), torch.full((), 40, dtype=torch.uint8, device=device))
+
+    def chain(x: Tensor, between: Callable[[], None]) -> Tensor:
+        for _ in range(4):
+            for _ in range(2):  # from floats, then from bytes
+                x = int8_conv2d(x, *grid, codes, *parts, None, 8, [1], [1], [1], 1, True, *grid, 8)
+                between()
+            x = int8_conv2d(x, *grid, codes, *parts, None, 8, [1], [1], [1])
+            between()
+            x = int8_linear(x.permute(0, 2, 3, 1), *grid, *linear).permute(0, 3, 1, 2)
+            between()
+        return x
+
+    assert_the_same_in_a_graph(chain, torch.randn(images, 64, 32, 32, device=device))
+
+
+def assert_the_same_in_a_graph(chain: Callable[[Tensor, Callable[[], None]], Tensor], x: Tensor) -> None:
+    """What ``chain`` makes of ``x`` with nothing between its launches, captured, as with a wait behind each of them."""
     wanted = chain(x, torch.cuda.synchronize)
     assert wanted.isfinite().all()
     graph = torch.cuda.CUDAGraph()
