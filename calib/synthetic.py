@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.cache import cache_folder, digest
 from compress.calib.image_fit import fit_images
-from compress.calib.norm_distance import NormDistance
+from compress.calib.norm_distance import norm_distance
 from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.progress import Progress, silent
@@ -42,6 +42,7 @@ def synthesize(
     fingerprint: str,
     *,
     most: int | None = None,
+    batch: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Samples:
@@ -52,27 +53,32 @@ def synthesize(
     Args:
         example: the module's inputs [N, ...].
         most: how many, at most.
+        batch: samples that the module takes at a time, where it takes no other number.
 
     Raises:
         InputError: there are several, or whole numbers; or no BatchNorm layer keeps statistics.
     """
-    measure = NormDistance(module)
-    if not measure.norms:
+    if most is not None and most < 1:
+        raise InputError(f"{most} samples are not possible; ask for at least 1.")
+    if len(example) > 1 or not example[0].is_floating_point():
+        raise InputError(f"--calib {SYNTHETIC}: only a single input of fractions is made up; give samples")
+    with torch.no_grad():
+        norms = norm_distance(module, *example)[2]
+    if not norms:
         raise InputError(
             f"--calib {SYNTHETIC}: inputs are made to fit the running statistics of BatchNorm layers, and the model "
             "has none; give samples (compress quantize without --calib quantizes the weights alone)"
         )
-    if len(example) > 1 or not example[0].is_floating_point():
-        raise InputError(f"--calib {SYNTHETIC}: only a single input of fractions is made up; give samples")
     shape = tuple(example[0].shape[1:])
-    count, batch = synthetic_count(shape), _fewer(_BATCH, shape)
+    count, size = synthetic_count(shape), batch or _fewer(_BATCH, shape)
     count = count if most is None else min(count, most)
-    path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, batch, seed, _STEPS, _RATE])}.safetensors"
+    count = -(-count // size) * size if batch else count
+    path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, size, seed, _STEPS, _RATE])}.safetensors"
     try:
         with safetensors.safe_open(path, "pt") as file:
             x, distance = file.get_tensor("x"), file.get_tensor("distance")
     except (OSError, safetensors.SafetensorError):  # not made yet, or cut short when the machine went down
-        x, distance = _make(measure, (count, *shape), batch, seed, progress)
+        x, distance = _make(module, (count, *shape), size, seed, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         safetensors.torch.save_file({"x": x, "distance": distance}, temporary)
@@ -80,7 +86,7 @@ def synthesize(
     before, after = distance.tolist()
     note = (
         f"{count} inputs made of noise, without data: {_STEPS} steps took them from {before:.2g} to {after:.2g} from "
-        f"the statistics of {len(measure.norms)} BatchNorm layers"
+        f"the statistics of {norms} BatchNorm layers"
     )
     return Samples((x,), None, "synthetic inputs", (note,))
 
@@ -97,7 +103,7 @@ def _fewer(bounds: tuple[int, int], shape: tuple[int, ...]) -> int:
 
 
 def _make(
-    measure: NormDistance, shape: tuple[int, ...], batch: int, seed: int, progress: Progress
+    module: nn.Module, shape: tuple[int, ...], batch: int, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Inputs of ``shape`` [N, ...], and their mean distance before and after [2]."""
     parts: list[Tensor] = []
@@ -108,7 +114,7 @@ def _make(
         progress(what, len(parts) * steps + done, len(noise) * steps)
 
     for each in noise:
-        fit = fit_images(each, lambda z: (measure(z)[1],), _STEPS, _RATE, advance)
+        fit = fit_images(each, lambda z: (norm_distance(module, z)[1],), _STEPS, _RATE, advance)
         parts.append(fit.images)
         distances.append((*fit.before, *fit.after))
     return torch.cat(parts), torch.tensor(distances).mean(0)

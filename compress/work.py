@@ -65,6 +65,7 @@ def open_work(
             intake.traced.example,
             intake.fingerprint,
             most=options.samples,
+            batch=None if intake.traced.dynamic_batch else len(intake.traced.example[0]),
             seed=options.seed,
             progress=progress,
         )

@@ -202,11 +202,11 @@ def _notes(found: Distilled, terms: ModelTerms | None, judged: str, fitted: Fitt
         notes.append(f"stopped early: {found.stopped}")
     if terms is not None:
         notes.append(terms.fit)
-        if not terms.norms:
+        if terms.distance is None:
             notes.append("the model has no BatchNorm with statistics: its logits alone were matched")
     if fitted is not None:
         what, (then, now) = "mean logits of each class", fitted.logits
-        if terms is not None and terms.norms:
+        if terms is not None and terms.distance is not None:
             what, (then, now) = "BatchNorm statistics", fitted.distance
         notes.append(
             f"{fitted.steps} steps on the model's terms alone took the set from {then:.2g} to {now:.2g} from its {what}"

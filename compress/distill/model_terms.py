@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calib.image_fit import ImageFit, fit_images
-from compress.calib.norm_distance import NormDistance
+from compress.calib.norm_distance import norm_distance
 from compress.checkpoint import fingerprint
 from compress.distill.standardisation import Standardisation
 from compress.errors import InputError
@@ -35,9 +35,9 @@ class ModelTerms:
         standardisation: between them and what is distilled.
 
     Attributes:
-        norms: BatchNorm layers with running statistics, by name; where there are none, logits alone are matched.
         accuracy: share of the real images that it gives their label.
-        distance: of their statistics to BatchNorm's, as the set's is minimised; None without ``norms``.
+        distance: of their statistics to BatchNorm's, as the set's is minimised; None where no layer keeps any, and
+            logits alone are matched.
 
     Raises:
         InputError: the model does not take the images, or gives no logits [N, classes].
@@ -48,8 +48,6 @@ class ModelTerms:
     ) -> None:
         self.module = module
         self._standardisation, self._classes = standardisation, classes
-        self._measure = NormDistance(module)
-        self.norms = self._measure.norms
         self.fingerprint = fingerprint(module)
         try:
             with torch.no_grad():
@@ -67,7 +65,8 @@ class ModelTerms:
         # Some from everywhere: files are often sorted by class.
         some = torch.linspace(0, len(x) - 1, min(len(x), _BATCH)).long()
         with torch.no_grad():
-            self.distance = float(self._measure(x[some])[1]) if self.norms else None
+            _, distance, norms = norm_distance(module, x[some])
+        self.distance = float(distance) if norms else None
 
     @property
     def fit(self) -> str:
@@ -100,7 +99,7 @@ class ModelTerms:
 
     def values(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The term of BatchNorm's statistics (a mean over channels and layers) and that of logits (over classes)."""
-        logits, statistics = self._measure(self._standardisation.invert(images))
+        logits, statistics, _ = norm_distance(self.module, self._standardisation.invert(images))
         present = labels.unique()
         means = torch.stack([logits[labels == each].mean(0) for each in present])
         return statistics, (means - self._means[present]).square().mean() / self._variance

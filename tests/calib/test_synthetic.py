@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.calib.norm_distance import NormDistance
+from compress.calib.norm_distance import norm_distance
 from compress.calib.synthetic import synthesize, synthetic_count
 from compress.errors import InputError
 from compress.options import Options, Source
@@ -43,8 +43,9 @@ def test_the_distance_is_that_of_the_definition() -> None:
     net = trained(x)
     y = torch.randn(32, 1, 8, 8)
     with torch.no_grad():
-        output, distance = NormDistance(net)(y)
+        output, distance, norms = norm_distance(net, y)
     assert torch.equal(output, net(y))
+    assert norms == 2
     terms = []
     for end in (1, 4):
         seen, norm = net[:end](y).detach().double(), net[end]
@@ -52,7 +53,7 @@ def test_the_distance_is_that_of_the_definition() -> None:
         spread = (seen.var((0, 2, 3), correction=0) / norm.running_var).sqrt() - 1
         terms.append((shift + spread**2).mean())
     assert float(distance) == pytest.approx(float(sum(terms) / 2), rel=1e-3)
-    assert float(NormDistance(net)(x)[1].detach()) < 1e-6  # nothing but rounding, on what the statistics are of
+    assert float(norm_distance(net, x)[1].detach()) < 1e-6  # nothing but rounding, on what the statistics are of
 
 
 def test_inputs_fit_the_statistics_batch_by_batch() -> None:
@@ -61,12 +62,10 @@ def test_inputs_fit_the_statistics_batch_by_batch() -> None:
     samples = synthesize(net, (torch.zeros(1, 1, 8, 8),), "model", most=100)
     x = samples.inputs[0]
     assert x.shape == (100, 1, 8, 8)
-    measure = NormDistance(net)
-    noise = float(measure(torch.randn(64, 1, 8, 8))[1].detach())
+    noise = float(norm_distance(net, torch.randn(64, 1, 8, 8))[1].detach())
     for part in x.split(64):
-        assert float(measure(part)[1].detach()) < 0.02 * noise
+        assert float(norm_distance(net, part)[1].detach()) < 0.02 * noise
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    assert not any(part._forward_pre_hooks for part in net)
 
 
 def test_the_same_again_and_from_the_cache(cache: Path) -> None:
@@ -91,7 +90,7 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
     ("module", "example", "why"),
     [
         (nn.Sequential(nn.Linear(4, 2)), (torch.zeros(1, 4),), "the model has none; give samples"),
-        (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), (torch.zeros(1, 4),), "the model has none"),
+        (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), (torch.zeros(2, 4),), "the model has none"),
         (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4), torch.zeros(1, 4)), "a single input of fractions"),
         (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4, dtype=torch.int64),), "a single input of fractions"),
     ],
@@ -109,6 +108,17 @@ def test_what_a_run_gets() -> None:
     assert work.samples.inputs[0].shape == (3, 1, 8, 8)  # as the labelled images
     assert any("made of noise, without data" in note for note in work.notes)
     assert len(open_work(net, "synthetic", None, Options(), Source(input_shape=(1, 8, 8))).samples or ()) == 128
+
+
+def test_an_exported_program_of_one_batch_size(tmp_path: Path) -> None:
+    net = trained(far())
+    torch.export.save(torch.export.export(net, (torch.zeros(3, 1, 8, 8),)), tmp_path / "net.pt2")
+    work = open_work(tmp_path / "net.pt2", "synthetic", None, Options(samples=7), Source())
+    assert work.samples is not None
+    x = work.samples.inputs[0]
+    assert x.shape == (9, 1, 8, 8)  # whole batches
+    before, after = (norm_distance(net, images)[1].detach() for images in (torch.randn(3, 1, 8, 8), x[:3]))
+    assert float(after) < 0.1 * float(before)
 
 
 @pytest.mark.parametrize(
