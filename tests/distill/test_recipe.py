@@ -1,4 +1,4 @@
-"""The README's recipe for training on a distilled set runs as it stands, and the network learns what the set is of."""
+"""The guide's recipe for training on a distilled set runs as it stands, and the network learns what the set is of."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 
 from tests.distill.bars import arrays, run
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs/distillation.md"
 
 
 @pytest.mark.parametrize("whiten", [False, True])
 def test_training_on_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whiten: bool) -> None:
     run(tmp_path / "small", tmp_path, zca=whiten)
-    section = README.read_text(encoding="utf-8").split("### Dataset distillation")[1]
-    code = section.split("```python\n")[1].split("```")[0]
+    code = GUIDE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     scope: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
