@@ -81,6 +81,7 @@ class Explanation(Record):
 
     model: str = Field(description="the path as it was given")
     batch: int
+    capability: tuple[int, int] | None = Field(default=None, description="of the GPU asked about; None: what ran here")
     layers: tuple[LayerRun, ...]
 
 
@@ -128,7 +129,8 @@ def bench(
     the batch, by name or "input:axis". Load time and memory are measured in a process for each row
     (:func:`compress.benchmark_alone.measure_alone`); ``memory`` False saves it, and the load time is then that of this
     process, where the first model pays more than the others. Operators that ``provider`` lacks run on the CPU.
-    ``explain`` says of each folder's layers which kernel ran them; with ``capability``, which would on such a GPU.
+    ``explain`` says of each folder's layers which kernel ran them; with ``capability``, which would on such a GPU, in
+    ``dtype``.
 
     Raises:
         InputError: a model cannot be opened, or not run at a batch size; an option is out of range or unknown.
@@ -137,7 +139,9 @@ def bench(
     _check_options(paths, batch_sizes, threads, runs, warmup, level, dims)
     _check_folders(paths, device, dtype, explain, capability)
     report = progress or silent
-    how = How(provider=provider, level=level, threads=threads, device=device, dtype=dtype)
+    # For a GPU that is not here ``dtype`` is a question, not what runs.
+    runs_in = None if capability is not None and device == "cpu" else dtype
+    how = How(provider=provider, level=level, threads=threads, device=device, dtype=runs_in)
     start_runtime()
     models = []
     for done, path in enumerate(paths):
@@ -165,7 +169,8 @@ def bench(
             rows.append(_row(model, str(paths[index]), batch, shapes[index, batch], times_ms[:, index], alone, ratio))
             if explain and model.path.is_dir():
                 layers = _explained(model, shapes[index, batch], seed, capability, dtype)
-                explanations.append(Explanation(model=str(paths[index]), batch=batch, layers=layers))
+                explained = Explanation(model=str(paths[index]), batch=batch, capability=capability, layers=layers)
+                explanations.append(explained)
         report(f"load and memory, batch {batch}", len(models), len(models))
     return BenchReport(
         environment=describe_environment(),
@@ -177,7 +182,7 @@ def bench(
         dims=dims,
         device=device,
         gpu=_gpu_name(device),
-        dtype=dtype,
+        dtype=runs_in,
         rows=tuple(rows),
         explanations=tuple(explanations),
     )

@@ -49,11 +49,18 @@ def test_command_explains_for_a_gpu_that_is_not_here(folder: Path, tmp_path: Pat
     app.command()(command.bench)
     out = tmp_path / "out.json"
     arguments = [str(folder), "--runs", "2", "--no-memory", "--explain", "--capability", "9.0", "--json", str(out)]
+    arguments += ["--dtype", "bfloat16"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
     shown = " ".join(result.stdout.replace("│", " ").split())
-    for text in ("what runs each layer", "packed_linear packed_gemv 1 x 64 x 64 8 bits, groups of 32", "on cpu."):
+    for text in (
+        "what would run each layer on compute capability 9.0",
+        "packed_linear packed_gemv 1 x 64 x 64 8 bits, groups of 32",
+        "on cpu.",
+    ):
         assert text in shown, text
-    layers = json.loads(out.read_text())["explanations"][0]["layers"]
+    report = json.loads(out.read_text())
+    assert report["dtype"] is None, "what was timed is the CPU's"
+    layers = report["explanations"][0]["layers"]
     assert [layer["kernel"] for layer in layers] == ["packed_gemv", "packed_gemv"]
 
 

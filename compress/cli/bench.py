@@ -214,7 +214,10 @@ def layer_table(explanation: Explanation, name: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{escape(name)}, batch {explanation.batch}: what runs each layer", title_justify="left")
+    what = "what runs each layer"
+    if explanation.capability is not None:
+        what = "what would run each layer on compute capability {}.{}".format(*explanation.capability)
+    table = Table(title=f"{escape(name)}, batch {explanation.batch}: {what}", title_justify="left")
     for heading in ("layer", "operator", "run by", "rows x inputs x outputs", "weight", "why no other kernel"):
         table.add_column(heading, overflow="fold")
     for layer in explanation.layers:
