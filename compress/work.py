@@ -15,23 +15,30 @@ from compress.report.build import check_metric
 
 __all__ = ["Work", "open_work", "read_samples"]
 
+_ALONE = (
+    "no calibration samples: weights alone are quantized, and layers compute in floats; --calib synthetic makes "
+    "samples from the model's BatchNorm statistics, for integers"
+)
+
 
 @dataclass(frozen=True)
 class Work:
-    """A model, calibration samples (None: none given) and labelled samples (None: none given)."""
+    """A model, calibration samples (None: none given) and labelled samples (None: none given); a hint to the user."""
 
     intake: Intake
     samples: Samples | None
     labelled: Samples | None
+    hint: str | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was assumed of all three, as sentences."""
+        """What was assumed of all three, and the hint, as sentences."""
         evaluation = self.labelled.notes if self.labelled else ()
         return (
             *self.intake.notes,
             *(self.samples.notes if self.samples else ()),
             *(f"evaluation data: {note}" for note in evaluation),
+            *([self.hint] if self.hint else []),
         )
 
 
@@ -69,7 +76,8 @@ def open_work(
             seed=options.seed,
             progress=progress,
         )
-    return Work(intake, samples, labelled)
+    alone = samples is None and (options.act_bits, options.dynamic, options.group_size) == (None, None, None)
+    return Work(intake, samples, labelled, _ALONE if alone and intake.traced.statistics else None)
 
 
 def read_samples(

@@ -139,3 +139,12 @@ def test_it_calibrates_as_real_images_do_and_noise_does_not() -> None:
             errors[name] = float((result.module(test) - wanted).square().mean() / wanted.var())
     assert errors["synthetic"] < 1.5 * errors["real"], errors
     assert errors["noise"] > 1.5 * errors["synthetic"], errors
+
+
+def test_weights_alone_come_with_the_hint() -> None:
+    source = Source(input_shape=(1, 8, 8))
+    net = trained(far())
+    assert any("--calib synthetic makes" in note for note in open_work(net, None, None, Options(), source).notes)
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+    for module, options in ((plain, Options()), (net, Options(act_bits=8)), (net, Options(group_size=32))):
+        assert open_work(module, None, None, options, source).hint is None
