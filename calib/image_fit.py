@@ -40,12 +40,13 @@ def fit_images(
     optimizer = torch.optim.Adam([z], lr=rate)
     best, least = images, math.inf
     before: tuple[float, ...] = ()
-    after = before
+    after: tuple[float, ...] = ()
     for step in range(steps + 1):
         values = terms(z)
         total = torch.stack(values).sum()
         here = tuple(float(value.detach()) for value in values)
-        before = here if step == 0 else before
+        if step == 0:
+            before = after = here  # also where they are not finite, and nothing is ever less
         if sum(here) < least:
             best, least, after = z.detach().clone(), sum(here), here
         if step == steps:

@@ -33,6 +33,13 @@ def trained(x: Tensor) -> nn.Sequential:
     return net.eval()
 
 
+class Log(nn.Module):
+    """What takes no number below zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
 def far(count: int = 256) -> Tensor:
     """Images unlike standard noise, in level and in scale."""
     return 3 + 0.5 * torch.randn(count, 1, 8, 8).cumsum(3)
@@ -91,13 +98,27 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
     [
         (nn.Sequential(nn.Linear(4, 2)), (torch.zeros(1, 4),), "the model has none; give samples"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), (torch.zeros(2, 4),), "the model has none"),
-        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4), torch.zeros(1, 4)), "a single input of fractions"),
-        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4, dtype=torch.int64),), "a single input of fractions"),
+        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4), torch.zeros(1, 4)), "takes 2 inputs, one is made up"),
+        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4, dtype=torch.int64),), "takes whole numbers"),
+        (nn.Sequential(Log(), nn.BatchNorm1d(4)).eval(), (torch.zeros(1, 4),), "makes NaN or infinity of noise"),
     ],
 )
 def test_what_has_nothing_to_fit(module: nn.Module, example: tuple[Tensor, ...], why: str) -> None:
     with pytest.raises(InputError, match=why):
         synthesize(module, example, "model", most=8)
+
+
+def test_a_cache_that_takes_no_files_is_no_obstacle(cache: Path) -> None:
+    net, example = trained(far()), (torch.zeros(1, 1, 8, 8),)
+    kept = synthesize(net, example, "model", most=4)
+    assert len(kept.notes) == 1
+    for path in cache.iterdir():
+        path.unlink()
+    cache.rmdir()
+    cache.touch()  # where its folder should be
+    samples = synthesize(net, example, "model", most=4)
+    assert torch.equal(samples.inputs[0], kept.inputs[0])
+    assert samples.notes[1:] == (f"the inputs are not kept for the next run: {cache}: File exists",)
 
 
 def test_what_a_run_gets() -> None:
