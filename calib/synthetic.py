@@ -21,12 +21,12 @@ from compress.cache import cache_folder, digest
 from compress.calib.image_fit import fit_images
 from compress.calib.norm_distance import norm_distance
 from compress.calib.samples import Samples
+from compress.calib.sources import SYNTHETIC
 from compress.errors import InputError
 from compress.progress import Progress, silent
 
 __all__ = ["SYNTHETIC", "is_synthetic", "synthesize", "synthetic_count"]
 
-SYNTHETIC = "synthetic"
 _STEPS, _RATE = 300, 0.05
 # Inputs in all and in a batch, which has the statistics by itself: that of 3 x 32 x 32 images, and fewer of large ones,
 # which have more places each and take longer.

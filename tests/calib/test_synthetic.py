@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.calib.norm_distance import norm_distance
+from compress.calib.samples import load_samples
 from compress.calib.synthetic import synthesize, synthetic_count
 from compress.errors import InputError
 from compress.options import Options, Source
@@ -106,6 +107,11 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
 def test_what_has_nothing_to_fit(module: nn.Module, example: tuple[Tensor, ...], why: str) -> None:
     with pytest.raises(InputError, match=why):
         synthesize(module, example, "model", most=8)
+
+
+def test_where_no_inputs_are_made() -> None:
+    with pytest.raises(InputError, match="inputs without labels are made for the --calib of quantize, allocate"):
+        load_samples("synthetic", labelled=True)
 
 
 def test_a_cache_that_takes_no_files_is_no_obstacle(cache: Path) -> None:
