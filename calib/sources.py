@@ -21,6 +21,7 @@ from compress.calib.distilled import Normalisation, own_normalisation
 from compress.calib.text import TEXT_SUFFIXES
 from compress.errors import InputError
 from compress.factory import import_object, one_line, user_code
+from compress.lookalike import lookalike
 
 __all__ = ["LABEL_KEYS", "SYNTHETIC", "Array", "Found", "check_lengths", "open_source"]
 
@@ -71,6 +72,8 @@ def open_source(source: object, limit: int | None = None, parameters: Sequence[s
     if not isinstance(source, str | Path):
         return "the samples given", _from_object(source, "the samples given", limit, parameters)
     path = Path(source)
+    if mistaken := lookalike(path):  # the picture in a folder of ours would be read as a sample, a delta as an array
+        raise InputError(mistaken)
     if path.is_dir():
         return str(path), path
     if not path.exists():
