@@ -49,7 +49,7 @@ def fit_images(
             before = after = here  # also where they are not finite, and nothing is ever less
         if sum(here) < least:
             best, least, after = z.detach().clone(), sum(here), here
-        if step == steps:
+        if step == steps or not math.isfinite(sum(here)):  # whose gradient leads nowhere
             break
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         (z.grad,) = torch.autograd.grad(total, z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
+from compress.calib.image_fit import fit_images
 from compress.calib.norm_distance import norm_distance
 from compress.calib.samples import load_samples
 from compress.calib.synthetic import synthesize, synthetic_count
@@ -107,6 +109,20 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
 def test_what_has_nothing_to_fit(module: nn.Module, example: tuple[Tensor, ...], why: str) -> None:
     with pytest.raises(InputError, match=why):
         synthesize(module, example, "model", most=8)
+
+
+def test_no_step_is_taken_from_what_is_not_finite() -> None:
+    asked: list[Tensor] = []
+
+    def terms(images: Tensor) -> tuple[Tensor, ...]:
+        asked.append(images)
+        return (images.log().mean(),)
+
+    start = -torch.ones(2, 3)
+    fit = fit_images(start, terms, 20, 0.1)
+    assert len(asked) == 1
+    assert torch.equal(fit.images, start)
+    assert all(math.isnan(value) for value in (*fit.before, *fit.after))
 
 
 def test_where_no_inputs_are_made() -> None:
