@@ -40,15 +40,16 @@ def fit_images(
     optimizer = torch.optim.Adam([z], lr=rate)
     best, least = images, math.inf
     before: tuple[float, ...] = ()
-    after = before
+    after: tuple[float, ...] = ()
     for step in range(steps + 1):
         values = terms(z)
         total = torch.stack(values).sum()
         here = tuple(float(value.detach()) for value in values)
-        before = here if step == 0 else before
+        if step == 0:
+            before = after = here  # also where they are not finite, and nothing is ever less
         if sum(here) < least:
             best, least, after = z.detach().clone(), sum(here), here
-        if step == steps:
+        if step == steps or not math.isfinite(sum(here)):  # whose gradient leads nowhere
             break
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         (z.grad,) = torch.autograd.grad(total, z)

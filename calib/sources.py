@@ -21,9 +21,12 @@ from compress.calib.distilled import Normalisation, own_normalisation
 from compress.calib.text import TEXT_SUFFIXES
 from compress.errors import InputError
 from compress.factory import import_object, one_line, user_code
+from compress.lookalike import lookalike
 
-__all__ = ["LABEL_KEYS", "Array", "Found", "check_lengths", "open_source"]
+__all__ = ["LABEL_KEYS", "SYNTHETIC", "Array", "Found", "check_lengths", "open_source"]
 
+# Asks for made inputs in the place of samples (compress/calib/synthetic.py), where a verb can use some.
+SYNTHETIC = "synthetic"
 _INPUT_KEYS = ("images", "x", "inputs", "input", "data")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
 _SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
@@ -69,9 +72,16 @@ def open_source(source: object, limit: int | None = None, parameters: Sequence[s
     if not isinstance(source, str | Path):
         return "the samples given", _from_object(source, "the samples given", limit, parameters)
     path = Path(source)
+    if mistaken := lookalike(path):  # the picture in a folder of ours would be read as a sample, a delta as an array
+        raise InputError(mistaken)
     if path.is_dir():
         return str(path), path
     if not path.exists():
+        if source == SYNTHETIC:
+            raise InputError(
+                f"{SYNTHETIC}: inputs without labels are made for the --calib of quantize, allocate, apply, sweep and "
+                "lowrank truncate alone; give samples"
+            )
         raise InputError(f"There is no file or folder {path}; check the path, or give package.module:function.")
     if path.suffix.lower() in TEXT_SUFFIXES:
         return str(path), path

@@ -7,8 +7,10 @@ makes it look like pictures. It serves ranges and the reconstruction of layers; 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from pathlib import Path
 
 import safetensors
 import safetensors.torch
@@ -19,12 +21,12 @@ from compress.cache import cache_folder, digest
 from compress.calib.image_fit import fit_images
 from compress.calib.norm_distance import norm_distance
 from compress.calib.samples import Samples
+from compress.calib.sources import SYNTHETIC
 from compress.errors import InputError
 from compress.progress import Progress, silent
 
 __all__ = ["SYNTHETIC", "is_synthetic", "synthesize", "synthetic_count"]
 
-SYNTHETIC = "synthetic"
 _STEPS, _RATE = 300, 0.05
 # Inputs in all and in a batch, which has the statistics by itself: that of 3 x 32 x 32 images, and fewer of large ones,
 # which have more places each and take longer.
@@ -56,12 +58,17 @@ def synthesize(
         batch: samples that the module takes at a time, where it takes no other number.
 
     Raises:
-        InputError: there are several, or whole numbers; or no BatchNorm layer keeps statistics.
+        InputError: there are several, or whole numbers; no BatchNorm layer keeps statistics; or the model makes NaN of
+            noise.
     """
     if most is not None and most < 1:
         raise InputError(f"{most} samples are not possible; ask for at least 1.")
-    if len(example) > 1 or not example[0].is_floating_point():
-        raise InputError(f"--calib {SYNTHETIC}: only a single input of fractions is made up; give samples")
+    if len(example) > 1:
+        raise InputError(f"--calib {SYNTHETIC}: the model takes {len(example)} inputs, one is made up; give samples")
+    if not example[0].is_floating_point():
+        raise InputError(
+            f"--calib {SYNTHETIC}: the model takes whole numbers (token ids), only fractions are made up; give samples"
+        )
     with torch.no_grad():
         norms = norm_distance(module, *example)[2]
     if not norms:
@@ -74,21 +81,43 @@ def synthesize(
     count = count if most is None else min(count, most)
     count = -(-count // size) * size if batch else count
     path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, size, seed, _STEPS, _RATE])}.safetensors"
+    notes: tuple[str, ...] = ()
     try:
         with safetensors.safe_open(path, "pt") as file:
             x, distance = file.get_tensor("x"), file.get_tensor("distance")
     except (OSError, safetensors.SafetensorError):  # not made yet, or cut short when the machine went down
         x, distance = _make(module, (count, *shape), size, seed, progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        safetensors.torch.save_file({"x": x, "distance": distance}, temporary)
-        os.replace(temporary, path)
+        if not distance.isfinite().all():
+            raise InputError(
+                f"--calib {SYNTHETIC}: the model makes NaN or infinity of noise (mean 0, deviation 1), so that no step "
+                "leads anywhere; give samples"
+            ) from None
+        notes = _keep({"x": x, "distance": distance}, path)
     before, after = distance.tolist()
     note = (
-        f"{count} inputs made of noise, without data: {_STEPS} steps took them from {before:.2g} to {after:.2g} from "
-        f"the statistics of {norms} BatchNorm layers"
+        f"{count} inputs made of noise, without data: {_STEPS} steps brought their distance from the statistics of "
+        f"{norms} BatchNorm {'layer' if norms == 1 else 'layers'} down from {before:.2g} to {after:.2g}"
     )
-    return Samples((x,), None, "synthetic inputs", (note,))
+    return Samples((x,), None, "synthetic inputs", (note, *notes))
+
+
+def _keep(tensors: dict[str, Tensor], path: Path) -> tuple[str, ...]:
+    """Write ``tensors`` to ``path``, whole or not at all; a folder that takes no files costs only the next run time.
+
+    Returns:
+        a sentence if they are not kept.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Through Python's own file, whose errors are OSErrors that say why.
+        temporary.write_bytes(safetensors.torch.save(tensors))
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        return (f"the inputs are not kept for the next run: {path.parent}: {error.strerror or error}",)
+    return ()
 
 
 def synthetic_count(shape: tuple[int, ...]) -> int:

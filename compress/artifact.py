@@ -32,6 +32,7 @@ from compress.factory import one_line
 from compress.graph.serial import check_version, graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
+from compress.lookalike import lookalike
 from compress.records import SCHEMA_VERSION, Plan
 
 __all__ = [
@@ -224,7 +225,8 @@ def _remember_shapes(traced: TracedModel) -> None:
 
 def _existing(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise InputError(f"{folder} holds no {name}; give a folder that `compress quantize` has written")
+        mistaken = None if (folder / _GRAPH).is_file() else lookalike(folder)
+        raise InputError(mistaken or f"{folder} holds no {name}; give a folder that `compress quantize` has written")
     return folder / name
 
 

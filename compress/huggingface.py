@@ -23,6 +23,7 @@ import torch
 
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.lookalike import lookalike
 
 __all__ = [
     "PretrainedFolder",
@@ -281,8 +282,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any, Any]:
     Raises:
         InputError: as :func:`open_pretrained`.
     """
-    if not is_pretrained(folder):
-        raise InputError(f"{folder} holds no {_CONFIG}; give a Hugging Face model folder")
+    if (mistaken := lookalike(folder)) or not is_pretrained(folder):
+        raise InputError(mistaken or f"{folder} holds no {_CONFIG}; give a Hugging Face model folder")
     settings = _json(folder / _CONFIG)
     if "auto_map" in settings:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Files and folders of ours that are taken for models: what each is, and what to do with it instead."""
+"""Files and folders of ours that are taken for something else: what each is, and what to do with it instead."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _FOLDERS = {
     "distilled.npz": "a distilled set; give it as samples, --calib {0}/distilled.npz, beside the model",
     "graph.json": "a model that is compressed already; `compress bench`, `verify` and `export` take it, and "
     "compress.load in Python; give the model it was made of",
-    "front.json": "plans of `compress sweep`; `compress apply PLAN MODEL` carries one out",
+    "front.json": "a folder of plans of `compress sweep`; `compress apply PLAN MODEL` carries one out",
 }
+_STREAMED = "what `compress stream` has written, for transformers to load; other verbs take the folder it was made of"
+_FINISHED = "a part of {0.parent}, a model that is compressed already: neither a model to compress nor samples"
+_PARTS = ("model.safetensors", "base.safetensors")
 _DELTAS = {
     "delta": "a delta; `compress sparse inspect {0}` describes it, and --delta {0} adds it to the model it belongs to",
     "undo": "what takes a delta out again; `compress sparse revert` uses it",
@@ -23,12 +26,25 @@ _DELTAS = {
 
 
 def lookalike(path: Path) -> str | None:
-    """What ``path``, which is no model, is, in a sentence; None where it is nothing of ours."""
-    if path.is_dir():
+    """What ``path``, which is neither a model nor samples, is, in a sentence; None where it is nothing of ours."""
+    found: str | None = None
+    if (path / "config.json").is_file():  # a Hugging Face folder, whatever else lies in it
+        found = _STREAMED if (path / "plan.json").is_file() and _is_packed(path / "config.json") else None
+    elif path.is_dir():
         found = next((said for name, said in _FOLDERS.items() if (path / name).is_file()), None)
-    else:
-        found = _DELTAS.get(_kind_of_delta(path)) if path.suffix == ".safetensors" else None
+    elif path.suffix == ".safetensors":
+        found = _DELTAS.get(_kind_of_delta(path))
+        if path.name in _PARTS and (path.parent / "graph.json").is_file():
+            found = _FINISHED
     return f"{path} is {found.format(path)}." if found else None
+
+
+def _is_packed(config: Path) -> bool:
+    """Whether it is of a model whose weights are integers; a plan may lie beside one of floats, too."""
+    try:
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _kind_of_delta(path: Path) -> str:

@@ -7,13 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.artifact import load_artifact
+from compress.calib.samples import load_samples
 from compress.checkpoint import load_model
 from compress.distill.folder import SET_FILE
 from compress.errors import InputError
 from compress.lookalike import lookalike
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.deltafile import Undo, write_delta, write_undo
+from compress.sparse.reference import read_reference
 from compress.training.family import FAMILY_FILE
+
+
+def streamed(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"quantization_config": {}}')
+    (folder / "plan.json").touch()
+    return folder
 
 
 def delta() -> SparseDelta:
@@ -40,3 +49,34 @@ def test_a_folder(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=what):
         load_model(tmp_path)
+
+
+def test_a_streamed_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="what `compress stream` has written, for transformers"):
+        load_model(streamed(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert lookalike(tmp_path) is None  # a model of floats, and a plan for it
+    (tmp_path / "config.json").write_text("{")
+    assert lookalike(tmp_path) is None
+
+
+def test_a_part_of_a_finished_folder(tmp_path: Path) -> None:
+    part = tmp_path / "model.safetensors"
+    part.touch()
+    assert lookalike(part) is None
+    (tmp_path / "graph.json").touch()
+    with pytest.raises(InputError, match=r"model\.safetensors is a part of .*, a model that is compressed already"):
+        load_model(part)
+
+
+def test_where_a_folder_or_samples_or_a_delta_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no graph\.json"):
+        load_artifact(tmp_path)
+    (tmp_path / SET_FILE).touch()
+    (tmp_path / "distilled.png").touch()  # no picture to calibrate on
+    for read in (load_artifact, load_samples, read_reference):
+        with pytest.raises(InputError, match=r"is a distilled set; give it as samples, --calib .*distilled\.npz"):
+            read(tmp_path)
+    path = write_delta(delta(), tmp_path / "task.safetensors")
+    with pytest.raises(InputError, match="is a delta"):
+        load_samples(path)  # not the first of its arrays

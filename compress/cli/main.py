@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -74,13 +75,21 @@ def main() -> None:
         _stop()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "; free some space, or choose another place with --out and TMPDIR" if error.errno in _NO_SPACE else ""
-        _complain(f"{where}{error.strerror or error}{remedy}")
+        _complain(f"{where}{error.strerror or error}{_remedy(error)}")
         sys.exit(2)
     except SystemExit as error:
         if error.code == _INTERRUPTED:  # typer has caught Ctrl-C
             _stop()
         raise
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about it, where that is known."""
+    from compress.cache import cache_folder
+
+    if isinstance(error.filename, str) and Path(error.filename).is_relative_to(cache_folder()):
+        return "; name a folder that can be written in COMPRESS_CACHE"
+    return "; free some space, or choose another place with --out and TMPDIR" if error.errno in _NO_SPACE else ""
 
 
 def _stop() -> NoReturn:

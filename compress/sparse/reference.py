@@ -27,6 +27,7 @@ from torch import Tensor
 from compress.checkpoint import read_safely
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.lookalike import lookalike
 from compress.sparse.delta import SparseDelta, SparseTensor
 
 __all__ = ["REFERENCE_FILE", "read_reference", "write_reference"]
@@ -69,7 +70,7 @@ def read_reference(path: str | os.PathLike[str]) -> SparseDelta:
     """
     file = Path(path) / REFERENCE_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise InputError(f"There is no file {file}; check the path")
+        raise InputError(lookalike(Path(path)) or f"There is no file {file}; check the path")
     content = read_safely(file, stand_ins=_NUMPY)
     body, dense = _part(content, "diffs", "body"), _part(content, "abs", "head") or {}
     if body is None and not dense:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import compress
+from compress.calib.image_fit import fit_images
 from compress.calib.norm_distance import norm_distance
+from compress.calib.samples import load_samples
 from compress.calib.synthetic import synthesize, synthetic_count
 from compress.errors import InputError
 from compress.options import Options, Source
@@ -31,6 +34,13 @@ def trained(x: Tensor) -> nn.Sequential:
     with torch.no_grad():
         net(x)
     return net.eval()
+
+
+class Log(nn.Module):
+    """What takes no number below zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
 
 
 def far(count: int = 256) -> Tensor:
@@ -91,13 +101,46 @@ def test_the_same_again_and_from_the_cache(cache: Path) -> None:
     [
         (nn.Sequential(nn.Linear(4, 2)), (torch.zeros(1, 4),), "the model has none; give samples"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), (torch.zeros(2, 4),), "the model has none"),
-        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4), torch.zeros(1, 4)), "a single input of fractions"),
-        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4, dtype=torch.int64),), "a single input of fractions"),
+        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4), torch.zeros(1, 4)), "takes 2 inputs, one is made up"),
+        (nn.BatchNorm1d(4).eval(), (torch.zeros(1, 4, dtype=torch.int64),), "takes whole numbers"),
+        (nn.Sequential(Log(), nn.BatchNorm1d(4)).eval(), (torch.zeros(1, 4),), "makes NaN or infinity of noise"),
     ],
 )
 def test_what_has_nothing_to_fit(module: nn.Module, example: tuple[Tensor, ...], why: str) -> None:
     with pytest.raises(InputError, match=why):
         synthesize(module, example, "model", most=8)
+
+
+def test_no_step_is_taken_from_what_is_not_finite() -> None:
+    asked: list[Tensor] = []
+
+    def terms(images: Tensor) -> tuple[Tensor, ...]:
+        asked.append(images)
+        return (images.log().mean(),)
+
+    start = -torch.ones(2, 3)
+    fit = fit_images(start, terms, 20, 0.1)
+    assert len(asked) == 1
+    assert torch.equal(fit.images, start)
+    assert all(math.isnan(value) for value in (*fit.before, *fit.after))
+
+
+def test_where_no_inputs_are_made() -> None:
+    with pytest.raises(InputError, match="inputs without labels are made for the --calib of quantize, allocate"):
+        load_samples("synthetic", labelled=True)
+
+
+def test_a_cache_that_takes_no_files_is_no_obstacle(cache: Path) -> None:
+    net, example = trained(far()), (torch.zeros(1, 1, 8, 8),)
+    kept = synthesize(net, example, "model", most=4)
+    assert len(kept.notes) == 1
+    for path in cache.iterdir():
+        path.unlink()
+    cache.rmdir()
+    cache.touch()  # where its folder should be
+    samples = synthesize(net, example, "model", most=4)
+    assert torch.equal(samples.inputs[0], kept.inputs[0])
+    assert samples.notes[1:] == (f"the inputs are not kept for the next run: {cache}: File exists",)
 
 
 def test_what_a_run_gets() -> None:

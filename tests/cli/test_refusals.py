@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from compress.cache import remembered
+from compress.cli.main import main
 from tests.cli.conftest import Forks, command, environment, populate  # type: ignore[import-not-found]
 
 CASES = {
@@ -148,3 +150,15 @@ def test_files_that_may_not_grow(tmp_path: Path) -> None:
     assert "File too large; free some space" in run.stderr
     assert not (folder / "out").exists()
     assert not (folder / ".out.work").exists(), "no layer was finished"
+
+
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").touch()  # where its folder should be
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("compress.cli.main.app", lambda: remembered("pass", "key", lambda: 1.0))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "cache: File exists; name a folder that can be written in COMPRESS_CACHE" in capsys.readouterr().err
