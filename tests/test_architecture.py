@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": BELOW_6,
     # Commands call the API; the rest are the light tables and records that parsing and printing need.
     "cli": {"cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training", "deltas"}
-    | {"distill", "registry", "methods", "formats", "targets", "allocation"},
+    | {"distill", "registry", "methods", "formats", "targets", "allocation", "cache"},
     "__main__": {"cli"},
     "__init__": {"api", "errors", "options"},
 }
