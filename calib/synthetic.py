@@ -80,7 +80,9 @@ def synthesize(
     count, size = synthetic_count(shape), batch or _fewer(_BATCH, shape)
     count = count if most is None else min(count, most)
     count = -(-count // size) * size if batch else count
-    path = cache_folder() / f"synthetic-{digest([fingerprint, shape, count, size, seed, _STEPS, _RATE])}.safetensors"
+    # The same weights in another architecture are another model.
+    key = digest([fingerprint, str(module), shape, count, size, seed, _STEPS, _RATE])
+    path = cache_folder() / f"synthetic-{key}.safetensors"
     notes: tuple[str, ...] = ()
     try:
         with safetensors.safe_open(path, "pt") as file:
