@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.quant.grid import mse_grid, quantize
+from compress.quant.pairs import smallest_step, step_bound
 from compress.records import QuantOption
 
 __all__ = ["PARALLEL", "SEQUENTIAL", "AdaQuant", "evaluation_rows"]
@@ -101,7 +102,9 @@ class _Parameters:
         weight = problem.weight
         self.bits = option.bits
         self.shape = (-1, *[1] * (weight.dim() - 1))
-        self.scale, self.zero_point = mse_grid(weight, option.bits, option.symmetric)
+        smallest = step_bound(problem, option)
+        self.bounded, self.channel_groups = smallest is not None, problem.groups
+        self.scale, self.zero_point = mse_grid(weight, option.bits, option.symmetric, smallest=smallest)
         # Continuous codes around zero: W + V in units of the start's step.
         self.codes = (weight / self.scale.reshape(self.shape)).requires_grad_()
         self.scale_log = torch.zeros_like(self.scale).requires_grad_()
@@ -137,7 +140,7 @@ class _Parameters:
     def solution(self) -> Solution:
         """The current iterate as integers."""
         with torch.no_grad():
-            scale = self.scale * self.scale_log.exp()
+            scale = self.scale * self._factor()
             # The codes stand for W + V in units of the *starting* step.
             weight = quantize(self.codes * self.scale.reshape(self.shape), scale, self.zero_point, self.bits)
             grid = self.grid
@@ -147,12 +150,21 @@ class _Parameters:
             return Solution(weight, self.bias + self.bias_unit * self.bias_shift, grid)
 
     def _weight(self) -> Tensor:
-        factor = self.scale_log.exp().reshape(self.shape)
+        factor = self._factor().reshape(self.shape)
         low = -self.zero_point.reshape(self.shape)
         codes = _round(self.codes / factor)
         # Not minimum and maximum: they pass half the gradient at a tie, and every weight on the last code is one.
         codes = torch.clamp(codes, low, low + ((1 << self.bits) - 1))
         return codes * (factor * self.scale.reshape(self.shape))
+
+    def _factor(self) -> Tensor:
+        """What each channel's starting step is multiplied with, [O]: as learned, or what the moved weights need."""
+        factor = self.scale_log.exp()
+        if not self.bounded:
+            return factor
+        needed = smallest_step(self.codes.detach(), self.channel_groups)
+        # Not maximum, which passes half the gradient at a tie: there every channel begins.
+        return torch.where(factor < needed, needed, factor)
 
     def _input(self, x: Tensor) -> Tensor:
         if self.grid is None:

@@ -17,6 +17,7 @@ from compress.calib.adaquant import evaluation_rows
 from compress.calib.gram import Gram
 from compress.graph.quantizers import on_grid
 from compress.problem import Effort, LayerProblem, Solution
+from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR
 from compress.quant.rtn import MSE
 from compress.records import QuantOption
 from compress.weights import QuantizedWeight, spread
@@ -53,7 +54,8 @@ class OptimalRounding:
         inverse, damping = _inverse_factor(gram, self.act_order)
         if inverse is None:
             return _noted(nearest, f"rounded to nearest: not positive definite at damping {_DAMPING[-1]:g}")
-        codes = _round(problem.weight.flatten(1), nearest.weight, inverse, _order(gram, self.act_order))
+        order = _order(gram, self.act_order)
+        codes = _round(problem.weight.flatten(1), nearest.weight, inverse, order, bounded=option.pair_bounded)
         codes = _better_channels(problem, codes.reshape(problem.weight.shape), nearest.weight)
         note = f"gptq damping {damping:g}" if damping != _DAMPING[0] else None
         return Solution(replace(nearest.weight, codes=codes), note=note)
@@ -103,11 +105,13 @@ def _inverse_factor(gram: Tensor, act_order: bool) -> tuple[Tensor | None, float
     return None, _DAMPING[-1]
 
 
-def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Tensor) -> Tensor:
+def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Tensor, *, bounded: bool) -> Tensor:
     """Codes uint8 [O, I] of ``weight`` [O, I] on the grids of ``nearest``.
 
     Args:
         inverse: upper Cholesky factor of the damped inverse gram matrix, its columns in ``order``.
+        bounded: whether pairs of codes have to keep within 16 bits (compress/quant/pairs.py): weights move once the
+            step is fixed, so that the second of a pair takes what the first has left, and later columns make up for it.
     """
     shape = tuple(weight.shape)
     # A column of the weight is a row here: what the inner loop reads lies side by side.
@@ -118,11 +122,13 @@ def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Ten
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
     top = (1 << nearest.bits) - 1
+    neighbours = _neighbours(order) if bounded else None
     for start in range(0, shape[1], _BLOCK):
         stop = min(start + _BLOCK, shape[1])
         errors = torch.empty(stop - start, shape[0])
         for column in range(start, stop):
-            q = (left[column] / scale[column]).round_().add_(zero[column]).clamp_(0, top)
+            q = (left[column] / scale[column]).round_().add_(zero[column])
+            q = q.clamp_(0, top) if neighbours is None else _within_pair(q, zero[column], codes, neighbours[column])
             codes[column] = q
             error = q.sub_(zero[column]).mul_(scale[column]).sub_(left[column]).div_(-inverse[column, column])
             left[column + 1 : stop].addr_(inverse[column, column + 1 : stop], error, alpha=-1)
@@ -131,6 +137,23 @@ def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Ten
     found = torch.empty_like(weight, dtype=torch.uint8)
     found[:, order] = codes.T.to(torch.uint8)
     return found
+
+
+def _neighbours(order: Tensor) -> list[int | None]:
+    """By place in ``order``: the place of the column that it is multiplied with in one sum, where that comes before."""
+    place = {int(column): at for at, column in enumerate(order)}
+    found = (place.get(int(column) ^ 1) for column in order)
+    return [other if other is not None and other < at else None for at, other in enumerate(found)]
+
+
+def _within_pair(q: Tensor, zero: Tensor, codes: Tensor, neighbour: int | None) -> Tensor:
+    """``q`` [O] within what ``codes`` [I, O] at ``neighbour`` leave; both count from below ``zero`` [O]."""
+    if neighbour is None:
+        return q.clamp_(zero - LARGEST_CODE, zero + LARGEST_CODE)
+    other = codes[neighbour] - zero
+    high = (LARGEST_PAIR - other.clamp(min=0)).clamp(max=LARGEST_CODE)
+    low = (-LARGEST_PAIR - other.clamp(max=0)).clamp(min=-LARGEST_CODE)
+    return q.clamp_(zero + low, zero + high)
 
 
 def _better_channels(problem: LayerProblem, codes: Tensor, nearest: QuantizedWeight) -> Tensor:

@@ -31,6 +31,7 @@ from compress.calib.metaaug.settings import MetaAug
 from compress.calib.soft import Masks, SoftGrid, SoftWeight
 from compress.problem import ActivationGrid, Effort, LayerProblem, Solution
 from compress.quant.grid import mse_grid, quantize
+from compress.quant.pairs import step_bound
 from compress.records import QuantOption
 from compress.weights import QuantizedWeight
 
@@ -90,7 +91,8 @@ class BlockMethod:
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Where the block's reconstruction begins."""
-        scale, zero_point = mse_grid(problem.weight, option.bits, option.symmetric)
+        smallest = step_bound(problem, option)
+        scale, zero_point = mse_grid(problem.weight, option.bits, option.symmetric, smallest=smallest)
         return Solution(quantize(problem.weight, scale, zero_point, option.bits))
 
 

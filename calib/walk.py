@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, fx
 
 from compress.calib.frontier import Frontier
-from compress.graph.layers import activation_of, layer_calls
+from compress.graph.layers import activation_of, channel_groups, layer_calls
 from compress.graph.quantizers import Quantizer
 from compress.graph.rewrite import input_quantizer, layer_bias
 from compress.graph.traced import TracedModel
@@ -118,6 +118,7 @@ class Walk:
             inputs=inputs,
             targets=targets,
             grid=grid,
+            groups=channel_groups(call),
         )
         return LayerInputs(problem, prefix, quantizer if grid is not None and grid.learnable else None)
 

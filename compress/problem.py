@@ -62,6 +62,7 @@ class LayerProblem:
         targets: the float layer's output for the same samples; None without data.
         grid: grid of the input; None when the input stays float.
         gram: gram matrix [I, I] of the input on its grid, where it is known already.
+        groups: of a convolution's channels.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LayerProblem:
     targets: RowSource | None = None
     grid: ActivationGrid | None = None
     gram: Tensor | None = None
+    groups: int = 1
 
     def activate(self, y: Tensor) -> Tensor:
         """Apply the activation that alone reads the output, if there is one."""

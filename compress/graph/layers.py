@@ -15,6 +15,7 @@ __all__ = [
     "LAYER_KINDS",
     "TABLE",
     "activation_of",
+    "channel_groups",
     "is_stored",
     "layer_calls",
     "layer_computes",
@@ -126,6 +127,11 @@ def activation_of(node: fx.Node) -> tuple[str | None, fx.Node]:
     return None, node
 
 
+def channel_groups(call: fx.Node) -> int:
+    """Into how many groups ``call``, a convolution, divides its channels; 1 for a linear."""
+    return int(call.args[6]) if len(call.args) > 6 else 1
+
+
 def list_layers(traced: TracedModel) -> list[LayerSpec]:
     """One :class:`LayerSpec` per layer in execution order, refused ones included."""
     specs = []
@@ -133,13 +139,12 @@ def list_layers(traced: TracedModel) -> list[LayerSpec]:
         call = calls[0]
         shape = tuple(call.args[1].meta["val"].shape)
         rows = sum(_rows(node) for node in calls) // len(traced.example[0])
-        groups = call.args[6] if len(call.args) > 6 else 1
         specs.append(
             LayerSpec(
                 name=name,
                 kind=LAYER_KINDS[call.target],
                 weight_shape=shape,
-                groups=groups,
+                groups=channel_groups(call),
                 macs=math.prod(shape) * rows,
                 rows=rows,
                 calls=len(calls),

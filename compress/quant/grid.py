@@ -7,6 +7,8 @@ zero is a grid point.
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -41,28 +43,38 @@ def groups_of(weight: Tensor, group_size: int | None) -> Tensor:
     return torch.nn.functional.pad(flat, (0, missing)).reshape(-1, group_size)
 
 
-def min_max_grid(weight: Tensor, bits: int, symmetric: bool, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, [O] or [O, G], that reach the largest weight of every grid of ``weight`` [O, ...]."""
+def min_max_grid(
+    weight: Tensor, bits: int, symmetric: bool, group_size: int | None = None, smallest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, [O] or [O, G], that reach the largest weight of every grid of ``weight`` [O, ...].
+
+    Args:
+        smallest: what no step [O] may be below, on symmetric grids of whole channels; None: anything.
+    """
     flat = groups_of(weight, group_size)
     low, high = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
-    scale, zero_point = _grid(low, high, torch.ones_like(low), bits, symmetric)
+    scale, zero_point = _grid(low, high, torch.ones_like(low), bits, symmetric, smallest)
     return _by_channel(scale, weight, group_size), _by_channel(zero_point, weight, group_size)
 
 
-def mse_grid(weight: Tensor, bits: int, symmetric: bool, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+def mse_grid(
+    weight: Tensor, bits: int, symmetric: bool, group_size: int | None = None, smallest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The grids of the smallest squared error, among ranges from 20 % to 100 % of the min-max range.
 
     A search in steps of 5 % of the range, then around each grid's best in steps of 1.25 % and 0.3 %. The full range is
-    among the candidates, so that no grid is worse than with :func:`min_max_grid`.
+    among the candidates, so that no grid is worse than with :func:`min_max_grid`, which takes the same arguments.
     """
     flat = groups_of(weight, group_size)
     # A few rows at a time: what is rounded again and again stays in the processor's cache.
-    parts = [_search(rows, bits, symmetric) for rows in flat.split(max(_CACHED // flat.shape[1], 1))]
+    count = max(_CACHED // flat.shape[1], 1)
+    least = smallest.split(count) if smallest is not None else repeat(None)
+    parts = [_search(rows, bits, symmetric, each) for rows, each in zip(flat.split(count), least, strict=False)]
     scale, zero_point = (torch.cat(each) for each in zip(*parts, strict=True))
     return _by_channel(scale, weight, group_size), _by_channel(zero_point, weight, group_size)
 
 
-def _search(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _search(rows: Tensor, bits: int, symmetric: bool, smallest: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero point [R] for ``rows`` [R, n]."""
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     room = torch.empty_like(rows)
@@ -72,7 +84,7 @@ def _search(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
 
     def consider(ratio: Tensor) -> None:
         nonlocal best_ratio, best_error
-        scale, zero_point = (each[:, None] for each in _grid(low, high, ratio, bits, symmetric))
+        scale, zero_point = (each[:, None] for each in _grid(low, high, ratio, bits, symmetric, smallest))
         torch.div(rows, scale, out=room)
         room.round_().add_(zero_point).clamp_(0, top).sub_(zero_point).mul_(scale).sub_(rows)
         error = room.square_().sum(1)
@@ -89,18 +101,21 @@ def _search(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         for offset in range(1, _FINER):
             for sign in (-1, 1):
                 consider((centre + sign * offset * step).clamp(_LOWEST_RATIO, 1.0))
-    return _grid(low, high, best_ratio, bits, symmetric)
+    return _grid(low, high, best_ratio, bits, symmetric, smallest)
 
 
 def _by_channel(grid: Tensor, weight: Tensor, group_size: int | None) -> Tensor:
     return grid if group_size is None else grid.reshape(len(weight), -1)
 
 
-def _grid(low: Tensor, high: Tensor, ratio: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _grid(
+    low: Tensor, high: Tensor, ratio: Tensor, bits: int, symmetric: bool, smallest: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if symmetric:
         # The range reaches from -2^(b-1) to 2^(b-1) - 1 steps; a step that fits both ends clips nothing.
         half = 1 << (bits - 1)
         scale = torch.maximum(high / (half - 1), -low / half) * ratio
+        scale = scale if smallest is None else torch.maximum(scale, smallest)
         return scale.clamp(min=_SMALLEST), torch.full_like(scale, half)
     scale = ((high - low) * ratio / ((1 << bits) - 1)).clamp(min=_SMALLEST)
     return scale, torch.round(-low * ratio / scale).clamp(0, (1 << bits) - 1)

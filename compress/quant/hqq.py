@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.problem import Effort, LayerProblem, Solution
 from compress.quant.grid import groups_of, mse_grid, quantize
+from compress.quant.pairs import step_bound
 from compress.records import QuantOption
 
 __all__ = ["HQQ", "HalfQuadratic"]
@@ -35,18 +36,21 @@ class HalfQuadratic:
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize the weight; bias and input grid stay."""
         weight, group = problem.weight, option.group_size
-        scale, zero_point = mse_grid(weight, option.bits, option.symmetric, group)
+        smallest = step_bound(problem, option)
+        scale, zero_point = mse_grid(weight, option.bits, option.symmetric, group, smallest)
         shape = scale.shape
         rows = groups_of(weight, group)
-        best_scale, best_zero = _search(rows, scale.reshape(-1), zero_point.reshape(-1).float(), option)
+        best_scale, best_zero = _search(rows, scale.reshape(-1), zero_point.reshape(-1).float(), option, smallest)
         return Solution(quantize(weight, best_scale.reshape(shape), best_zero.reshape(shape), option.bits, group))
 
 
 HQQ = HalfQuadratic()
 
 
-def _search(rows: Tensor, scale: Tensor, zero: Tensor, option: QuantOption) -> tuple[Tensor, Tensor]:
-    """The best scale and zero point [R] of each of ``rows`` [R, K] met on the way."""
+def _search(
+    rows: Tensor, scale: Tensor, zero: Tensor, option: QuantOption, smallest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The best scale, not below ``smallest`` [R], and zero point [R] of each of ``rows`` [R, K] met on the way."""
     top = (1 << option.bits) - 1
 
     def codes(scale: Tensor, zero: Tensor) -> Tensor:
@@ -71,5 +75,6 @@ def _search(rows: Tensor, scale: Tensor, zero: Tensor, option: QuantOption) -> t
         centred = q - zero[:, None]
         fitted = (centred * smooth).sum(1) / centred.square().sum(1).clamp(min=_SMALLEST)
         scale = torch.where(fitted > _SMALLEST, fitted, scale)
+        scale = scale if smallest is None else torch.maximum(scale, smallest)
         beta *= _GROWTH
     return best_scale, best_zero

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compress.problem import Effort, LayerProblem, Solution
 from compress.quant.grid import min_max_grid, mse_grid, quantize
+from compress.quant.pairs import step_bound
 from compress.records import QuantOption
 
 __all__ = ["MIN_MAX", "MSE", "RoundToNearest"]
@@ -18,7 +19,7 @@ __all__ = ["MIN_MAX", "MSE", "RoundToNearest"]
 class RoundToNearest:
     """Round every weight to the grid that ``grid`` finds; needs no data."""
 
-    grid: Callable[[Tensor, int, bool, int | None], tuple[Tensor, Tensor]]
+    grid: Callable[[Tensor, int, bool, int | None, Tensor | None], tuple[Tensor, Tensor]]
     needs_data: bool = False
     sequential: bool = True
     grouped: bool = True
@@ -27,7 +28,8 @@ class RoundToNearest:
 
     def solve(self, problem: LayerProblem, option: QuantOption, effort: Effort) -> Solution:
         """Quantize the weight; bias and input grid stay."""
-        scale, zero_point = self.grid(problem.weight, option.bits, option.symmetric, option.group_size)
+        smallest = step_bound(problem, option)
+        scale, zero_point = self.grid(problem.weight, option.bits, option.symmetric, option.group_size, smallest)
         return Solution(quantize(problem.weight, scale, zero_point, option.bits, option.group_size))
 
 

@@ -19,6 +19,7 @@ from compress.methods import METHODS
 from compress.problem import ActivationGrid, Effort, LayerProblem, Method, Solution
 from compress.quant.grid import min_max_grid, mse_grid, quantize
 from compress.quant.hqq import HalfQuadratic
+from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR, largest_pair, step_bound
 from compress.records import QuantOption
 from compress.registry import resolve
 
@@ -31,6 +32,10 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
+def grouped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1, groups=2)
+
+
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, stride=2, groups=6)
 
@@ -41,6 +46,7 @@ def convolution_1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 KINDS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], str | None]] = {
     "conv2d": (convolution, (8, 3, 3, 3), (40, 3, 7, 7), "relu"),
+    "grouped": (grouped, (4, 3, 3, 3), (40, 6, 7, 7), None),
     "depthwise": (depthwise, (6, 1, 3, 3), (40, 6, 7, 7), "relu6"),
     "conv1d": (convolution_1d, (5, 4, 3), (40, 4, 12), None),
     "linear": (F.linear, (7, 10), (140, 10), None),  # more samples than are evaluated
@@ -64,7 +70,8 @@ def make_problem(
         assert low < int(grid.zero_point) < high
     inputs = x if grid is None or learnable else fake_quantize(x, grid.scale, grid.zero_point, grid.bits)
     targets = forward(x, weight, bias)
-    return LayerProblem(kind, weight, bias, forward, relu, TensorRows(inputs), TensorRows(targets), grid)
+    groups = {"grouped": 2, "depthwise": 6}.get(kind, 1)
+    return LayerProblem(kind, weight, bias, forward, relu, TensorRows(inputs), TensorRows(targets), grid, groups=groups)
 
 
 def output_error(problem: LayerProblem, solution: Solution) -> float:
@@ -127,11 +134,31 @@ def test_never_worse_than_rounding_to_nearest(method: Method, kind: str, act_bit
         else:
             # HQQ minimises a norm of its own, and starts from the grid of the smallest squared error.
             grid, power = (mse_grid, 0.7) if isinstance(method, HalfQuadratic) else (min_max_grid, 2.0)
-            naive = quantize(problem.weight, *grid(problem.weight, bits, option.symmetric), bits)
+            least = step_bound(problem, option)
+            naive = quantize(problem.weight, *grid(problem.weight, bits, option.symmetric, smallest=least), bits)
             got, wanted = (
                 (each.dequantize() - problem.weight).abs().pow(power).sum() for each in (solution.weight, naive)
             )
             assert got <= wanted * (1 + 1e-5), bits
+
+
+@KIND
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_eight_bits_keep_pairs_of_products_within_sixteen(method: Method, kind: str, dynamic: bool) -> None:
+    """On inputs of 8 bits, where a method moves weights as well: many steps, and channels that strain the bound."""
+    problem = make_problem(kind, None if dynamic else 8)
+    weight = problem.weight.clone()
+    weight[0] = 0.2  # all pairs at the bound
+    weight[1] = -weight[1].abs()
+    assert problem.inputs is not None
+    targets = TensorRows(problem.forward(problem.inputs.take(torch.arange(len(problem.inputs))), weight, problem.bias))
+    problem = replace(problem, weight=weight, targets=targets)
+    found = method.solve(problem, QuantOption(bits=8, act_bits=8, dynamic=dynamic), Effort(60, 3)).weight
+    codes = found.codes.long() - 128
+    assert int(codes.abs().max()) <= LARGEST_CODE
+    assert int(largest_pair(codes, problem.groups).max()) <= (LARGEST_CODE if kind == "depthwise" else LARGEST_PAIR)
+    # And no more room is left than that takes: the step is the bound or what the method wanted.
+    assert int(largest_pair(codes, problem.groups).max()) >= 100
 
 
 @KIND
