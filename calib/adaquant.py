@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.quant.grid import mse_grid, quantize
-from compress.quant.pairs import smallest_step, step_bound
+from compress.quant.pairs import bound_of
 from compress.records import QuantOption
 
 __all__ = ["PARALLEL", "SEQUENTIAL", "AdaQuant", "evaluation_rows"]
@@ -102,8 +102,8 @@ class _Parameters:
         weight = problem.weight
         self.bits = option.bits
         self.shape = (-1, *[1] * (weight.dim() - 1))
-        smallest = step_bound(problem, option)
-        self.bounded, self.channel_groups = smallest is not None, problem.groups
+        self.bound = bound_of(problem, option)
+        smallest = self.bound.smallest_step(weight) if self.bound is not None else None
         self.scale, self.zero_point = mse_grid(weight, option.bits, option.symmetric, smallest=smallest)
         # Continuous codes around zero: W + V in units of the start's step.
         self.codes = (weight / self.scale.reshape(self.shape)).requires_grad_()
@@ -160,9 +160,9 @@ class _Parameters:
     def _factor(self) -> Tensor:
         """What each channel's starting step is multiplied with, [O]: as learned, or what the moved weights need."""
         factor = self.scale_log.exp()
-        if not self.bounded:
+        if self.bound is None:
             return factor
-        needed = smallest_step(self.codes.detach(), self.channel_groups)
+        needed = self.bound.smallest_step(self.codes.detach())
         # Not maximum, which passes half the gradient at a tie: there every channel begins.
         return torch.where(factor < needed, needed, factor)
 

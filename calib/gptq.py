@@ -17,7 +17,7 @@ from compress.calib.adaquant import evaluation_rows
 from compress.calib.gram import Gram
 from compress.graph.quantizers import on_grid
 from compress.problem import Effort, LayerProblem, Solution
-from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR
+from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR, CodeBound, bound_of
 from compress.quant.rtn import MSE
 from compress.records import QuantOption
 from compress.weights import QuantizedWeight, spread
@@ -55,7 +55,7 @@ class OptimalRounding:
         if inverse is None:
             return _noted(nearest, f"rounded to nearest: not positive definite at damping {_DAMPING[-1]:g}")
         order = _order(gram, self.act_order)
-        codes = _round(problem.weight.flatten(1), nearest.weight, inverse, order, bounded=option.pair_bounded)
+        codes = _round(problem.weight.flatten(1), nearest.weight, inverse, order, bound_of(problem, option))
         codes = _better_channels(problem, codes.reshape(problem.weight.shape), nearest.weight)
         note = f"gptq damping {damping:g}" if damping != _DAMPING[0] else None
         return Solution(replace(nearest.weight, codes=codes), note=note)
@@ -105,13 +105,13 @@ def _inverse_factor(gram: Tensor, act_order: bool) -> tuple[Tensor | None, float
     return None, _DAMPING[-1]
 
 
-def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Tensor, *, bounded: bool) -> Tensor:
+def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Tensor, bound: CodeBound | None) -> Tensor:
     """Codes uint8 [O, I] of ``weight`` [O, I] on the grids of ``nearest``.
 
     Args:
         inverse: upper Cholesky factor of the damped inverse gram matrix, its columns in ``order``.
-        bounded: whether pairs of codes have to keep within 16 bits (compress/quant/pairs.py): weights move once the
-            step is fixed, so that the second of a pair takes what the first has left, and later columns make up for it.
+        bound: what the codes keep within; None: their type. Weights move once the step is fixed, so that the second
+            of a pair takes what the first has left, and later columns make up for it.
     """
     shape = tuple(weight.shape)
     # A column of the weight is a row here: what the inner loop reads lies side by side.
@@ -122,13 +122,16 @@ def _round(weight: Tensor, nearest: QuantizedWeight, inverse: Tensor, order: Ten
     left = weight.T[order].contiguous()
     codes = torch.empty_like(left)
     top = (1 << nearest.bits) - 1
-    neighbours = _neighbours(order) if bounded else None
+    neighbours = _neighbours(order) if bound is not None and bound.pairs else [None] * len(order)
     for start in range(0, shape[1], _BLOCK):
         stop = min(start + _BLOCK, shape[1])
         errors = torch.empty(stop - start, shape[0])
         for column in range(start, stop):
             q = (left[column] / scale[column]).round_().add_(zero[column])
-            q = q.clamp_(0, top) if neighbours is None else _within_pair(q, zero[column], codes, neighbours[column])
+            if bound is None:
+                q.clamp_(0, top)
+            else:
+                _keep_within(q, zero[column], codes, neighbours[column])
             codes[column] = q
             error = q.sub_(zero[column]).mul_(scale[column]).sub_(left[column]).div_(-inverse[column, column])
             left[column + 1 : stop].addr_(inverse[column, column + 1 : stop], error, alpha=-1)
@@ -146,14 +149,15 @@ def _neighbours(order: Tensor) -> list[int | None]:
     return [other if other is not None and other < at else None for at, other in enumerate(found)]
 
 
-def _within_pair(q: Tensor, zero: Tensor, codes: Tensor, neighbour: int | None) -> Tensor:
-    """``q`` [O] within what ``codes`` [I, O] at ``neighbour`` leave; both count from below ``zero`` [O]."""
+def _keep_within(q: Tensor, zero: Tensor, codes: Tensor, neighbour: int | None) -> None:
+    """Move ``q`` [O] to what ``codes`` [I, O] at ``neighbour`` leave it; ``zero`` [O] is in all of them."""
     if neighbour is None:
-        return q.clamp_(zero - LARGEST_CODE, zero + LARGEST_CODE)
+        q.clamp_(zero - LARGEST_CODE, zero + LARGEST_CODE)
+        return
     other = codes[neighbour] - zero
     high = (LARGEST_PAIR - other.clamp(min=0)).clamp(max=LARGEST_CODE)
     low = (-LARGEST_PAIR - other.clamp(max=0)).clamp(min=-LARGEST_CODE)
-    return q.clamp_(zero + low, zero + high)
+    q.clamp_(zero + low, zero + high)
 
 
 def _better_channels(problem: LayerProblem, codes: Tensor, nearest: QuantizedWeight) -> Tensor:

@@ -75,11 +75,6 @@ class QuantOption(Record):
             return "float"
         return "dynamic" if self.dynamic else "static"
 
-    @property
-    def pair_bounded(self) -> bool:
-        """Whether sums of two products could pass 16 bits, and the grid has to leave room (compress/quant/pairs.py)."""
-        return self.symmetric and self.bits == 8 and self.act_bits == 8
-
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
         dynamic = "d" if self.dynamic else ""

@@ -15,6 +15,8 @@ Codes of 7 bits cannot reach the bound (``2 * 64 * 255 = 32,640``), nor can inpu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,11 @@ from compress.records import QuantOption
 __all__ = [
     "LARGEST_CODE",
     "LARGEST_PAIR",
+    "CodeBound",
+    "bound_of",
     "in_kernel_order",
     "is_depthwise",
     "largest_pair",
-    "smallest_step",
     "step_bound",
 ]
 
@@ -39,30 +42,44 @@ LARGEST_PAIR = 128
 _STEPS = LARGEST_CODE - 1e-3
 
 
+@dataclass(frozen=True)
+class CodeBound:
+    """What the codes of an 8-bit weight keep within: -127..127, and 128 together where neighbours are added.
+
+    Attributes:
+        pairs: whether kernels add neighbours' products in 16 bits.
+    """
+
+    pairs: bool
+
+    def smallest_step(self, weight: Tensor) -> Tensor:
+        """The smallest step [O] for ``weight`` [O, I / groups, *kernel] that keeps its codes within."""
+        return (largest_pair(weight) if self.pairs else weight.flatten(1).abs().amax(1)) / _STEPS
+
+
+def bound_of(problem: LayerProblem, option: QuantOption) -> CodeBound | None:
+    """What holds for the layer's codes; None where it is not on integers, or its codes are of fewer bits."""
+    if option.bits < 8 or option.inputs == "float" or not option.symmetric:
+        return None
+    return CodeBound(pairs=option.act_bits == 8 and not is_depthwise(problem.weight, problem.groups))
+
+
 def step_bound(problem: LayerProblem, option: QuantOption) -> Tensor | None:
-    """What no step [O] of the layer's grids may be below; None where ``option`` cannot go beyond 16 bits."""
-    return smallest_step(problem.weight, problem.groups) if option.pair_bounded else None
+    """What no step [O] of the layer's grids may be below; None: anything."""
+    bound = bound_of(problem, option)
+    return bound.smallest_step(problem.weight) if bound is not None else None
 
 
-def smallest_step(weight: Tensor, groups: int) -> Tensor:
-    """The smallest step [O] of each channel of ``weight`` [O, I / groups, *kernel] that keeps both promises."""
-    return largest_pair(weight, groups) / _STEPS
-
-
-def largest_pair(weight: Tensor, groups: int) -> Tensor:
+def largest_pair(weight: Tensor) -> Tensor:
     """The largest sum [O] of two neighbours' absolute values, where they have one sign, or of one, in each channel.
 
     Args:
         weight: [O, I / groups, *kernel], floats or codes around zero.
     """
     rows = in_kernel_order(weight)
-    low, high = rows.aminmax(dim=1)
-    largest = torch.maximum(high, -low)
-    if is_depthwise(weight, groups):
-        return largest
-    low, high = rows.unflatten(1, (-1, 2)).sum(2).aminmax(dim=1)
-    # Of two signs the sum is smaller than one of the two, which the line above has.
-    return torch.maximum(largest, torch.maximum(high, -low))
+    # Of two signs the sum is smaller than one of the two.
+    extremes = (*rows.aminmax(dim=1), *rows.unflatten(1, (-1, 2)).sum(2).aminmax(dim=1))
+    return torch.stack(extremes).abs().amax(0)
 
 
 def in_kernel_order(weight: Tensor) -> Tensor:
