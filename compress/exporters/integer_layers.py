@@ -236,6 +236,8 @@ def _type_of(value: ir.Value | None) -> str:
         if len(maker.inputs) > 2 and maker.inputs[2] is not None:
             return _type_of(maker.inputs[2])
         return _BYTES.get(ir.DataType(maker.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8), "")
+    if maker.op_type == "Cast":
+        return _BYTES.get(ir.DataType(maker.attributes.get_int("to", 0)), "")
     if maker.op_type in _MOVES | {"Clip", "Concat", "Pad"}:
         return _type_of(maker.inputs[0])
     if maker.op_type in ("QLinearConv", "QLinearMatMul"):
