@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
+
+from compress.exporters.saturation import prove
+from compress.report.schema import LayerProof
 
 Sums = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -121,3 +125,16 @@ def saturates() -> bool:
 def machine_sums() -> Sums:
     """What this machine's kernels add."""
     return saturated_sums if saturates() else exact_sums
+
+
+def constants(**numbers: Any) -> dict[str, np.ndarray]:
+    """Arrays and numbers, as initialisers of a model."""
+    return {name: np.asarray(each) for name, each in numbers.items()}
+
+
+def row_of(model: onnx.ModelProto, folder: Path) -> LayerProof:
+    """What is proven of the one layer of ``model``."""
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    (row,) = prove(path).layers
+    return row
