@@ -26,14 +26,14 @@ from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
 from compress.gate import verify as verify_file
 from compress.intake import Intake, ModelLike, read_model, take_in
-from compress.onnxfile import export_shared, export_whole, graph_of
+from compress.onnxfile import export_shared, export_whole, graph_of, prove_file
 from compress.options import Options, Settings, check_unused, gather
 from compress.planning import make_plan
 from compress.progress import Progress, silent
 from compress.realize import GATE_SAMPLES, Result, gate_inputs, realize
 from compress.records import Front, LayerSpec, Plan
 from compress.report.front import check_front_folder, write_front
-from compress.report.schema import Parity
+from compress.report.schema import Parity, Proof
 from compress.runtime.device import check_device
 from compress.runtime.load import load_on
 from compress.search.find import find_plan
@@ -326,14 +326,16 @@ def export(
     return path
 
 
-def verify(folder: str | Path, *, data: object | None = None, **settings: Unpack[Settings]) -> Parity:
-    """Compare the ONNX file in ``folder`` with the PyTorch graph beside it, on ``data`` or on noise.
+def verify(path: str | Path, *, data: object | None = None, **settings: Unpack[Settings]) -> Parity | Proof:
+    """Compare a folder's ONNX file with the graph beside it, on ``data`` or noise; or judge the codes of any ONNX file.
 
     Raises:
-        InputError: the folder is not a finished artifact, or the data cannot be used.
+        InputError: it is neither a finished artifact nor a file that ONNX Runtime loads, or the data cannot be used.
     """
     _, source = gather(settings)
-    path = Path(folder)
+    path = Path(path)
+    if path.is_file() or path.suffix == ".onnx":
+        return prove_file(path, data)
     traced = load_artifact(path)
     plan = load_plan(path)
     samples = None

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.errors import GateError
 from compress.exporters.fusion import FLOAT_ISLANDS, fused_operators, misplaced_layers
+from compress.exporters.saturation import prove
 from compress.exporters.session import open_session, run_session
 from compress.graph.layers import LAYER_KINDS, layer_computes, layer_name
 from compress.graph.traced import TracedModel, first_output
@@ -97,7 +98,9 @@ def verify(
     if {"integer", "dynamic"} & set(computes.values()):
         kinds = Counter(kind for kinds in operators.values() for kind in kinds if kind in FLOAT_ISLANDS)
         parity = parity.model_copy(update={"float_operators": dict(kinds)})
-    return parity.model_copy(update={"failures": tuple(failures)})
+    proof = prove(path, provider)
+    failures += proof.failures
+    return parity.model_copy(update={"proof": proof, "failures": tuple(failures)})
 
 
 def verify_or_raise(parity: Parity, path: Path) -> None:

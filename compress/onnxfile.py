@@ -1,4 +1,4 @@
-"""A graph as an ONNX file in its place: written, proven against the graph, and only then moved there."""
+"""ONNX files: a graph's, written, proven against the graph and only then put in its place; anybody's, judged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compress.artifact import check_free, load_artifact
 from compress.deltas import add_deltas
 from compress.errors import InputError
 from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.saturation import prove
 from compress.exporters.shared import Shares, check_name, write_shared
 from compress.gate import verify, verify_or_raise
 from compress.graph.traced import TracedModel
@@ -20,8 +21,9 @@ from compress.huggingface import is_pretrained
 from compress.intake import ModelLike, noise, read_model, take_in
 from compress.kernels.table import register_operators
 from compress.options import Source
+from compress.report.schema import Proof
 
-__all__ = ["export_shared", "export_whole", "graph_of"]
+__all__ = ["export_shared", "export_whole", "graph_of", "prove_file"]
 
 
 def graph_of(model: ModelLike, source: Source) -> TracedModel:
@@ -87,6 +89,27 @@ def export_shared(model: ModelLike, source: Source, path: Path, shared: str, ove
             data.unlink(missing_ok=True)
         staged.replace(path)
     return shares
+
+
+def prove_file(path: Path, data: object | None = None) -> Proof:
+    """Where the integer sums of the ONNX file ``path``, whoever wrote it, are exact.
+
+    Raises:
+        InputError: it is no file that ONNX Runtime loads; or there is ``data``, and no graph to compare the file with.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; check the path.")
+    if data is not None:
+        raise InputError(
+            f"{path} is a file, with no PyTorch graph beside it to compare it with on data; leave --data out, and its "
+            "codes alone are judged, or give the folder that `compress quantize` has written"
+        )
+    try:
+        return prove(path)
+    except InputError as error:
+        raise InputError(
+            f"{error}; `compress verify` takes an ONNX file, or a folder that `compress quantize` has written"
+        ) from error
 
 
 def _prove(traced: TracedModel, staged: Path, path: Path) -> None:

@@ -207,3 +207,33 @@ def test_layers_are_named_beside_products_of_activations(layer: str, tmp_path: P
     bad = damaged(path, tmp_path, node.input[1])
     found = dict(layer_differences(traced, bad, x, CPU))
     assert max(found, key=found.__getitem__) == layer, found
+
+
+def test_a_planted_pair_fails_on_any_machine(whole: tuple[TracedModel, Path], tmp_path: Path) -> None:
+    """Sums that are cut off at 16 bits elsewhere are seen in the codes, whatever the machine at hand computes."""
+    traced, path = whole
+    model = onnx.load(path)
+    (tensor,) = (each for each in model.graph.initializer if each.name == "second.weight_codes")
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[3, 4:6, 1, 2] = 127  # neighbours: channels are inside
+    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+    onnx.save(model, tmp_path / "planted.onnx")
+    parity = verify(traced, tmp_path / "planted.onnx", images(), "noise")
+    (failure,) = (each for each in parity.failures if "layer second (QLinearConv) has codes that are too large" in each)
+    assert "127 and 127 at " in failure
+    assert "of channel 3 add up to 254, allowed 128" in failure
+    assert "AVX2, AVX-512 without VNNI" in failure
+    assert parity.proof is not None
+    assert not parity.proof.instruction_sets["AVX2"]
+    assert parity.proof.instruction_sets["AVX512-VNNI"]
+
+
+def test_seven_bits_are_proven(tmp_path: Path, compress_quickly: Callable[..., TracedModel]) -> None:
+    traced = compress_quickly(Net(), *images(32), bits=7, first_last_bits=7)
+    write_onnx(build_onnx(traced), tmp_path / "model.onnx", {})
+    parity = verify(traced, tmp_path / "model.onnx", images(), "noise")
+    assert parity.failures == ()
+    assert parity.proof is not None
+    assert [row.name for row in parity.proof.layers] == ["first", "second", "third", "head"]
+    assert all(row.limit == 128 and row.worst is not None and row.worst <= 128 for row in parity.proof.layers)
+    assert all(parity.proof.instruction_sets.values())

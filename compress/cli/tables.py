@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.table import Table
 
 from compress.allocation.ranks import layers_of
 from compress.cli.plans import allocation_lines
 from compress.records import LayerSpec, Plan
-from compress.report.schema import Metric, Parity, Report
+from compress.report.schema import LayerProof, Metric, Parity, Proof, Report
 
-__all__ = ["inspection_table", "layer_table", "parity_text", "plan_table", "summary_lines"]
+__all__ = [
+    "inspection_table",
+    "layer_table",
+    "mending",
+    "parity_text",
+    "plan_table",
+    "proof_table",
+    "proof_text",
+    "summary_lines",
+]
 
 
 _NAMED = 3
@@ -96,6 +106,8 @@ def summary_lines(report: Report) -> list[str]:
         lines.append(_metric_line(report.metric))
     lines += allocation_lines(report.plan.allocation, report.measured)
     lines.append(f"Parity with PyTorch: {parity_text(report.parity)}")
+    if report.parity.proof and report.parity.proof.layers:
+        lines.append(f"On every processor: {proof_text(report.parity.proof)}")
     if report.plan.skipped:
         lines.append(
             f"Left float: {len(report.plan.skipped)} layers: "
@@ -132,6 +144,55 @@ def parity_text(parity: Parity) -> str:
         + (f", {parity.block_layers} on packed weights" if parity.block_layers else "")
         + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
     )
+
+
+def proof_table(proof: Proof) -> Table:
+    """Layer by layer: what its codes add up to, of what may be, and where it is not proven to be exact."""
+    table = Table(title="Layers on integers", title_justify="left")
+    for name in ("layer", "operator", "inputs x weights", "pair sum", "channel", "codes", "lowest", "not proven on"):
+        justify: Literal["left", "right"] = "right" if name in ("pair sum", "channel", "lowest") else "left"
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in proof.layers:
+        table.add_row(
+            row.name, row.operator, f"{row.inputs or '?'} x {row.weights or '?'}", _sum(row),
+            "" if row.channel is None else str(row.channel),
+            ", ".join(f"{code} at {place}" for code, place in zip(row.codes, row.pair, strict=True)),
+            "" if row.lowest is None else str(row.lowest),
+            ", ".join(row.unproven) + (f": {row.reason}" if row.reason else ""),
+        )  # fmt: skip
+    table.caption = (
+        "pair sum: the largest of neighbouring codes, and where they stand in their channel, in the order in which "
+        f"ONNX Runtime {proof.onnxruntime} adds on CPUs"
+    )
+    return table
+
+
+def proof_text(proof: Proof) -> str:
+    """Where the sums of a file are exact, and how near they come to where they would not be."""
+    if not proof.layers:
+        return "no layer computes on integers, so there is nothing to prove"
+    where = ", ".join(proof.proven) or "no instruction set"
+    bounded = [row for row in proof.layers if row.limit and row.worst is not None]
+    nearest = max(bounded, key=lambda row: (row.worst or 0) / (row.limit or 1), default=None)
+    closest = f", at most {_sum(nearest)} ({nearest.name})" if nearest else ""
+    return f"the sums of {len(proof.layers)} integer layers are exact in ONNX Runtime on {where}{closest}"
+
+
+def mending(proof: Proof) -> str:
+    """What to do about a file that is not proven."""
+    if not any(row.reason is None and row.unproven for row in proof.layers):
+        return "Codes that are computed as the model runs are exact if they are uint8"
+    cures = ["export again with `compress quantize`"]
+    if any(row.limit is not None and row.worst is not None and row.worst > row.limit for row in proof.layers):
+        cures.append("quantize with reduce_range=True, 7-bit weights")
+        cures.append("set session.x64quantprecision=1 in every x86 session, which is slower")
+    return f"To mend it: {', or '.join(cures)}"
+
+
+def _sum(row: LayerProof) -> str:
+    if row.worst is None:
+        return ""
+    return f"{row.worst} of {row.limit}" if row.limit is not None else f"{row.worst}, any"
 
 
 def _metric_line(metric: Metric) -> str:

@@ -1,4 +1,4 @@
-"""``compress verify``: the gate, again, on a finished folder."""
+"""``compress verify``: the gate, again, on a finished folder; or proof, from its codes, for anybody's ONNX file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from compress.cli.inputs import Mean, Size, Std, numbers
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that quantize wrote")],
-    data: Annotated[str | None, typer.Option(help="Samples to compare on, as for --calib  [default: noise]")] = None,
+    path: Annotated[Path, typer.Argument(help="A folder that quantize wrote, or any ONNX file")],
+    data: Annotated[
+        str | None, typer.Option(help="Samples to compare a folder on, as for --calib  [default: noise]")
+    ] = None,
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
@@ -20,19 +22,32 @@ def verify(
 ) -> None:
     """Compare the ONNX file in a folder with the PyTorch graph beside it, and look at what ONNX Runtime fused.
 
-    Example: [bold]compress verify model-w4a8 --data test.npz[/]
+    Of any quantized ONNX file: which layers are exact on which processors, judged from their codes.
+
+    Examples: [bold]compress verify model-w4a8 --data test.npz[/]
+
+    [bold]compress verify quantized.onnx[/]
     """
+    from rich.console import Console
+
     from compress import api
+    from compress.cli.tables import mending, parity_text, proof_table, proof_text
     from compress.errors import GateError
+    from compress.report.schema import Proof
 
-    parity = api.verify(folder, data=data, mean=numbers(mean, "--mean"), std=numbers(std, "--std"), size=size)
+    found = api.verify(path, data=data, mean=numbers(mean, "--mean"), std=numbers(std, "--std"), size=size)
     if json:
-        print(parity.model_dump_json(indent=2))
-    if parity.failures:
-        raise GateError(f"{folder} did not pass the gate: " + "; ".join(parity.failures))
+        print(found.model_dump_json(indent=2))
+    if isinstance(found, Proof):
+        if found.layers and not json:
+            Console().print(proof_table(found))
+        if found.failures:
+            more = f"; and {len(found.failures) - 1} more" if len(found.failures) > 1 else ""
+            raise GateError(f"{path} is not proven: {found.failures[0]}{more}. {mending(found)}")
+        if not json:
+            Console().print(f"{path}: {proof_text(found)}", highlight=False)
+        return
+    if found.failures:
+        raise GateError(f"{path} did not pass the gate: " + "; ".join(found.failures))
     if not json:
-        from rich.console import Console
-
-        from compress.cli.tables import parity_text
-
-        Console().print(f"{folder} passed: {parity_text(parity)}", highlight=False)
+        Console().print(f"{path} passed: {parity_text(found)}", highlight=False)

@@ -15,7 +15,14 @@ import onnx
 
 from compress.exporters.session import open_session
 
-__all__ = ["FLOAT_ISLANDS", "LAYER_OPERATORS", "fused_operators", "misplaced_layers", "optimized_nodes"]
+__all__ = [
+    "FLOAT_ISLANDS",
+    "LAYER_OPERATORS",
+    "fused_operators",
+    "misplaced_layers",
+    "name_before",
+    "optimized_nodes",
+]
 
 _INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"}
 # Operators that have an integer kernel; a float one between integer layers costs two casts and often a layout change.
@@ -40,12 +47,16 @@ def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str
     makers = {value: node for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
     found = []
     for node in graph.node:
-        name = node.name.partition("_token_")[0].removeprefix("fused ")  # a Gemm with its ReLU
-        name = _ANOTHER.sub("", name)
+        name = name_before(node.name)
         if name.endswith("_nchwc") and node.op_type in _FLOAT:
             name = _layer_behind(name.removesuffix("_nchwc"), makers)
         found.append((node, name))
     return found
+
+
+def name_before(name: str) -> str:
+    """The name that the node called ``name`` in an optimised graph had before."""
+    return _ANOTHER.sub("", name.partition("_token_")[0].removeprefix("fused "))  # "fused": a Gemm with its ReLU
 
 
 def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:

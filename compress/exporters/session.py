@@ -25,14 +25,17 @@ def open_session(
     provider: str = "CPUExecutionProvider",
     optimized: Path | None = None,
     profile: Path | None = None,
+    signed: bool = True,
 ) -> ort.InferenceSession:
     """A session on ``path`` (a file, or a model's bytes) at graph optimisation ``level``, as ORT spells it.
 
     Args:
         level: "ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED" or "ORT_ENABLE_ALL".
         threads: threads within an operator; 0 leaves the choice to ONNX Runtime.
-        optimized: where to write the optimised graph, to look at what was fused.
+        optimized: where to write the optimised graph, to look at what was fused; its large tensors beside it.
         profile: beginning of the name of the profile that the session's ``end_profiling`` writes; None: no profiler.
+        signed: signed activations stay as they are, which is ONNX Runtime's default on Arm; else they are rewritten to
+            unsigned ones first, which is its default on x86.
 
     Raises:
         InputError: ONNX Runtime refuses the file.
@@ -43,9 +46,12 @@ def open_session(
     options.log_severity_level = _QUIET
     # As on Arm: signed activations (of a file for Arm) reach integer kernels. Without it x86 rewrites them to unsigned
     # ones first, and leaves half of a residual network float.
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options.add_session_config_entry("session.qdqisint8allowed", "1" if signed else "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        # One protobuf holds 2 GB at most.
+        data = f"{optimized.name}.data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -11,7 +11,18 @@ from pydantic import Field
 from compress.machine import Environment
 from compress.records import SCHEMA_VERSION, Plan, Record
 
-__all__ = ["Latency", "LayerRow", "Metric", "Parity", "Report", "Size", "StreamReport", "StreamedLayer"]
+__all__ = [
+    "Latency",
+    "LayerProof",
+    "LayerRow",
+    "Metric",
+    "Parity",
+    "Proof",
+    "Report",
+    "Size",
+    "StreamReport",
+    "StreamedLayer",
+]
 
 
 class LayerRow(Record):
@@ -63,6 +74,41 @@ class Metric(Record):
     won: int | None = Field(None, description="samples only the compressed model has right")
 
 
+class LayerProof(Record):
+    """What the codes of one layer on integers say about it; ``worst`` of ``limit`` is "124 of 128"."""
+
+    name: str
+    operator: str = Field(description="what ONNX Runtime runs it with")
+    inputs: str = Field(description="uint8 or int8, on x86; empty where not known")
+    weights: str
+    worst: int | None = Field(
+        None, description="largest sum of codes of one sign that stand side by side; of a depthwise layer, of one code"
+    )
+    limit: int | None = Field(
+        None, description="up to which two products fit in 16 bits; None where nothing is added in 16 bits"
+    )
+    channel: int | None = Field(None, description="output channel of the largest sum")
+    pair: tuple[int, ...] = Field((), description="where it stands there, in the order of the kernel's sums")
+    codes: tuple[int, ...] = Field((), description="the codes there")
+    lowest: int | None = Field(None, description="lowest code of the layer")
+    unproven: tuple[str, ...] = Field((), description="instruction sets on which it is not proven to be exact")
+    reason: str | None = Field(None, description="why it cannot be judged from its codes")
+
+
+class Proof(Record):
+    """Where an ONNX file's integer sums are exact, for the order in which ONNX Runtime's CPU kernels add."""
+
+    onnxruntime: str = Field(description="version whose optimised graph was judged")
+    layers: tuple[LayerProof, ...] = Field(description="those that compute on integers")
+    instruction_sets: dict[str, bool] = Field(description="whether every layer is proven to be exact there")
+    failures: tuple[str, ...] = ()
+
+    @property
+    def proven(self) -> tuple[str, ...]:
+        """Instruction sets on which every layer is exact."""
+        return tuple(name for name, exact in self.instruction_sets.items() if exact)
+
+
 class Parity(Record):
     """The compressed PyTorch graph against ONNX Runtime, on the same samples."""
 
@@ -81,6 +127,7 @@ class Parity(Record):
     rounding_noise: float | None = Field(
         None, description="how far the graph is from itself with float tensors a millionth away; where it was asked for"
     )
+    proof: Proof | None = Field(None, description="that integer sums are exact; None in reports from before it")
     failures: tuple[str, ...] = ()
 
 
