@@ -2,7 +2,7 @@
 
 Float sums, and functions such as tanh, end in other last bits on other instruction sets, and a quantizer behind makes
 another code of one in some thousands. A whole file is therefore the same on all processors only as far as its float
-parts are. Its integer operators have no such excuse: the same codes in are the same codes out.
+parts are. Its integer operators have no such excuse.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
-__all__ = ["take_apart"]
+__all__ = ["JOINS", "PRODUCTS", "take_apart"]
 
-_INTEGER = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
-_JOINS = {"QLinearAdd", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
+# Sums of integer products: the same number everywhere, scaled and rounded by one multiplication.
+PRODUCTS = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
+# Codes of several grids, each scaled before they are added: with a fused multiply-add, where the processor has one, or
+# without, so that a sum in the middle between two codes may be rounded to the other.
+JOINS = {"QLinearAdd", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
 
 
 def take_apart(path: Path, feeds: dict[str, np.ndarray], target: Path) -> list[str]:
@@ -27,7 +30,7 @@ def take_apart(path: Path, feeds: dict[str, np.ndarray], target: Path) -> list[s
     model = _optimized(path, target)
     graph = model.graph
     constants = {each.name for each in graph.initializer}
-    nodes = [node for node in graph.node if node.op_type in _INTEGER | _JOINS]
+    nodes = [node for node in graph.node if node.op_type in PRODUCTS | JOINS]
     read = sorted({name for node in nodes for name in node.input if name and name not in constants})
     computed = [name for name in read if name not in feeds]
     graph.output.extend(helper.make_empty_tensor_value_info(name) for name in computed)
