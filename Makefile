@@ -1,6 +1,6 @@
 # One place for every command: the desk and CI both call these targets, so CI is never laxer.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types tests check clean
+.PHONY: help setup demo test lint types tests test-avx2 check clean
 
 # The first interpreter that really runs: version-manager shims can be on PATH without a Python behind them.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 CODE := compress kernels calib tests benchmarks examples
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: $(READY)  ## make .venv and install the project into it; does nothing when it is up to date
 
@@ -47,6 +47,11 @@ types: $(READY)  ## mypy
 # Workers take the files in the order of tests/conftest.py, not those with most tests first.
 tests: $(READY)  ## every test, slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emulates
+	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \
+		{ echo "qemu-x86_64-static was not found; Debian and Ubuntu have it: apt-get install qemu-user-static"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m avx2 tests/emulated
 
 check: lint types  ## before each commit: lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real"

@@ -30,6 +30,7 @@ from compress.huggingface import open_pretrained
 from compress.machine import describe_environment
 
 LENGTH = 128
+CALIBRATION = 256
 _ROUNDS = 12
 SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8 static": {"bits": 8, "method": "mse"},
@@ -47,7 +48,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=CALIBRATION)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(SETTINGS))
     parser.add_argument("--again", action="store_true", help="time all files again, keep the correlations measured")
@@ -74,7 +75,10 @@ def main() -> None:
             api.quantize(arguments.model, out=folder / setting, **given)
             files[setting] = folder / setting / "model.onnx"
         for setting, file in files.items():
-            measured = kept[setting]["spearman"] if setting in kept else spearman(file, pairs, encode)
+            if setting in kept:
+                measured = kept[setting]["spearman"]
+            else:
+                measured = spearman(open_session(file, "ORT_ENABLE_ALL", threads=2), pairs, encode)
             rows.append({"setting": setting, "bytes": file.stat().st_size, "spearman": measured})
             print(rows[-1], flush=True)
         times = time_at_length(list(files.values()), arguments.threads)
@@ -107,9 +111,12 @@ def encoder(folder: Path) -> Callable[[str], dict[str, np.ndarray]]:
     return lambda text: {name: value.numpy() for name, value in reader.encode([text]).items()}
 
 
-def spearman(file: Path, pairs: list[tuple[str, str, float]], encode: Callable[[str], dict[str, np.ndarray]]) -> float:
+def spearman(
+    session: onnxruntime.InferenceSession,
+    pairs: list[tuple[str, str, float]],
+    encode: Callable[[str], dict[str, np.ndarray]],
+) -> float:
     """Spearman's correlation, times 100, of cosine and score."""
-    session = open_session(file, "ORT_ENABLE_ALL", threads=2)
     vectors = {}
     for text in sorted({text for *texts, _ in pairs for text in texts}):
         mean = session.run(None, encode(text))[0][0].mean(0)
@@ -123,9 +130,7 @@ def time_at_length(files: list[Path], threads: int) -> np.ndarray:
 
     Threads of another open session would spin on after its run and take the processor from this one.
     """
-    random.seed(0)
-    ids = np.array([[random.randrange(1000, 20000) for _ in range(LENGTH)]])
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    feeds = feeds_at_length()
 
     def call_of(session: onnxruntime.InferenceSession) -> Callable[[], object]:
         given = {each.name: feeds[each.name] for each in session.get_inputs()}
@@ -137,6 +142,13 @@ def time_at_length(files: list[Path], threads: int) -> np.ndarray:
             call = call_of(open_session(file, "ORT_ENABLE_ALL", threads=threads))
             times[turn, position] = np.median(time_models([call], rounds=40, warmup=10))
     return times
+
+
+def feeds_at_length() -> dict[str, np.ndarray]:
+    """One text of 128 made-up tokens, [1, 128] each."""
+    random.seed(0)
+    ids = np.array([[random.randrange(1000, 20000) for _ in range(LENGTH)]])
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from benchmarks.accuracy import RESULTS, classes
 from benchmarks.encoder import encoder, read_pairs, spearman
 from benchmarks.zoo import ZOO
 from compress.errors import InfeasibleBudget
+from compress.exporters.session import open_session
 from compress.machine import describe_environment
 from compress.options import Options, Search, Source
 from compress.realize import realize
@@ -76,7 +77,7 @@ def opened(arguments: argparse.Namespace, options: Options, folder: Path) -> tup
         calib.write_text("\n".join(text for *texts, _ in read_pairs("train") for text in texts))
         pairs, encode = read_pairs("test"), encoder(arguments.model)
         work = open_work(arguments.model, str(calib), None, options, Source())
-        return work, lambda file: spearman(file, pairs, encode)
+        return work, lambda file: spearman(open_session(file, "ORT_ENABLE_ALL", threads=2), pairs, encode)
     case = ZOO[arguments.name]()
     calibration = case.calibration[: arguments.samples]
     work = open_work(case.module, calibration, None, options, Source())

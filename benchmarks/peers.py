@@ -23,7 +23,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-__all__ = ["peer_files"]
+__all__ = ["peer_files", "prepare_file", "quantize_statically"]
 
 _NNCF = """
 import sys, numpy as np, onnx, nncf
@@ -45,23 +45,41 @@ class _Reader(CalibrationDataReader):
         return next(self._batches, None)
 
 
-def peer_files(
-    float_file: Path, input_name: str, samples: Tensor, folder: Path, nncf_python: str | None
-) -> dict[str, Path]:
-    """ONNX files by the peers' names, written into ``folder``."""
+def prepare_file(float_file: Path, folder: Path) -> Path:
+    """``float_file`` as onnxruntime's tools want it, written into ``folder``."""
     prepared = folder / "prepared.onnx"
     quant_pre_process(str(float_file), str(prepared))
-    files = {"onnxruntime static": folder / "ort-static.onnx", "onnxruntime dynamic": folder / "ort-dynamic.onnx"}
+    return prepared
+
+
+def quantize_statically(
+    prepared: Path, path: Path, input_name: str, samples: Tensor, *, reduce_range: bool = False
+) -> None:
+    """onnxruntime's static quantization of ``prepared`` into ``path``: U8S8, a grid for each output channel.
+
+    Args:
+        reduce_range: 7 bits for weights, as its documentation asks for on x86 without VNNI.
+    """
     quantize_static(
         str(prepared),
-        str(files["onnxruntime static"]),
+        str(path),
         _Reader(input_name, samples.numpy()),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
+        reduce_range=reduce_range,
         calibrate_method=CalibrationMethod.MinMax,
     )
+
+
+def peer_files(
+    float_file: Path, input_name: str, samples: Tensor, folder: Path, nncf_python: str | None
+) -> dict[str, Path]:
+    """ONNX files by the peers' names, written into ``folder``."""
+    prepared = prepare_file(float_file, folder)
+    files = {"onnxruntime static": folder / "ort-static.onnx", "onnxruntime dynamic": folder / "ort-dynamic.onnx"}
+    quantize_statically(prepared, files["onnxruntime static"], input_name, samples)
     quantize_dynamic(str(prepared), str(files["onnxruntime dynamic"]), weight_type=QuantType.QUInt8)
     if nncf_python is not None:
         files["nncf"] = folder / "nncf.onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -30,7 +31,13 @@ class Case:
     calibration: Tensor
     test: Tensor
     labels: Tensor
-    float_accuracy: float
+
+    @cached_property
+    def float_accuracy(self) -> float:
+        """The float model's share of right answers on the test set."""
+        with torch.no_grad():
+            classes = torch.cat([self.module(batch).argmax(1) for batch in self.test.split(100)])
+        return float((classes == self.labels).float().mean())
 
 
 class _Block(nn.Module):
@@ -168,10 +175,7 @@ def _imagenet() -> Case:
 
 
 def _case(name: str, module: nn.Module, calibration: Tensor, test: Tensor, labels: Tensor) -> Case:
-    module.eval()
-    with torch.no_grad():
-        classes = torch.cat([module(batch).argmax(1) for batch in test.split(100)])
-    return Case(name, module, calibration, test, labels, float((classes == labels).float().mean()))
+    return Case(name, module.eval(), calibration, test, labels)
 
 
 ZOO: dict[str, Callable[[], Case]] = {

@@ -49,7 +49,7 @@ def _net() -> nn.Sequential:
 
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"factories_{abs(hash(tmp_path.name)):x}"  # a fresh name: imported modules stay in sys.modules
+    name = f"factories_{tmp_path.name}"  # a fresh name: imported modules stay in sys.modules
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
     return name

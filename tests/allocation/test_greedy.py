@@ -124,7 +124,7 @@ def test_ends_where_moves_change_nothing_but_the_rounding() -> None:
 
 
 @pytest.mark.parametrize("budgets", [1, 2])
-def test_a_thousand_units_in_two_seconds(budgets: int) -> None:
+def test_a_thousand_units_are_no_matter_of_minutes(budgets: int) -> None:
     rng = np.random.default_rng(0)
     bits = np.linspace(2, 8, 20)
     costs = []
@@ -135,7 +135,7 @@ def test_a_thousand_units_in_two_seconds(budgets: int) -> None:
     large = Program(tuple(costs), "error", limits)
     started = time.process_time()
     picks = greedy(large)
-    # About 0.4 s on two cores; the rest is for a busy machine.
-    assert time.process_time() - started < 2.0
+    # About 0.4 s; doing it anew for every unit takes hundreds of times as long, on any processor.
+    assert time.process_time() - started < 20.0
     assert picks is not None
     assert large.feasible(picks)

@@ -140,7 +140,8 @@ def test_time_out_reports_what_is_proven(solver: str) -> None:
     program = hard()
     started = time.monotonic()
     answer = solve(program, solver=solver, time_limit=0.3)
-    assert time.monotonic() - started < 5.0
+    # Left alone it goes on for hours; a busy machine takes seconds to start a solver.
+    assert time.monotonic() - started < 60.0
     check(program, answer)
     assert answer.status == "feasible"
     assert 0 < answer.gap < 0.01

@@ -107,7 +107,9 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
 
 @pytest.mark.slow
 def test_killed_at_random_points(folder: Path, forks: Forks) -> None:
-    moments = random.Random(int(time.time()))
+    seed = time.time_ns()
+    print(f"seed {seed}")  # shown where the test fails
+    moments = random.Random(seed)
     for _ in range(3):
         process = subprocess.Popen(
             command(*arguments("out")),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,15 +21,16 @@ VERBS = ("quantize", "inspect", "export", "verify", "bench")
 FILES = {"model.onnx", "model.safetensors", "base.safetensors", "graph.json", "plan.json", "report.json"}
 
 
-def test_help_is_there_in_a_second_and_without_torch(compress: Run, tmp_path: Path) -> None:
-    times = []
+def test_help_is_there_at_once_and_without_torch(compress: Run, tmp_path: Path) -> None:
+    seconds = []
     for _ in range(3):
-        start = time.monotonic()
+        before = processor_seconds()
         run = compress(tmp_path, "--help")
-        times.append(time.monotonic() - start)
+        seconds.append(processor_seconds() - before)
     assert run.returncode == 0
     assert all(verb in run.stdout for verb in VERBS)
-    assert min(times) < 1
+    # Half a second of the processor at 2 GHz, whatever else it does; torch alone is three.
+    assert min(seconds) < 2
     code = (
         "import sys; sys.argv = ['compress', '--help']\n"
         "from compress.cli.main import main\n"
@@ -38,6 +39,12 @@ def test_help_is_there_in_a_second_and_without_torch(compress: Run, tmp_path: Pa
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stderr == "end\n"
+
+
+def processor_seconds() -> float:
+    """What the processes that tests have started took of the processor, those that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("verb", VERBS)

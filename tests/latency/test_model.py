@@ -42,7 +42,7 @@ def table(times: Mapping[str, Times]) -> LatencyTable:
 
 
 def random_table(names: Mapping[str, LayerPlace]) -> LatencyTable:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)
     drawn = {name: {each: tuple(rng.uniform(1, 50, 3).tolist()) for each in ("float", "integer")} for name in names}
     return table(drawn)  # type: ignore[arg-type]
 
