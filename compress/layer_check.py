@@ -22,7 +22,7 @@ from compress.graph.traced import TracedModel, first_output
 from compress.kernels.dynamic import dynamic_grid
 from compress.report.schema import LayerParity
 
-__all__ = ["check_layers", "guilty_layers"]
+__all__ = ["check_layers", "guilty_layers", "innocent_layers"]
 
 # Rounding explains one step; what is measured as the model runs (dynamic grids) may add to it.
 _ALLOWED_STEPS = 2.0
@@ -53,12 +53,23 @@ def guilty_layers(layers: Sequence[LayerParity]) -> str | None:
         return None
     told = "; ".join(
         f"layer {row.name} ({row.operator}): {row.steps:.3g} steps of its output's grid (rounding explains "
-        f"{row.allowed_steps:.2g}), relative L2 {row.relative_l2:.2%}, {row.beyond_one_step:,} of {row.values:,} values "
-        "off by more than one step"
+        f"{row.allowed_steps:.2g}), {row.beyond_one_step:,} of {row.values:,} values off by more than one, "
+        f"relative L2 {row.relative_l2:.2%}"
         for row in guilty[:_NAMED]
     )
     more = f"; and {len(guilty) - _NAMED} more layers" if len(guilty) > _NAMED else ""
-    return f"run alone on PyTorch's own inputs, ONNX Runtime's kernels are off at {told}{more}"
+    return f"run alone on PyTorch's own inputs, ONNX Runtime's kernel is off at {told}{more}"
+
+
+def innocent_layers(layers: Sequence[LayerParity]) -> str:
+    """A sentence for a file that is off although no layer of it is."""
+    if not layers:
+        return "no layer's kernel could be run alone"
+    worst = max(layers, key=_excess)
+    return (
+        f"no layer is at fault by itself: run alone on PyTorch's own inputs, the furthest off, {worst.name} "
+        f"({worst.operator}), is at {worst.steps:.2g} steps of its output's grid; the difference arises between layers"
+    )
 
 
 class _Walk(fx.Interpreter):

@@ -35,4 +35,7 @@ def verify(
 
         from compress.cli.tables import parity_text
 
-        Console().print(f"{folder} passed: {parity_text(parity)}", highlight=False)
+        console = Console()
+        console.print(f"{folder} passed: {parity_text(parity)}", highlight=False)
+        for note in parity.notes:
+            console.print(f"- {note}", highlight=False)

@@ -102,7 +102,10 @@ class LoneLayer:
         feeds = {_IN: array if known is None else array.astype(known.dtype)}
         if self.measured:
             assert grid is not None
-            feeds |= {_IN_SCALE: np.array(grid.scale, np.float32), _IN_ZERO_POINT: np.array(grid.zero_point, grid.dtype)}
+            feeds |= {
+                _IN_SCALE: np.array(grid.scale, np.float32),
+                _IN_ZERO_POINT: np.array(grid.zero_point, grid.dtype),
+            }
         (result,) = session.run(None, feeds)
         found = torch.from_numpy(result)
         if self.channels_last:
@@ -188,9 +191,7 @@ def _lone(
     )
 
 
-def _grid(
-    node: onnx.NodeProto, tensors: Mapping[str, TensorProto], places: tuple[int, int] | None
-) -> Grid | None:
+def _grid(node: onnx.NodeProto, tensors: Mapping[str, TensorProto], places: tuple[int, int] | None) -> Grid | None:
     if places is None or len(node.input) <= max(places) or node.input[places[0]] not in tensors:
         return None
     scale, zero_point = (numpy_helper.to_array(tensors[node.input[place]]) for place in places)
@@ -220,9 +221,7 @@ def _unblocked(
         nodes.insert(0, helper.make_node("ReorderInput", [_IN], ["blocked"], domain=_NCHWC))
     convolution.output[0] = "blocked_output"
     channels = tensors[convolution.input[1]].dims[0]
-    nodes.append(
-        helper.make_node("ReorderOutput", ["blocked_output"], [_OUT], domain=_NCHWC, channels=channels)
-    )
+    nodes.append(helper.make_node("ReorderOutput", ["blocked_output"], [_OUT], domain=_NCHWC, channels=channels))
     return nodes
 
 

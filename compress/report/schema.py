@@ -12,9 +12,9 @@ from compress.machine import Environment
 from compress.records import SCHEMA_VERSION, Plan, Record
 
 __all__ = [
+    "Latency",
     "LayerParity",
     "LayerRow",
-    "Latency",
     "Metric",
     "Parity",
     "Report",
