@@ -46,6 +46,8 @@ def synthesize(
     most: int | None = None,
     batch: int | None = None,
     seed: int = 0,
+    steps: int = _STEPS,
+    rate: float = _RATE,
     progress: Progress = silent,
 ) -> Samples:
     """32 to 128 inputs for ``module``, which is in evaluation mode; the same ones for the same arguments.
@@ -56,6 +58,7 @@ def synthesize(
         example: the module's inputs [N, ...].
         most: how many, at most.
         batch: samples that the module takes at a time, where it takes no other number.
+        steps, rate: of the descent; its rate falls to zero.
 
     Raises:
         InputError: there are several, or whole numbers; no BatchNorm layer keeps statistics; or the model makes NaN of
@@ -81,14 +84,14 @@ def synthesize(
     count = count if most is None else min(count, most)
     count = -(-count // size) * size if batch else count
     # The same weights in another architecture are another model.
-    key = digest([fingerprint, str(module), shape, count, size, seed, _STEPS, _RATE])
+    key = digest([fingerprint, str(module), shape, count, size, seed, steps, rate])
     path = cache_folder() / f"synthetic-{key}.safetensors"
     notes: tuple[str, ...] = ()
     try:
         with safetensors.safe_open(path, "pt") as file:
             x, distance = file.get_tensor("x"), file.get_tensor("distance")
     except (OSError, safetensors.SafetensorError):  # not made yet, or cut short when the machine went down
-        x, distance = _make(module, (count, *shape), size, seed, progress)
+        x, distance = _make(module, (count, *shape), size, seed, steps, rate, progress)
         if not distance.isfinite().all():
             raise InputError(
                 f"--calib {SYNTHETIC}: the model makes NaN or infinity of noise (mean 0, deviation 1), so that no step "
@@ -97,7 +100,7 @@ def synthesize(
         notes = _keep({"x": x, "distance": distance}, path)
     before, after = distance.tolist()
     note = (
-        f"{count} inputs made of noise, without data: {_STEPS} steps brought their distance from the statistics of "
+        f"{count} inputs made of noise, without data: {steps} steps brought their distance from the statistics of "
         f"{norms} BatchNorm {'layer' if norms == 1 else 'layers'} down from {before:.2g} to {after:.2g}"
     )
     return Samples((x,), None, "synthetic inputs", (note, *notes))
@@ -134,18 +137,18 @@ def _fewer(bounds: tuple[int, int], shape: tuple[int, ...]) -> int:
 
 
 def _make(
-    module: nn.Module, shape: tuple[int, ...], batch: int, seed: int, progress: Progress
+    module: nn.Module, shape: tuple[int, ...], batch: int, seed: int, steps: int, rate: float, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Inputs of ``shape`` [N, ...], and their mean distance before and after [2]."""
     parts: list[Tensor] = []
     distances: list[tuple[float, ...]] = []
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).split(batch)
 
-    def advance(what: str, done: int, steps: int) -> None:
-        progress(what, len(parts) * steps + done, len(noise) * steps)
+    def advance(what: str, done: int, of: int) -> None:
+        progress(what, len(parts) * of + done, len(noise) * of)
 
     for each in noise:
-        fit = fit_images(each, lambda z: (norm_distance(module, z)[1],), _STEPS, _RATE, advance)
+        fit = fit_images(each, lambda z: (norm_distance(module, z)[1],), steps, rate, advance)
         parts.append(fit.images)
         distances.append((*fit.before, *fit.after))
     return torch.cat(parts), torch.tensor(distances).mean(0)

@@ -25,12 +25,13 @@ from compress.deltas import add_deltas, doubts, open_deltas
 from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
 from compress.gate import verify as verify_file
+from compress.gate_inputs import GATE_SAMPLES, gate_inputs
 from compress.intake import Intake, ModelLike, read_model, take_in
-from compress.onnxfile import export_shared, export_whole, graph_of, prove_file
+from compress.onnxfile import export_shared, export_whole, prove_file
 from compress.options import Options, Settings, check_unused, gather
 from compress.planning import make_plan
 from compress.progress import Progress, silent
-from compress.realize import GATE_SAMPLES, Result, gate_inputs, realize
+from compress.realize import Result, realize
 from compress.records import Front, LayerSpec, Plan
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity, Proof
@@ -320,7 +321,7 @@ def export(
     path = Path(out)
     check_free(path, overwrite)
     if share is None:
-        export_whole(graph_of(model, source), path)
+        export_whole(model, source, path)
     else:
         export_shared(model, source, path, share, overwrite)
     return path
@@ -341,9 +342,9 @@ def verify(path: str | Path, *, data: object | None = None, **settings: Unpack[S
     samples = None
     if data is not None:
         samples = read_samples(data, source, traced.input_names, limit=GATE_SAMPLES, seed=plan.seed)
-    return verify_file(
-        traced, path / ONNX_FILE, *gate_inputs(traced, samples, plan.seed), find_target(plan.target).provider
-    )
+    judged = gate_inputs(traced, plan.seed, samples, ask="give samples with --data")
+    provider = find_target(plan.target).provider
+    return verify_file(traced, path / ONNX_FILE, judged.inputs, judged.source, provider, notes=judged.notes)
 
 
 def _make_plan(

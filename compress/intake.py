@@ -19,6 +19,7 @@ from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import list_layers
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, is_tokens, trace
+from compress.huggingface import TextReader
 from compress.records import LayerSpec
 from compress.shapes import find_input_shape
 
@@ -39,6 +40,7 @@ class Intake:
         name: stem of the file, or the module's class.
         notes: what was assumed (input shape, conversions), as sentences.
         names: parameters of ``original`` that take the inputs; () where they go by position.
+        text: how text becomes its inputs; None for models that take no token ids, or are no Hugging Face folder.
     """
 
     traced: TracedModel
@@ -48,6 +50,7 @@ class Intake:
     name: str
     notes: list[str]
     names: tuple[str, ...] = ()
+    text: TextReader | None = None
 
 
 def read_model(
@@ -124,7 +127,8 @@ def take_in(
     # The same weights in another architecture, or at another size, are another model.
     content = "\0".join((loaded.fingerprint, str(traced.graph), _shapes(traced.example)))
     identity = hashlib.sha256(content.encode()).hexdigest()
-    return Intake(traced, list_layers(traced), loaded.module, identity, Path(loaded.source).stem, notes, names)
+    name = Path(loaded.source).stem
+    return Intake(traced, list_layers(traced), loaded.module, identity, name, notes, names, loaded.text)
 
 
 def check_fits(samples: Samples, traced: TracedModel) -> None:

@@ -16,18 +16,19 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.exporters.saturation import prove
 from compress.exporters.shared import Shares, check_name, write_shared
 from compress.gate import verify, verify_or_raise
+from compress.gate_inputs import gate_inputs
 from compress.graph.traced import TracedModel
 from compress.huggingface import is_pretrained
-from compress.intake import ModelLike, noise, read_model, take_in
+from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.kernels.table import register_operators
 from compress.options import Source
 from compress.report.schema import Proof
 
-__all__ = ["export_shared", "export_whole", "graph_of", "prove_file"]
+__all__ = ["export_shared", "export_whole", "prove_file"]
 
 
-def graph_of(model: ModelLike, source: Source) -> TracedModel:
-    """The graph of a compressed folder, or of a float model with the deltas of ``source`` added.
+def _graph_of(model: ModelLike, source: Source) -> tuple[TracedModel, Intake | None]:
+    """The graph of a compressed folder, or of a float model with the deltas of ``source`` added; that model.
 
     Raises:
         InputError: the model cannot be used, or is compressed and there are deltas.
@@ -39,22 +40,25 @@ def graph_of(model: ModelLike, source: Source) -> TracedModel:
                 f"{model} is compressed already; add deltas to the float model: compress quantize --delta; in PyTorch "
                 "compress.load(folder, deltas=...) adds them to this one"
             )
-        return load_artifact(Path(model))
+        return load_artifact(Path(model)), None
     loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
-    return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape).traced
+    intake = take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape)
+    return intake.traced, intake
 
 
-def export_whole(traced: TracedModel, path: Path) -> None:
-    """Write ``traced`` to ``path``, as one file.
+def export_whole(model: ModelLike, source: Source, path: Path) -> None:
+    """Write a compressed folder, or a float model with the deltas of ``source``, to ``path``, as one file.
 
     Raises:
+        InputError: the model cannot be used, or is compressed and there are deltas.
         GateError: the file does not compute what the graph does.
     """
+    traced, intake = _graph_of(model, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
         staged = Path(folder) / path.name
         write_onnx(build_onnx(traced), staged, {})
-        _prove(traced, staged, path)
+        _prove(traced, intake, staged, path)
         staged.replace(path)
 
 
@@ -62,15 +66,16 @@ def export_shared(model: ModelLike, source: Source, path: Path, shared: str, ove
     """Write a model with deltas to ``path``, what it has in common with that without in the file ``shared`` beside it.
 
     Raises:
-        InputError: see :func:`graph_of` and :func:`~compress.exporters.shared.write_shared`; or a file is in the way.
+        InputError: see :func:`export_whole` and :func:`~compress.exporters.shared.write_shared`; or a file is in the
+            way.
         GateError: the files do not compute what the graph does.
     """
     data = path.with_name(f"{path.name}.data")
     check_name(shared, path)
     check_free(data, overwrite)
-    traced = graph_of(model, source)
+    traced, intake = _graph_of(model, source)
     built = build_onnx(traced)
-    base = build_onnx(graph_of(model, replace(source, deltas=()))) if source.deltas else built
+    base = build_onnx(_graph_of(model, replace(source, deltas=()))[0]) if source.deltas else built
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
         staged = Path(folder) / path.name
@@ -78,7 +83,7 @@ def export_shared(model: ModelLike, source: Source, path: Path, shared: str, ove
         if there.is_file():
             os.link(there, linked)  # ONNX Runtime reads no data outside the model's folder
         shares = write_shared(built, base, staged, shared)
-        _prove(traced, staged, path)
+        _prove(traced, intake, staged, path)
         # The graph last: what is there is whole.
         if not there.exists():
             linked.replace(there)
@@ -112,5 +117,6 @@ def prove_file(path: Path, data: object | None = None) -> Proof:
         ) from error
 
 
-def _prove(traced: TracedModel, staged: Path, path: Path) -> None:
-    verify_or_raise(verify(traced, staged, noise(traced, 32, seed=0), "noise"), path)
+def _prove(traced: TracedModel, intake: Intake | None, staged: Path, path: Path) -> None:
+    judged = gate_inputs(traced, 0, intake=intake, ask="compress verify --data takes samples")
+    verify_or_raise(verify(traced, staged, judged.inputs, judged.source), path)

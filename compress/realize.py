@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from compress.allocation.budgets import format_value
 from compress.allocation.ranks import layers_of
@@ -20,8 +19,9 @@ from compress.calib.samples import Samples
 from compress.compression import apply_plan, plan_fingerprint, plan_parts
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise
+from compress.gate_inputs import GATE_SAMPLES, gate_inputs
 from compress.graph.traced import TracedModel
-from compress.intake import Intake, check_fits, noise
+from compress.intake import Intake
 from compress.progress import Progress, Tally
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
@@ -29,9 +29,9 @@ from compress.report.schema import Parity, Report
 from compress.runtime.base import compare_base, write_base
 from compress.targets import find_target
 
-__all__ = ["Progress", "Result", "gate_inputs", "realize"]
+__all__ = ["Progress", "Result", "realize"]
 
-GATE_SAMPLES = 256
+_ASK = "give samples with --calib or --eval"
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ def realize(
             tally.finish("exporting")
             files = _export(intake.traced, compressed.model, Path(scratch))
             provider = find_target(plan.target).provider
-            inputs, source = gate_inputs(compressed.model, samples, plan.seed)
-            parity = verify(compressed.model, files.compressed, inputs, source, provider)
+            judged = gate_inputs(compressed.model, plan.seed, samples, labelled, intake=intake, ask=_ASK)
+            parity = verify(
+                compressed.model, files.compressed, judged.inputs, judged.source, provider, notes=judged.notes
+            )
             verify_or_raise(parity, folder / ONNX_FILE if folder is not None else files.compressed)
             tally.finish("measuring")
             metric = None
@@ -113,7 +115,7 @@ def realize(
                 metric=metric,
                 measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
                 calibration_seconds=calibrated - started,
-                notes=[*notes, *compressed.notes, *continued],
+                notes=[*notes, *compressed.notes, *continued, *(f"gate: {note}" for note in parity.notes)],
             )
             report = report.model_copy(update={"notes": (*report.notes, *_missed(report))})
             if folder is not None:
@@ -131,14 +133,6 @@ def _export(float_model: TracedModel, model: TracedModel, folder: Path) -> _Expo
     content = build_onnx(model)
     write_onnx(content, file, {})
     return _Exported(float_file, file, content)
-
-
-def gate_inputs(traced: TracedModel, samples: Samples | None, seed: int) -> tuple[tuple[Tensor, ...], str]:
-    """What the gate compares on, and its name: the first samples, or noise where there are none."""
-    if samples is None:
-        return noise(traced, 32, seed), "noise"
-    check_fits(samples, traced)
-    return tuple(x[:GATE_SAMPLES] for x in samples.inputs), samples.source
 
 
 def _whole_error(float_model: TracedModel, model: TracedModel, plan: Plan, samples: Samples | None) -> float | None:

@@ -27,6 +27,8 @@ LEVEL_4 = {"transform", "allocation", "compression", "artifact", "runtime"}
 LEVEL_5 = {
     "exporters",
     "gate",
+    "gate_inputs",
+    "layer_check",
     "benchmark",
     "benchmark_alone",
     "benchmark_folder",
@@ -328,4 +330,5 @@ def test_wheel_is_complete_and_alone(tmp_path: Path) -> None:
     expected = {f"compress/{path}" for path in python_files("kernels", "calib")}
     assert all(any(name.startswith(f"{link}/") for name in expected) for link in LINKS)
     expected |= {f"compress/kernels/{path.name}" for path in (ROOT / "kernels").glob("tiles-*.json")}
+    expected |= {"compress/gate_text.txt"}
     assert (expected | {str(path) for path in python_files("compress")}) - names == set()

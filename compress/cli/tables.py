@@ -138,7 +138,8 @@ def parity_text(parity: Parity) -> str:
     same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
     return (
         f"relative L2 {_distance(parity.relative_l2_unoptimized)} unoptimised, "
-        f"{_distance(parity.relative_l2_optimized)} optimised{same}, on {parity.samples} samples ({parity.source}); "
+        f"{_distance(parity.relative_l2_optimized)} optimised{same}, on {parity.samples} samples ({parity.source})"
+        f"{_worst_texts(parity)}; "
         f"{parity.integer_layers} layers run on integers and "
         f"{parity.float_layers} on floats"
         + (f", {parity.block_layers} on packed weights" if parity.block_layers else "")
@@ -193,6 +194,19 @@ def _sum(row: LayerProof) -> str:
     if row.worst is None:
         return ""
     return f"{row.worst} of {row.limit}" if row.limit is not None else f"{row.worst}, any"
+
+
+def _worst_texts(parity: Parity) -> str:
+    """The furthest sample, samples one at a time, and the furthest layer; nothing of what was not measured."""
+    text = ""
+    if parity.worst_sample is not None and parity.worst_relative_l2:
+        text += f", furthest on sample {parity.worst_sample} ({_distance(parity.worst_relative_l2)})"
+    if parity.relative_l2_one_row is not None:
+        text += f", {_distance(parity.relative_l2_one_row)} one sample at a time"
+    if parity.layers:
+        worst = max(parity.layers, key=lambda row: row.steps / row.allowed_steps)
+        text += f"; each layer alone within {worst.steps:.2g} steps of its output's grid"
+    return text
 
 
 def _metric_line(metric: Metric) -> str:

@@ -50,4 +50,7 @@ def verify(
     if found.failures:
         raise GateError(f"{path} did not pass the gate: " + "; ".join(found.failures))
     if not json:
-        Console().print(f"{path} passed: {parity_text(found)}", highlight=False)
+        console = Console()
+        console.print(f"{path} passed: {parity_text(found)}", highlight=False)
+        for note in found.notes:
+            console.print(f"- {note}", highlight=False)

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnxruntime as ort
 
 from compress.exporters.session import open_session
 
 __all__ = [
     "FLOAT_ISLANDS",
     "LAYER_OPERATORS",
+    "OptimizedGraph",
     "fused_operators",
     "misplaced_layers",
     "name_before",
+    "open_optimized",
+    "operators_by_layer",
     "optimized_nodes",
 ]
 
@@ -37,13 +42,38 @@ _WANTED = {"integer": _INTEGER, "dynamic": _INTEGER, "blocks": _BLOCKS, "blocks-
 _ANOTHER = re.compile(r"(/\w+Fusion/?)+$")
 
 
+@dataclass(frozen=True, eq=False)
+class OptimizedGraph:
+    """What ONNX Runtime made of a file.
+
+    Attributes:
+        model: the optimised graph with its weights.
+        nodes: its nodes in order, each with the name of the node of the file that it replaces.
+    """
+
+    model: onnx.ModelProto
+    nodes: list[tuple[onnx.NodeProto, str]]
+
+
+def open_optimized(path: Path, provider: str) -> tuple[ort.InferenceSession, OptimizedGraph]:
+    """A session on ``path`` with all optimisations, and the graph that it runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session = open_session(path, "ORT_ENABLE_ALL", provider=provider, optimized=optimized)
+        model = onnx.load(optimized)
+    return session, OptimizedGraph(model, _named(model.graph, path))
+
+
 def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str]]:
     """Nodes of the graph ONNX Runtime optimised from ``path``, each with the name of the node that it replaces."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, "ORT_ENABLE_ALL", provider=provider, optimized=optimized)
         # Large models carry their weights beside the graph; only the nodes are of interest.
-        graph = onnx.load(optimized, load_external_data=False).graph
+        return _named(onnx.load(optimized, load_external_data=False).graph, path)
+
+
+def _named(graph: onnx.GraphProto, path: Path) -> list[tuple[onnx.NodeProto, str]]:
     makers = {value: node for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
     found = []
     for node in graph.node:
@@ -61,8 +91,13 @@ def name_before(name: str) -> str:
 
 def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:
     """Operators in the graph ONNX Runtime optimised from ``path``, by the name of the node they replace."""
+    return operators_by_layer(optimized_nodes(path, provider))
+
+
+def operators_by_layer(nodes: Iterable[tuple[onnx.NodeProto, str]]) -> dict[str, list[str]]:
+    """Operators of ``nodes``, by the name that each of them has beside it."""
     found: dict[str, list[str]] = {}
-    for node, name in optimized_nodes(path, provider):
+    for node, name in nodes:
         found.setdefault(name, []).append(node.op_type)
     return found
 

@@ -13,6 +13,7 @@ from compress.records import SCHEMA_VERSION, Plan, Record
 
 __all__ = [
     "Latency",
+    "LayerParity",
     "LayerProof",
     "LayerRow",
     "Metric",
@@ -109,6 +110,21 @@ class Proof(Record):
         return tuple(name for name, exact in self.instruction_sets.items() if exact)
 
 
+class LayerParity(Record):
+    """One layer's kernel in ONNX Runtime, run alone on what the PyTorch graph feeds the layer."""
+
+    name: str
+    operator: str = Field(description="what ONNX Runtime's optimiser made of the layer")
+    relative_l2: float
+    steps: float = Field(
+        description="the largest difference, in steps of the grid of its output; of a float output, in 255ths of its "
+        "range"
+    )
+    allowed_steps: float = Field(description="what rounding explains")
+    beyond_one_step: int = Field(description="values that are off by more than one step")
+    values: int
+
+
 class Parity(Record):
     """The compressed PyTorch graph against ONNX Runtime, on the same samples."""
 
@@ -127,6 +143,13 @@ class Parity(Record):
     rounding_noise: float | None = Field(
         None, description="how far the graph is from itself with float tensors a millionth away; where it was asked for"
     )
+    relative_l2_one_row: float | None = Field(
+        None, description="at ORT_ENABLE_ALL, samples one at a time; None where the batch is fixed, or not measured"
+    )
+    worst_sample: int | None = Field(None, description="the sample that is furthest off at ORT_ENABLE_ALL, from 0")
+    worst_relative_l2: float | None = Field(None, description="of that sample alone")
+    layers: tuple[LayerParity, ...] = Field((), description="each layer alone, in order")
+    notes: tuple[str, ...] = Field((), description="what the samples cannot show, as sentences")
     proof: Proof | None = Field(None, description="that integer sums are exact; None in reports from before it")
     failures: tuple[str, ...] = ()
 

@@ -1,0 +1,188 @@
+"""Each layer alone: what ONNX Runtime's kernel makes of the very input that the PyTorch graph feeds the layer.
+
+The PyTorch graph is walked once; at every layer the node that ONNX Runtime's optimiser made of it runs by itself
+(compress/exporters/lone_layer.py) on the layer's own input, as codes where the kernel reads codes. Whatever differs is
+then the layer's doing. Differences are counted in steps: of the grid of the layer's output, or where that is float of
+the 8-bit grid that its range would have. A sound integer kernel is off by one step where a sum lies between two codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor, fx
+
+from compress.calib.block_rounding import round_blocks
+from compress.exporters.lone_layer import Grid, LoneLayer
+from compress.graph.layers import LAYER_KINDS, activation_of, layer_name
+from compress.graph.traced import TracedModel, first_output
+from compress.kernels.dynamic import dynamic_grid
+from compress.report.schema import LayerParity
+
+__all__ = ["check_layers", "guilty_layers", "innocent_layers"]
+
+# Rounding explains one step; what is measured as the model runs (dynamic grids) may add to it.
+_ALLOWED_STEPS = 2.0
+_ONE_STEP = 1.001  # of differences computed in float32
+_TOP = 255
+_NAMED = 3
+
+
+def check_layers(
+    traced: TracedModel, lone: Mapping[str, LoneLayer], batches: Iterable[tuple[Tensor, ...]]
+) -> tuple[LayerParity, ...]:
+    """Every layer of ``traced`` that is in ``lone``, in order, at its worst over ``batches`` (inputs [N, ...])."""
+    sessions = dict[str, ort.InferenceSession]()
+    found: dict[str, LayerParity] = {}
+    for batch in batches:
+        walk = _Walk(traced, lone, sessions)
+        with torch.no_grad():
+            walk.run(*batch)
+        for row in walk.rows:
+            found[row.name] = _worse(found[row.name], row) if row.name in found else row
+    return tuple(found.values())
+
+
+def guilty_layers(layers: Sequence[LayerParity]) -> str | None:
+    """A sentence about the layers that are further off than rounding explains, the worst first; None without one."""
+    guilty = sorted((row for row in layers if not row.steps <= row.allowed_steps), key=_excess, reverse=True)
+    if not guilty:
+        return None
+    told = "; ".join(
+        f"layer {row.name} ({row.operator}): {row.steps:.3g} steps of its output's grid (rounding explains "
+        f"{row.allowed_steps:.2g}), {row.beyond_one_step:,} of {row.values:,} values off by more than one, "
+        f"relative L2 {row.relative_l2:.2%}"
+        for row in guilty[:_NAMED]
+    )
+    more = f"; and {len(guilty) - _NAMED} more layers" if len(guilty) > _NAMED else ""
+    return f"run alone on PyTorch's own inputs, ONNX Runtime's kernel is off at {told}{more}"
+
+
+def innocent_layers(layers: Sequence[LayerParity]) -> str:
+    """A sentence for a file that is off although no layer of it is."""
+    if not layers:
+        return "no layer's kernel could be run alone"
+    worst = max(layers, key=_excess)
+    return (
+        f"no layer is at fault by itself: run alone on PyTorch's own inputs, the furthest off, {worst.name} "
+        f"({worst.operator}), is at {worst.steps:.2g} steps of its output's grid; the difference arises between layers"
+    )
+
+
+class _Walk(fx.Interpreter):
+    """Runs a graph, and every layer's node in ONNX Runtime beside it."""
+
+    def __init__(
+        self, traced: TracedModel, lone: Mapping[str, LoneLayer], sessions: dict[str, ort.InferenceSession]
+    ) -> None:
+        super().__init__(traced.module)
+        self._traced, self._lone, self._sessions = traced, lone, sessions
+        self._calls: dict[str, int] = {}
+        self._before: dict[fx.Node, Tensor] = {}  # what goes into a grid that is measured as the model runs
+        self.rows: list[LayerParity] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        value = super().run_node(n)
+        if n.target is torch.ops.compress.fake_quantize_dynamic.default:
+            self._before[n] = args[0]
+        if n.op == "call_function" and n.target in LAYER_KINDS:
+            name = layer_name(n)
+            calls = self._calls.get(name, 0)
+            self._calls[name] = calls + 1
+            name += f"#{calls}" if calls else ""
+            if name in self._lone:
+                self.rows.append(self._compare(n, name, args, first_output(value)))
+        return value
+
+    def _compare(self, call: fx.Node, name: str, args: tuple[Any, ...], y: Tensor) -> LayerParity:
+        layer = self._lone[name]
+        if name not in self._sessions:
+            self._sessions[name] = layer.open()
+        x, grid = self._input(call, layer, args[0])
+        got = layer.run(self._sessions[name], x, grid, y.shape)
+        bias = args[2] if len(args) > 2 else None
+        room = 0.0
+        if layer.writes is not None:
+            wanted, high = self._written(call, layer.writes, y)
+            got, step = layer.writes.values(got.clamp(max=high)), layer.writes.scale
+        else:
+            wanted = y if layer.biased or bias is None else y - _along_channels(bias, y)
+            step = _step(wanted, args[0], args[1])
+            if layer.block is not None:
+                rounded = call.target(round_blocks(args[0], layer.block), *args[1:])
+                # Not every processor's kernel rounds the same blocks.
+                room = 2 * float((rounded - y).abs().max()) / step
+        steps = ((got - wanted).abs() / step).nan_to_num(nan=torch.inf)
+        return LayerParity(
+            name=name,
+            operator=layer.operator,
+            relative_l2=float((got - wanted).double().norm() / wanted.double().norm().clamp(min=1e-30)),
+            steps=float(steps.max()),
+            allowed_steps=_ALLOWED_STEPS + room,
+            beyond_one_step=int((steps > _ONE_STEP).sum()),
+            values=steps.numel(),
+        )
+
+    def _input(self, call: fx.Node, layer: LoneLayer, x: Tensor) -> tuple[Tensor, Grid | None]:
+        """What the layer's node reads, in codes where it reads codes; and their grid."""
+        source = call.args[0]
+        assert isinstance(source, fx.Node)
+        before = self._before.get(source)
+        if layer.measured:
+            assert before is not None, f"{layer.operator} of {call} reads a measured grid, the graph none"
+            scale, zero_point = dynamic_grid(before)
+            grid = Grid(float(scale), int(zero_point), torch.zeros((), dtype=torch.uint8).numpy().dtype)
+            return grid.codes(before), grid
+        if layer.reads is None:
+            return (x if before is None else before), None
+        # PyTorch's codes, on its own grid: the file's may be wrong.
+        while source.target is not torch.ops.compress.fake_quantize.default and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if source.target is not torch.ops.compress.fake_quantize.default:
+            return layer.reads.codes(x), None
+        return self._grid(source).codes(x), None
+
+    def _written(self, call: fx.Node, writes: Grid, y: Tensor) -> tuple[Tensor, int]:
+        """The layer's output on the grid that follows in the graph, and the largest code of that."""
+        _, last = activation_of(call)
+        for node in (call, last):
+            grids = [user for user in node.users if user.target is torch.ops.compress.fake_quantize.default]
+            if grids:
+                y = y if node is call else node.target(y, *node.args[1:])
+                widest = max(grids, key=lambda each: each.args[3])
+                scale, zero_point = (self._traced.tensor(str(each.target)) for each in widest.args[1:3])
+                return widest.target(y, scale, zero_point, widest.args[3]), writes.lowest + (1 << widest.args[3]) - 1
+        return writes.values(writes.codes(y)), writes.lowest + _TOP
+
+    def _grid(self, quantizer: fx.Node) -> Grid:
+        scale, zero_point = (self._traced.tensor(str(each.target)) for each in quantizer.args[1:3])
+        return Grid(float(scale), int(zero_point), zero_point.numpy().dtype)
+
+
+def _along_channels(bias: Tensor, y: Tensor) -> Tensor:
+    """``bias`` [O] so that it adds to ``y``: [..., O] of a linear, as nothing else keeps its bias outside."""
+    return bias.expand_as(y)
+
+
+def _step(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Of the 8-bit grid of the range of ``y``, or of that of a single product where the sums are smaller."""
+    ranges = [float(each.amax().clamp(min=0) - each.amin().clamp(max=0)) for each in (y, x)]
+    return max(ranges[0], ranges[1] * float(weight.abs().max()), 1e-30) / _TOP
+
+
+def _worse(one: LayerParity, other: LayerParity) -> LayerParity:
+    worst = max(one, other, key=_excess)
+    return worst.model_copy(
+        update={
+            "beyond_one_step": one.beyond_one_step + other.beyond_one_step,
+            "values": one.values + other.values,
+        }
+    )
+
+
+def _excess(row: LayerParity) -> float:
+    return row.steps / row.allowed_steps
