@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from compress.allocation.eligibility import ends as ends_of
@@ -12,6 +13,7 @@ from compress.calib.samples import Samples
 from compress.errors import InputError
 from compress.intake import Intake
 from compress.latency.fastest import find_fastest
+from compress.latency.table import LatencyTable
 from compress.methods import METHODS
 from compress.options import Options
 from compress.progress import Progress, silent
@@ -19,7 +21,7 @@ from compress.records import Choice, Plan, Steps
 from compress.registry import resolve
 from compress.targets import find_target
 
-__all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan"]
+__all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan", "with_times"]
 
 
 def make_plan(
@@ -45,7 +47,7 @@ def make_plan(
     fastest: dict[str, Choice] = {}
     if options.rows is not None:
         outer = ends_of(intake.layers)
-        fastest = find_fastest(
+        fastest, table = find_fastest(
             intake.traced,
             intake.layers,
             {layer.name: max(bits, ends) if layer.name in outer else bits for layer in intake.layers},
@@ -57,6 +59,7 @@ def make_plan(
             table_file=Path(options.search.latency_table) if options.search.latency_table else None,
             progress=progress,
         )
+        frame = with_times(frame, table)
     choices, skipped = uniform_choices(
         intake.layers,
         bits=bits,
@@ -70,6 +73,14 @@ def make_plan(
         fastest=fastest,
     )
     return frame.model_copy(update={"choices": tuple(choices), "skipped": tuple(skipped)})
+
+
+def with_times(plan: Plan, table: LatencyTable) -> Plan:
+    """``plan`` with the times that decided it."""
+    text = table.text()
+    return plan.model_copy(
+        update={"latency_table": text, "latency_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    )
 
 
 def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
