@@ -72,7 +72,8 @@ def run_masked() -> int:
         source = Path(__file__).with_name("mask_cpuid.c")
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         command = [sys.executable, "-m", "benchmarks.integers_pay", *sys.argv[1:]]
-        return subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library), MASKED: "1"}, check=False).returncode
+        environment = {**os.environ, "LD_PRELOAD": str(library), MASKED: "1"}
+        return subprocess.run(command, env=environment, check=False).returncode
 
 
 def set_of(flags: Sequence[str]) -> str:
@@ -164,19 +165,19 @@ def table(found: InstructionSet) -> str:
     if not found.measurements:
         return "\n".join([*lines, "Not measured: there was no such machine. Nothing is left float for its sake.", ""])
     lines += [
-        "Float time over integer time on one thread, batch 1, W8A8: above 1 integers are faster. `alone`: the two kernels.",
-        "`placed`: with what a change of numbers costs, a float convolution among integer layers (two casts and two changes",
-        "of the memory layout), an integer linear among float layers (its input is quantized). Empty: not measured.",
+        "Float time over integer time on one thread, batch 1, W8A8: above 1 integers are faster. `alone`: the two",
+        "kernels. `placed`: with what a change of numbers costs, a float convolution among integer layers (two casts",
+        "and two changes of the memory layout), an integer linear among float layers (its input is quantized). Channels",
+        "between two rows have the lower row's figure. Empty: not measured.",
         "",
     ]
     for number, each in enumerate(found.measurements, 1):
         flags = ", ".join(each.flags)
-        lines += [f"{number}. {each.processor} ({flags}), onnxruntime {each.onnxruntime}, {each.date}: {each.source}", ""]
+        where = f"{each.processor} ({flags}), onnxruntime {each.onnxruntime}"
+        lines += [f"{number}. {where}, {each.date}: {each.source}", ""]
     heads = "".join(f" {number}: alone | {number}: placed |" for number in range(1, len(found.measurements) + 1))
     lines += [f"| kind | output channels |{heads}", "|---|---|" + "---|" * (2 * len(found.measurements))]
-    known = {
-        (speed.kind, speed.least, speed.below): None for each in found.measurements for speed in each.speeds
-    }
+    known = {(speed.kind, speed.least, speed.below): None for each in found.measurements for speed in each.speeds}
     for kind, least, below in sorted(known, key=lambda key: (key[0], key[1], key[2] or math.inf)):
         cells = ""
         for each in found.measurements:

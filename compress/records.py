@@ -226,7 +226,7 @@ class Plan(Record):
     data_fingerprint: str | None = None
     allocation: Allocation | None = Field(None, description="None for a uniform plan, or one edited since")
     latency_sha256: str | None = Field(None, description="of the table of times that decided, kept beside the plan")
-    latency_table: str | None = Field(None, exclude=True, repr=False, description="that table's JSON, where it is at hand")
+    latency_table: str | None = Field(None, exclude=True, repr=False, description="that table, where it is at hand")
 
     def choice(self, layer: str) -> Choice | None:
         """The choice for ``layer``, None when it stays float."""

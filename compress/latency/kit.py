@@ -13,18 +13,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 from compress.allocation.ranks import SHARES, thin_ranks
-from compress.artifact import new_folder
+from compress.artifact import check_folder, new_folder
 from compress.cache import digest
+from compress.deltas import add_deltas
+from compress.errors import InputError
 from compress.exporters.fusion import LAYER_OPERATORS
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.formats import FORMATS
-from compress.intake import Intake
+from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.latency import measure
 from compress.latency.fastest import linear_shapes, linear_variants
 from compress.latency.model import LayerPlace, layer_places, thin_shapes
 from compress.latency.operators import Shape, Variant, default_variants, export_operators
 from compress.machine import TELLING_FLAGS
-from compress.progress import Progress
+from compress.options import Source
+from compress.progress import Progress, silent
 from compress.records import Choice, LayerSpec, QuantOption
 from compress.skeleton import write_skeleton
 from compress.targets import Target
@@ -35,24 +38,39 @@ __all__ = ["base_kinds", "layers_digest", "operator_shapes", "write_kit"]
 _SHARES = (*SHARES, 1 / 16)
 _WIDTHS = (2, 4, 8)  # that a kernel unpacks; others run as floats, whose times are there
 _INTEGER = QuantOption(bits=8, act_bits=8)
+_VERB = "compress bench --kit"
 
 
 def write_kit(
-    intake: Intake,
+    model: ModelLike,
     folder: Path,
-    target: Target,
     *,
+    source: Source,
+    target: Target,
     threads: int,
     batch: int,
-    rows: int | None,
-    overwrite: bool,
-    progress: Progress,
+    rows: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> Path:
     """Write ``folder``: what a budget on latency asks for at ``batch``, and with ``rows`` what ``--rows`` asks for.
 
+    Args:
+        source: how the model is read.
+        threads: that it is to be timed with.
+
     Raises:
-        InputError: the folder is in the way, or a layer cannot be exported.
+        InputError: the model cannot be read, the folder is in the way, or a layer cannot be exported.
     """
+    for name, value in (("threads", threads), ("batch", batch), ("rows", rows)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: it must be at least 1")
+    check_folder(folder, overwrite, measure.KIT_FILE, _VERB)
+    loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
+    intake = take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape)
+    own_batch = len(intake.traced.example[0])
+    if batch != own_batch and not intake.traced.dynamic_batch:
+        raise InputError(f"--batch {batch}: the model fixes its batch to {own_batch}")
     places = layer_places(intake.traced, batch)
     specs = {layer.name: layer for layer in intake.layers}
     ranks = {name: thin_ranks(specs[name], _SHARES) for name in places if name in specs and not specs[name].refusal}
@@ -62,7 +80,7 @@ def write_kit(
     for variant, shape in _at_rows(intake, target, rows) if rows is not None else ():
         same = next((each for each in wanted if each.compute == variant.compute), variant)
         wanted.setdefault(same, {})[shape.signature] = shape
-    with new_folder(folder, overwrite, measure.KIT_FILE, "compress bench --kit") as partial:
+    with new_folder(folder, overwrite, measure.KIT_FILE, _VERB) as partial:
         operators = []
         for variant, shapes in wanted.items():
             (file,) = export_operators([*shapes.values()], [variant], target, partial, progress)
@@ -107,9 +125,7 @@ def base_kinds(layers: Sequence[LayerSpec], kind: str) -> dict[str, str]:
     """What each convolution and linear runs on in a kit's whole model of ``kind``."""
     integer = FORMATS["integer"]
     able = {layer.name for layer in layers if kind == "integer" and integer.refusal(layer, _INTEGER) is None}
-    return {
-        layer.name: "integer" if layer.name in able else "float" for layer in layers if layer.kind in integer.kinds
-    }
+    return {layer.name: "integer" if layer.name in able else "float" for layer in layers if layer.kind in integer.kinds}
 
 
 def _at_rows(intake: Intake, target: Target, rows: int) -> list[tuple[Variant, Shape]]:

@@ -1,12 +1,12 @@
 """Time small ONNX files node by node; alone it needs no more than Python, numpy and onnxruntime.
 
-``compress bench MODEL --kit KIT`` copies this file beside the operators of a model. ``python measure.py`` in that folder
-times them on whatever machine it is, and writes ``latency.json``, which ``--latency-table`` reads on the first one.
+``compress bench MODEL --kit KIT`` copies this file beside the operators of a model. ``python measure.py`` in that
+folder times them on whatever machine it is, and writes ``latency.json``, which ``--latency-table`` reads on the first.
 
-All operators of one kind of numbers are branches of one file, each with an input of its own. The profile gives the time
-of each kernel; what stands before and after a layer in its branch is what a change of the kind of numbers costs there. A
-runtime's own work for a node is not in its profile: the same files are also run without it, and the difference is shared
-by the nodes. Files run in turn, so that disturbances meet them alike.
+All operators of one kind of numbers are branches of one file, each with an input of its own. The profile gives the
+time of each kernel; what stands before and after a layer in its branch is what a change of the kind of numbers costs
+there. A runtime's own work for a node is not in its profile: the same files are also run without it, and the difference
+is shared by the nodes. Files run in turn, so that disturbances meet them alike.
 """
 
 from __future__ import annotations
@@ -98,9 +98,8 @@ def main(folder: Path) -> int:
         return _refuse(f"{folder / KIT_FILE} cannot be read ({error}); copy the whole folder that compress has written")
     if ort.__version__ != kit["onnxruntime"]:
         return _refuse(
-            f"the kit is for onnxruntime {kit['onnxruntime']}, and this is {ort.__version__}: other versions have other "
-            f"kernels. Install it (pip install onnxruntime=={kit['onnxruntime']}), or have the kit written by a compress "
-            "with this one"
+            f"the kit is for onnxruntime {kit['onnxruntime']}, and this is {ort.__version__}: other versions have "
+            f"other kernels. Install that one (pip install onnxruntime=={kit['onnxruntime']})"
         )
     if kit["provider"] not in ort.get_available_providers():
         return _refuse(f"this onnxruntime has no {kit['provider']}; it has {', '.join(ort.get_available_providers())}")
@@ -115,7 +114,7 @@ def main(folder: Path) -> int:
     for each, times in zip(kit["operators"], branches, strict=True):
         for signature, measured in zip(each["signatures"], times, strict=True):
             if measured is None:
-                return _refuse(f"onnxruntime leaves no node for {signature}, {each['compute']}: it cannot be timed here")
+                return _refuse(f"onnxruntime leaves no node for {signature}, {each['compute']}; it cannot be timed")
             names = ("layer_us", "enter_us", "leave_us")
             rows.append({"signature": signature, "compute": each["compute"], **dict(zip(names, measured, strict=True))})
     whole_us = time_whole([folder / each["file"] for each in kit["models"]], kit["dims"], **given)
@@ -166,7 +165,8 @@ def _call(session: ort.InferenceSession, dims: Mapping[str, int] | None = None) 
         if each.type == "tensor(float)":
             feeds[each.name] = np.random.default_rng(position).standard_normal(shape, dtype=np.float32)
         else:
-            feeds[each.name] = np.ones(shape, {"tensor(bool)": np.bool_, "tensor(int32)": np.int32}.get(each.type, "i8"))
+            kinds = {"tensor(bool)": np.bool_, "tensor(int32)": np.int32}
+            feeds[each.name] = np.ones(shape, kinds.get(each.type, np.int64))
     return lambda: session.run(None, feeds)
 
 

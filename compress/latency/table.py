@@ -1,8 +1,8 @@
 """Measured operators, kept for the next run: a file a machine, provider and number of threads.
 
 A time is worth nothing on another processor or runtime, so the file says where it was measured and is refused anywhere
-else. It is written whole or not at all, after every measurement. A kit's table (compress/latency/kit.py) is the exception: it
-says what another machine takes, holds all that a plan for that machine needs, and nothing is ever added to it.
+else. It is written whole or not at all, after every measurement. A kit's table (compress/latency/kit.py) is the
+exception: it holds all that a plan for another machine needs, and nothing is ever added to it.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyT
             continue
         if table.of_kit and there[name] != value:
             raise InputError(
-                f"{path} was measured with {name} {there[name]}; this run has {value}. Write a kit with `compress bench "
-                "--kit` under the same conditions, and measure it there again"
+                f"{path} was measured with {name} {there[name]}; this run has {value}. Write a kit with `compress "
+                "bench --kit` under the same conditions, and measure it there again"
             )
         if there[name] != value:
             raise InputError(
@@ -149,8 +149,8 @@ def check_complete(table: LatencyTable, path: Path, wanted: Iterable[tuple[str, 
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise InputError(
-            f"{path} is of other operators: it has no time of {'; '.join(missing[:_NAMED])}{more}. Write a kit for this "
-            "model, batch, ranks and rows with `compress bench --kit`, and measure it on that machine"
+            f"{path} is of other operators: it has no time of {'; '.join(missing[:_NAMED])}{more}. Write a kit for "
+            "this model, batch, ranks and rows with `compress bench --kit`, and measure it on that machine"
         )
 
 

@@ -60,7 +60,7 @@ class Costs:
     @property
     def timed_here(self) -> bool:
         """Whether a whole file can be timed beside them: latencies are not another machine's."""
-        return self.table is not None and not self.table.of_kit
+        return self.latency is not None and not (self.table is not None and self.table.of_kit)
 
 
 def measure_costs(
@@ -272,8 +272,8 @@ def _read_kit(
         time_us = table.whole(layers_digest(places), kind)
         if time_us is None:
             raise InputError(
-                f"{path} is of other operators: it has no time of this model as a whole ({kind}). Write a kit for it with "
-                "`compress bench --kit`, and measure it on that machine"
+                f"{path} is of other operators: it has no time of this model as a whole ({kind}). Write a kit for it "
+                "with `compress bench --kit`, and measure it on that machine"
             )
         runs = base_kinds(intake.layers, kind)
         bases.append((runs, time_us))

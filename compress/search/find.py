@@ -69,7 +69,8 @@ def find_plan(
     if pending is not None:
         pending.parent.mkdir(parents=True, exist_ok=True)
         temporary = pending.with_name(f"{pending.name}.partial")
-        temporary.write_text(json.dumps({"key": key, "plan": plan.model_dump(mode="json"), "latency": plan.latency_table}))
+        content = {"key": key, "plan": plan.model_dump(mode="json"), "latency": plan.latency_table}
+        temporary.write_text(json.dumps(content))
         os.replace(temporary, pending)
     return plan, notes
 
