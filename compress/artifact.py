@@ -7,6 +7,7 @@
                         itself without that
 ``base.safetensors``    which float model it was made of, for deltas to that (compress/runtime/base.py)
 ``plan.json``           what was decided (compress.records.Plan)
+``plan.latency.json``   the times that decided, where any did (compress.latency.table.LatencyTable)
 ``report.json``         what came of it (compress.report.schema.Report)
 ======================  =============================================================================================
 """
@@ -131,7 +132,7 @@ def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     digest = hashlib.sha256(content).hexdigest()
     graph = graph_to_json(traced) | {_DIGEST: digest}
     (folder / _GRAPH).write_text(json.dumps(graph | {_GRAPH_DIGEST: _graph_digest(graph)}))
-    (folder / _PLAN).write_text(plan.model_dump_json(indent=2))
+    save_plan(plan, folder / _PLAN)
 
 
 def load_artifact(folder: Path) -> TracedModel:
@@ -178,11 +179,24 @@ def tensors_digest(folder: Path) -> str:
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write ``plan`` to the file ``path``, whole or not at all."""
+    """Write ``plan`` to the file ``path``, whole or not at all, and the times that decided beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    times = _times_of(path)
+    if plan.latency_table is None:
+        times.unlink(missing_ok=True)  # of a plan that is replaced
+    else:
+        _write(times, plan.latency_table)
+    _write(path, plan.model_dump_json(indent=2))
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(plan.model_dump_json(indent=2))
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _times_of(path: Path) -> Path:
+    return path.with_suffix(".latency.json")
 
 
 def load_plan(path: Path) -> Plan:
@@ -198,10 +212,20 @@ def load_plan(path: Path) -> Plan:
     if content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{file} has version {content.get('schema_version')!r}; this program reads {SCHEMA_VERSION}")
     try:
-        return Plan.model_validate(content)
+        plan = Plan.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    times = _times_of(file)
+    if plan.latency_sha256 is None or not times.is_file():
+        return plan  # a plan without its table can be carried out as well
+    text = times.read_text(encoding="utf-8", errors="replace")
+    if hashlib.sha256(text.encode()).hexdigest() != plan.latency_sha256:
+        raise InputError(
+            f"{times} is damaged, or not the table that {file.name} was made by: its SHA-256 is not "
+            f"{plan.latency_sha256[:12]}; put the right one there, or take it away"
+        )
+    return plan.model_copy(update={"latency_table": text})
 
 
 def sum_tensor_bytes(traced: TracedModel) -> int:

@@ -46,9 +46,9 @@ class Compressed:
 def plan_fingerprint(plan: Plan) -> str:
     """Hash of everything that determines the result: the plan (model and data are hashed in it) and our version.
 
-    Why the plan was chosen, and how long that took, is not part of it.
+    Why the plan was chosen, by which times, and how long that took, is not part of it.
     """
-    decided = plan.model_dump(mode="json", exclude={"allocation"})
+    decided = plan.model_dump(mode="json", exclude={"allocation", "latency_sha256"})
     content = json.dumps([decided, version("compress-toolchain"), torch.__version__])
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from compress.records import Record
 
-__all__ = ["Environment", "describe_environment", "parse_cpuinfo"]
+__all__ = ["TELLING_FLAGS", "Environment", "describe_environment", "parse_cpuinfo"]
 
 # Those that decide which integer or half-precision kernels run; Arm names after the x86 ones.
-_TELLING_FLAGS = (
+TELLING_FLAGS = (
     "avx2",
     "f16c",
     "avx512f",
@@ -86,7 +86,7 @@ def parse_cpuinfo(text: str) -> tuple[str | None, tuple[str, ...]]:
         # The first processor speaks for all.
         fields.setdefault(key.strip().lower(), value.strip())
     present = set((fields.get("flags") or fields.get("features") or "").split())
-    return fields.get("model name") or None, tuple(flag for flag in _TELLING_FLAGS if flag in present)
+    return fields.get("model name") or None, tuple(flag for flag in TELLING_FLAGS if flag in present)
 
 
 def _processor() -> tuple[str, tuple[str, ...]]:

@@ -101,7 +101,9 @@ class Options:
         minutes: with the method ``auto``: how long calibration may take.
         first_last_bits: width of the first and the last layer, where that is more than ``bits``. None: 8, or whatever
             the budgets allow.
-        target: a name from compress/targets.py.
+        target: a name from compress/targets.py. None: the one of ``machine``, ``onnx-cpu`` for any.
+        machine: the instruction set that the file is for (``--for``, compress/instruction_sets.py): avx2, vnni, arm, or
+            any: no layer slower than float on any that was measured.
         observer: how activation ranges are chosen (compress/calib/observers.py). None: ``mse``, or ``minmax`` for a
             transformer's 8-bit inputs, whose outliers carry what the model knows.
         iterations: optimisation steps a layer, or a block. None: what the method takes by default.
@@ -122,7 +124,8 @@ class Options:
     samples: int = 1024
     minutes: float | None = None
     first_last_bits: int | None = None
-    target: str = "onnx-cpu"
+    target: str | None = None
+    machine: str = "any"
     observer: str | None = None
     iterations: int | None = None
     ignore: tuple[str, ...] = ()
@@ -150,7 +153,8 @@ class Settings(TypedDict, total=False):
     samples: int
     minutes: float | None
     first_last_bits: int | None
-    target: str
+    target: str | None
+    machine: str
     observer: str | None
     iterations: int | None
     ignore: tuple[str, ...]

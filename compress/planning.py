@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from compress.allocation.eligibility import ends as ends_of
@@ -10,16 +11,18 @@ from compress.calib.metaaug.site import check_transformable
 from compress.calib.observers import OBSERVERS
 from compress.calib.samples import Samples
 from compress.errors import InputError
+from compress.instruction_sets import sets_of
 from compress.intake import Intake
 from compress.latency.fastest import find_fastest
+from compress.latency.table import LatencyTable
 from compress.methods import METHODS
 from compress.options import Options
 from compress.progress import Progress, silent
 from compress.records import Choice, Plan, Steps
 from compress.registry import resolve
-from compress.targets import find_target
+from compress.targets import choose_target, find_target
 
-__all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan"]
+__all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan", "with_times"]
 
 
 def make_plan(
@@ -41,11 +44,11 @@ def make_plan(
     methods = choose_methods(options, samples)
     if len(methods) > 1:
         raise InputError(f"--method {options.method}: several are to choose from; that takes a --budget")
-    target = find_target(options.target)
+    target = find_target(choose_target(options.target, options.machine))
     fastest: dict[str, Choice] = {}
     if options.rows is not None:
         outer = ends_of(intake.layers)
-        fastest = find_fastest(
+        fastest, table = find_fastest(
             intake.traced,
             intake.layers,
             {layer.name: max(bits, ends) if layer.name in outer else bits for layer in intake.layers},
@@ -57,6 +60,7 @@ def make_plan(
             table_file=Path(options.search.latency_table) if options.search.latency_table else None,
             progress=progress,
         )
+        frame = with_times(frame, table)
     choices, skipped = uniform_choices(
         intake.layers,
         bits=bits,
@@ -66,10 +70,17 @@ def make_plan(
         first_last_bits=ends,
         method=methods[0],
         target=target,
+        sets=sets_of(options.machine, target.name),
         ignore=options.ignore,
         fastest=fastest,
     )
     return frame.model_copy(update={"choices": tuple(choices), "skipped": tuple(skipped)})
+
+
+def with_times(plan: Plan, table: LatencyTable) -> Plan:
+    """``plan`` with the times that decided it."""
+    text = table.text()
+    return plan.model_copy(update={"latency_table": text, "latency_sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Plan:
@@ -99,7 +110,7 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
         correction = not any(method.needs_data for method in methods)
     return Plan(
         choices=(),
-        target=find_target(options.target).name,
+        target=find_target(choose_target(options.target, options.machine)).name,
         observer=observer,
         steps=Steps(
             equalize=options.equalize,

@@ -188,6 +188,7 @@ class Allocation(Record):
     settings: str = Field("", description="digest of the plan's settings besides its choices")
     threads: int = Field(1, description="of ONNX Runtime, where latency was measured")
     batch: int = 1
+    machine: str | None = Field(None, description="whose latencies they are; None: of the machine that made the plan")
 
 
 class Skip(Record):
@@ -224,6 +225,8 @@ class Plan(Record):
     model_fingerprint: str
     data_fingerprint: str | None = None
     allocation: Allocation | None = Field(None, description="None for a uniform plan, or one edited since")
+    latency_sha256: str | None = Field(None, description="of the table of times that decided, kept beside the plan")
+    latency_table: str | None = Field(None, exclude=True, repr=False, description="that table, where it is at hand")
 
     def choice(self, layer: str) -> Choice | None:
         """The choice for ``layer``, None when it stays float."""

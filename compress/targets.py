@@ -1,12 +1,16 @@
-"""Deployment targets as data: which formats they run, and how they store activations."""
+"""Deployment targets as data: which formats they run, and how they store activations.
+
+Which layers are faster on floats is a matter of the processor: compress/instruction_sets.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from compress.errors import InputError
+from compress.instruction_sets import instruction_sets, sets_of
 
-__all__ = ["TARGETS", "Target", "find_target"]
+__all__ = ["TARGETS", "Target", "choose_target", "find_target"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,6 @@ class Target:
         activation_type: "uint8" or "int8".
         formats: legal formats, by name (compress/formats.py), the preferred first.
         provider: ONNX Runtime execution provider that checks and times it.
-        integer_channels: leading convolutions with fewer output channels run faster on floats; 0 where not measured.
     """
 
     name: str
@@ -27,19 +30,15 @@ class Target:
     activation_type: str
     formats: tuple[str, ...]
     provider: str
-    integer_channels: int
 
 
 TARGETS = {
     "onnx-cpu": Target(
         "onnx-cpu",
-        "ONNX Runtime on x86-64 with VNNI: unsigned activations, signed weights (U8S8)",
+        "ONNX Runtime on any x86-64: unsigned activations, signed weights (U8S8)",
         "uint8",
         ("integer", "dynamic", "matmul-nbits", "gather-blocks", "float-weights"),
         "CPUExecutionProvider",
-        # MLAS works on 16 output channels at a time: MobileNetV1 0.25's first two layers (8 channels, 112x112) take
-        # 0.21 and 0.17 ms on integers against 0.09 and 0.04 ms on floats (benchmarks/results).
-        integer_channels=16,
     ),
     "onnx-arm": Target(
         "onnx-arm",
@@ -47,9 +46,22 @@ TARGETS = {
         "int8",
         ("integer", "dynamic", "matmul-nbits", "gather-blocks", "float-weights"),
         "CPUExecutionProvider",
-        integer_channels=0,
     ),
 }
+
+
+def choose_target(name: str | None, machine: str) -> str:
+    """The target asked for, or the one whose files run on ``machine``, a name from compress/instruction_sets.py or any.
+
+    Raises:
+        InputError: one is unknown, or they do not go together.
+    """
+    if name is None:
+        known = instruction_sets()
+        name = known[machine].target if machine in known else "onnx-cpu"
+    find_target(name)
+    sets_of(machine, name)
+    return name
 
 
 def find_target(name: str) -> Target:

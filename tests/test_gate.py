@@ -16,10 +16,9 @@ from compress.gate import layer_differences, verify, verify_or_raise
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
 from compress.kernels.table import register_operators
-from compress.targets import TARGETS
 
 CPU = "CPUExecutionProvider"
-WIDTH = max(16, *(target.integer_channels for target in TARGETS.values()))
+WIDTH = 16
 SHAPE = (3, 10, 10)
 
 

@@ -1,14 +1,14 @@
-"""What may be done to which layer: formats that take it, layers a user keeps float, layers a target runs on floats."""
+"""What may be done to which layer: formats that take it, layers a user keeps float, layers faster on floats."""
 
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import re
 from collections.abc import Sequence
 
 from compress.errors import InputError
 from compress.formats import FORMATS
+from compress.instruction_sets import kind_of, slowest
 from compress.records import LayerSpec, QuantOption
 from compress.targets import Target
 
@@ -16,6 +16,8 @@ __all__ = ["ends", "find_format_for", "ignored", "slow_on_integers", "table_opti
 
 # Of a smaller table nothing is gained.
 _LEAST_ROWS = 16
+# Integers as fast as floats to within what timings differ by: they are taken.
+_PAYS = 0.95
 
 
 def ignored(layers: Sequence[LayerSpec], patterns: Sequence[str]) -> set[str]:
@@ -39,13 +41,30 @@ def ends(layers: Sequence[LayerSpec]) -> set[str]:
     return {usable[0], usable[-1]} if usable else set()
 
 
-def slow_on_integers(layers: Sequence[LayerSpec], target: Target) -> set[str]:
-    """The leading convolutions that the target runs faster on floats; later ones would become islands between casts."""
-    usable = [layer for layer in layers if not layer.refusal]
-    slow = itertools.takewhile(
-        lambda layer: layer.kind.startswith("conv") and layer.weight_shape[0] < target.integer_channels, usable
-    )
-    return {layer.name for layer in slow}
+def slow_on_integers(layers: Sequence[LayerSpec], sets: Sequence[str], *, dynamic: bool = False) -> dict[str, str]:
+    """Layers that run faster on floats on one of the instruction ``sets``, each with a sentence that says by how much.
+
+    A leading convolution reads floats anyway: the kernels alone are compared. So does a linear that no convolution
+    feeds, which has to quantize them. A convolution further on would be an island: it stays float only where that pays
+    for two casts and two changes of the memory layout.
+    """
+    usable = [layer for layer in layers if not layer.refusal and layer.kind != "embedding"]
+    slow: dict[str, str] = {}
+    leading = True
+    for before, layer in zip([None, *usable], usable, strict=False):
+        leading = leading and layer.kind != "linear"
+        behind_convolution = layer.kind == "linear" and before is not None and before.kind != "linear"
+        placed = not (leading or (behind_convolution and layer.rows == layer.calls))
+        found = slowest(layer, sets, placed=placed, dynamic=dynamic)
+        if found is not None and found[0] < _PAYS:
+            share, name = found
+            slow[layer.name] = (
+                f"runs on floats: {kind_of(layer, dynamic=dynamic)}, {layer.weight_shape[0]} outputs: integers have "
+                f"{share:.2f} of their speed on {name}"
+            )
+        else:
+            leading = False
+    return slow
 
 
 def find_format_for(layer: LayerSpec, option: QuantOption, target: Target) -> tuple[str, str | None]:

@@ -24,6 +24,7 @@ def uniform_choices(
     first_last_bits: int,
     method: str,
     target: Target,
+    sets: Sequence[str] = (),
     ignore: Sequence[str] = (),
     fastest: Mapping[str, Choice] | None = None,
 ) -> tuple[list[Choice], list[Skip]]:
@@ -35,6 +36,7 @@ def uniform_choices(
             only.
         group_size: weights of a linear's row that share a grid; None, and elsewhere: the whole row.
         first_last_bits: width of weights and inputs of the first and the last layer, where that is more than ``bits``.
+        sets: instruction sets on none of which a layer is to be slower than on floats.
         ignore: names to leave float, as shell patterns, or regular expressions after ``re:``.
         fastest: what is known to run these layers fastest, instead of what the widths alone would give.
 
@@ -42,8 +44,8 @@ def uniform_choices(
         InputError: nothing is left to compress, or a pattern matches no layer.
     """
     kept, outer = ignored(layers, ignore), ends(layers)
-    slow = slow_on_integers(layers, target) if act_bits is not None else set()
-    widths = _Widths(bits, act_bits, dynamic, group_size, method, target, frozenset(slow))
+    slow = slow_on_integers(layers, sets, dynamic=dynamic) if act_bits is not None else {}
+    widths = _Widths(bits, act_bits, dynamic, group_size, method, target, slow)
     choices, skipped = [], []
     for layer in layers:
         measured = (fastest or {}).get(layer.name)
@@ -73,7 +75,7 @@ def uniform_choices(
 
 @dataclass(frozen=True)
 class _Widths:
-    """What layers get where it fits them; ``slow`` are those that the target runs faster on floats."""
+    """What layers get where it fits them; ``slow`` are those that run faster on floats, with the reason."""
 
     bits: int
     act_bits: int | None
@@ -81,7 +83,7 @@ class _Widths:
     group_size: int | None
     method: str
     target: Target
-    slow: frozenset[str]
+    slow: Mapping[str, str]
 
     def choice(self, layer: LayerSpec, least: int) -> Choice | Skip:
         """What is done to ``layer``, on ``least`` bits or more."""
@@ -112,11 +114,9 @@ class _Widths:
         if option.group_size is not None and format_name == "float-weights":
             kernel = FORMATS["matmul-nbits"].refusal(layer, option)
             return f"unpacked to floats when the file is loaded: {kernel}" if kernel else None
-        if layer.name in self.slow:
-            return f"runs on floats: faster with fewer than {self.target.integer_channels} output channels"
-        if self._on_floats(layer):
+        if self.dynamic and layer.kind != "linear":
             return "runs on floats: only linears measure ranges as they run; give --calib"
-        return None
+        return self.slow.get(layer.name)
 
 
 def _embedding_choice(layer: LayerSpec, bits: int, target: Target) -> Choice | Skip:

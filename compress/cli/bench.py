@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress.cli.inputs import Allow, Factory, For, InputShape, shape
 from compress.cli.progress import ProgressBar
 from compress.errors import InputError
+from compress.options import Source
+from compress.targets import choose_target, find_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,12 +23,16 @@ if TYPE_CHECKING:
 # One file opened twice and compared with itself came out at 0.97 to 1.02, each time with a narrow interval: where a
 # session's memory happens to lie is the same for all of its runs, and no number of runs averages it out.
 _SAME_FILE_SPREAD = 0.03
+_KIT = "A kit for another machine"
 
 
 def bench(
     models: Annotated[
         list[Path],
-        typer.Argument(help="ONNX files, or folders of quantize, run in PyTorch; compared with the first one"),
+        typer.Argument(
+            help="ONNX files, or folders of quantize, run in PyTorch; compared with the first one. With --kit one "
+            "model, as quantize takes it"
+        ),
     ],
     batch: Annotated[
         list[int] | None, typer.Option(help="Batch size; may be given several times; 1 where left out")
@@ -54,6 +61,22 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of the generated inputs")] = 0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory and load time in a process for each model")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the result as JSON to this file, or - for stdout")] = None,
+    kit: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write this folder instead of timing anything: the model's layers as ONNX files and a measure.py, "
+            "which times them on another machine for --latency-table",
+            rich_help_panel=_KIT,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Linears at so many rows, too, for --rows", rich_help_panel=_KIT)
+    ] = None,
+    machine: For = "any",
+    factory: Factory = None,
+    allow: Allow = None,
+    input_shape: InputShape = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing kit", rich_help_panel=_KIT)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar")] = False,
 ) -> None:
     """Measure models side by side: latency, load time, peak memory.
@@ -64,7 +87,18 @@ def bench(
 
     The models run in turn in one process, on generated inputs, so that disturbances meet them alike; the comparison
     with the first model comes with a 95 % interval.
+
+    A plan for another machine's latency: [bold]compress bench model.pt --kit kit[/] here, [bold]python measure.py[/]
+    in the folder there, and [bold]--latency-table latency.json[/] here again.
     """
+    if kit is not None:
+        if len(models) != 1 or len(batch or [1]) != 1:
+            raise InputError("--kit is of one model at one --batch")
+        source = Source(model_factory=factory, allow=allow or (), input_shape=shape(input_shape))
+        _write_kit(models[0], kit, source, machine, threads, (batch or [1])[0], rows, overwrite, quiet)
+        return
+    if rows is not None or machine != "any" or overwrite or factory or allow or input_shape:
+        raise InputError("--rows, --for, --overwrite, --model, --allow and --input-shape go with --kit; leave them out")
     to_stdout = json is not None and str(json) == "-"
     if json is not None and not to_stdout and not json.absolute().parent.is_dir():
         # Known before the first run, not after the last.
@@ -104,6 +138,31 @@ def bench(
             json.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--json {json}: cannot be written: {error.strerror}") from error
+
+
+def _write_kit(
+    model: Path, folder: Path, source: Source, machine: str, threads: int, batch: int, rows: int | None,
+    overwrite: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from compress.latency.kit import write_kit
+
+    target = find_target(choose_target(None, machine))
+    with ProgressBar(enabled=not quiet) as bar:
+        write_kit(
+            model, folder, source=source, target=target, threads=threads, batch=batch, rows=rows, overwrite=overwrite,
+            progress=bar.update,
+        )  # fmt: skip
+    if not quiet:
+        print(
+            f"Written to {folder}/. There: pip install numpy onnxruntime=={_runtime()}, then python measure.py in that "
+            "folder; here: --latency-table latency.json."
+        )
+
+
+def _runtime() -> str:
+    from importlib.metadata import version
+
+    return version("onnxruntime")
 
 
 def parse_dims(texts: list[str]) -> dict[str, int]:

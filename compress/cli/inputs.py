@@ -8,7 +8,9 @@ import typer
 
 from compress.errors import InputError
 
-__all__ = ["Allow", "Classes", "Delta", "Factory", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape"]
+__all__ = [
+    "Allow", "Classes", "Delta", "Factory", "For", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape",
+]  # fmt: skip
 
 Factory = Annotated[
     str | None,
@@ -35,6 +37,15 @@ Mean = Annotated[
 ]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Divides them after that")]
 Size = Annotated[int | None, typer.Option(help="Crop size for a folder of images")]
+For = Annotated[
+    str,
+    typer.Option(
+        "--for",
+        metavar="SET",
+        help="Instruction set the file is for: avx2 (x86-64 without VNNI), vnni, arm, or any: no layer runs slower "
+        "than as floats on any measured x86-64",
+    ),
+]
 Length = Annotated[
     int | None, typer.Option(help="Tokens of a sample of text, at most  [default: 128, or what the model takes]")
 ]

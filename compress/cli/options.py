@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Classes, Delta, Factory, InputShape, Length, Mean, Size, Std, numbers, shape
+from compress.cli.inputs import Allow, Classes, Delta, Factory, For, InputShape, Length, Mean, Size, Std, numbers, shape
 from compress.errors import InputError
 
 __all__ = ["Calib", "Eval", "no_data", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
@@ -147,8 +147,12 @@ def planning(
         bool, typer.Option(help="Learn all biases from the float model's outputs afterwards", rich_help_panel=_PLAN)
     ] = False,
     target: Annotated[
-        str, typer.Option(help="onnx-cpu (x86, U8S8) or onnx-arm (S8S8)", rich_help_panel=_PLAN)
-    ] = "onnx-cpu",
+        str | None,
+        typer.Option(
+            help="onnx-cpu (any x86-64, U8S8) or onnx-arm (S8S8)  [default: that of --for]", rich_help_panel=_PLAN
+        ),
+    ] = None,
+    machine: For = "any",
 ) -> None:
     """What holds for all layers."""
 

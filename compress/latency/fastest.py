@@ -15,12 +15,12 @@ from compress.formats import FORMATS
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
 from compress.latency.operators import Shape, Variant, shape_of, time_operators
-from compress.latency.table import LatencyTable, open_table
+from compress.latency.table import LatencyTable, check_complete, open_table
 from compress.progress import Progress
 from compress.records import Choice, LayerSpec, QuantOption
 from compress.targets import Target
 
-__all__ = ["find_fastest"]
+__all__ = ["find_fastest", "linear_shapes", "linear_variants"]
 
 _GROUPS = (32, 128)
 # Of formats as fast as this, the one that does least to the layer's input.
@@ -39,8 +39,8 @@ def find_fastest(
     threads: int,
     table_file: Path | None,
     progress: Progress,
-) -> dict[str, Choice]:
-    """The fastest way to run each linear that can be compressed.
+) -> tuple[dict[str, Choice], LatencyTable]:
+    """The fastest way to run each linear that can be compressed, and the times that say so.
 
     Args:
         bits: width of each layer's weights.
@@ -54,22 +54,29 @@ def find_fastest(
     """
     if rows < 1:
         raise InputError(f"--rows {rows}: a call has 1 row or more (tokens times batch)")
-    calls = layer_calls(traced)
-    linears = [layer for layer in layers if layer.kind == "linear" and not layer.refusal]
-    if not linears:
+    counts, shapes = linear_shapes(traced, layers, rows)
+    if not shapes:
         raise InputError("--rows is for linears, and the model has none that can be compressed; leave it out")
-    # A linear behind a pooling or on one position sees fewer rows than the others, in proportion.
-    most = max(layer.rows // layer.calls for layer in linears)
-    counts = {layer.name: max(rows * (layer.rows // layer.calls) // most, 1) for layer in linears}
-    shapes = {name: _at_rows(shape_of(calls[name][0], 1), count) for name, count in counts.items()}
     specs = {layer.name: layer for layer in layers}
-    variants = {name: _variants(specs[name], bits[name], with_data, target) for name in shapes}
+    variants = {name: linear_variants(specs[name], bits[name], with_data, target) for name in shapes}
     table = _measured(shapes, variants, target, threads, table_file, progress)
     found = {}
     for name, shape in shapes.items():
         best, reason = _choose(shape, variants[name], table, counts[name])
         found[name] = Choice(layer=name, method=method, option=best.option, format=best.format, reason=reason)
-    return found
+    return found, table.only({shape.signature for shape in shapes.values()})
+
+
+def linear_shapes(
+    traced: TracedModel, layers: Sequence[LayerSpec], rows: int
+) -> tuple[dict[str, int], dict[str, Shape]]:
+    """Rows and shape of each linear that can be compressed, where a call has ``rows`` rows."""
+    calls = layer_calls(traced)
+    linears = [layer for layer in layers if layer.kind == "linear" and not layer.refusal]
+    # A linear behind a pooling or on one position sees fewer rows than the others, in proportion.
+    most = max((layer.rows // layer.calls for layer in linears), default=1)
+    counts = {layer.name: max(rows * (layer.rows // layer.calls) // most, 1) for layer in linears}
+    return counts, {name: _at_rows(shape_of(calls[name][0], 1), count) for name, count in counts.items()}
 
 
 def _at_rows(shape: Shape, rows: int) -> Shape:
@@ -78,7 +85,7 @@ def _at_rows(shape: Shape, rows: int) -> Shape:
     return replace(shape, input=sizes)
 
 
-def _variants(layer: LayerSpec, bits: int, with_data: bool, target: Target) -> list[Variant]:
+def linear_variants(layer: LayerSpec, bits: int, with_data: bool, target: Target) -> list[Variant]:
     """The ways that ``target`` has, those that change the layer's input least first."""
     found = [Variant(QuantOption(bits=bits, symmetric=False), "float-weights")]
     found += [
@@ -105,6 +112,9 @@ def _measured(
     progress: Progress,
 ) -> LatencyTable:
     table, path = open_table(table_file, target.provider, threads)
+    if table.of_kit:
+        pairs = [(shapes[name].signature, variant.compute) for name in shapes for variant in variants[name]]
+        check_complete(table, path, pairs)
     missing: dict[Variant, list[Shape]] = {}
     for name, shape in shapes.items():
         for variant in variants[name]:

@@ -1,12 +1,14 @@
 """Measured operators, kept for the next run: a file a machine, provider and number of threads.
 
 A time is worth nothing on another processor or runtime, so the file says where it was measured and is refused anywhere
-else. It is written whole or not at all, after every measurement.
+else. It is written whole or not at all, after every measurement. A kit's table (compress/latency/kit.py) is the
+exception: it holds all that a plan for another machine needs, and nothing is ever added to it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +19,9 @@ from compress.errors import InputError
 from compress.machine import Environment, describe_environment
 from compress.records import Record
 
-__all__ = ["LatencyTable", "Operator", "conditions", "open_table"]
+__all__ = ["LatencyTable", "ModelTime", "Operator", "check_complete", "conditions", "open_table"]
+
+_NAMED = 3
 
 
 class Operator(Record):
@@ -34,14 +38,50 @@ class Operator(Record):
     leave_us: float
 
 
+class ModelTime(Record):
+    """A whole model without calibration, all on one kind of numbers where it can be."""
+
+    layers: str = Field(description="digest of the signatures of its layers, in order")
+    kind: Literal["float", "integer"]
+    us: float
+
+
 class LatencyTable(Record):
     """All operators measured under one set of conditions."""
 
     schema_version: Literal[1] = 1
+    measured_by: Literal["run", "kit"] = Field("run", description="a run of ours, or a kit's measure.py")
     environment: Environment
     provider: str
     threads: int
     operators: tuple[Operator, ...] = ()
+    models: tuple[ModelTime, ...] = Field((), description="of a kit's table")
+
+    @property
+    def of_kit(self) -> bool:
+        """Whether it speaks of another machine, so that nothing measured here may be mixed with it."""
+        return self.measured_by == "kit"
+
+    @property
+    def machine(self) -> str:
+        """Whose times they are."""
+        flags = ", ".join(self.environment.cpu_flags) or self.environment.architecture
+        return f"{self.environment.cpu} ({flags})"
+
+    def whole(self, layers: str, kind: str) -> float | None:
+        """Microseconds of a whole model, None where it was not measured."""
+        return next((each.us for each in self.models if (each.layers, each.kind) == (layers, kind)), None)
+
+    def only(self, signatures: Collection[str]) -> LatencyTable:
+        """The table with the rows of ``signatures`` alone, in an order of their own."""
+        kept = sorted(
+            (row for row in self.operators if row.signature in signatures), key=lambda row: (row.signature, row.compute)
+        )
+        return self.model_copy(update={"operators": tuple(kept)})
+
+    def text(self) -> str:
+        """As it is written to a file."""
+        return self.model_dump_json(indent=1)
 
     def find(self, signature: str, compute: str) -> Operator | None:
         """The row of one operator, None where it was not measured."""
@@ -57,7 +97,7 @@ class LatencyTable(Record):
         """Write to ``path``, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        temporary.write_text(self.model_dump_json(indent=1))
+        temporary.write_text(self.text())
         os.replace(temporary, path)
 
 
@@ -84,12 +124,34 @@ def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyT
         ) from error
     there = conditions(table.environment, table.provider, table.threads)
     for name, value in here.items():
+        if table.of_kit and name == "processor":
+            continue
+        if table.of_kit and there[name] != value:
+            raise InputError(
+                f"{path} was measured with {name} {there[name]}; this run has {value}. Write a kit with `compress "
+                "bench --kit` under the same conditions, and measure it there again"
+            )
         if there[name] != value:
             raise InputError(
                 f"{path} was measured with {name} {there[name]}; this run has {value}. Times do not carry over: leave "
                 "out --latency-table, or give a file of this machine"
             )
     return table, path
+
+
+def check_complete(table: LatencyTable, path: Path, wanted: Iterable[tuple[str, str]]) -> None:
+    """Refuse a kit's table that lacks one of the operators ``wanted``, each a signature and a compute.
+
+    Raises:
+        InputError: naming them.
+    """
+    missing = [f"{signature} ({compute})" for signature, compute in wanted if table.find(signature, compute) is None]
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise InputError(
+            f"{path} is of other operators: it has no time of {'; '.join(missing[:_NAMED])}{more}. Write a kit for "
+            "this model, batch, ranks and rows with `compress bench --kit`, and measure it on that machine"
+        )
 
 
 def conditions(environment: Environment, provider: str, threads: int) -> dict[str, str]:

@@ -55,7 +55,10 @@ def build_report(
         parity=parity,
         latency=latency,
         metric=metric,
-        measured=_measured(size, latency, metric, measured_error) if plan.allocation else {},
+        # A latency of this machine says nothing about a plan for another one.
+        measured=_measured(size, None if plan.allocation.machine else latency, metric, measured_error)
+        if plan.allocation
+        else {},
         calibration_seconds=round(calibration_seconds, 3),
         peak_memory_bytes=peak_bytes(),
         notes=tuple(notes),

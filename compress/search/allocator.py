@@ -26,6 +26,7 @@ from compress.errors import InfeasibleBudget, SolverError
 from compress.graph.traced import TracedModel
 from compress.latency.model import COMPUTE_OF
 from compress.options import Search
+from compress.planning import with_times
 from compress.progress import Progress
 from compress.records import Allocation, Budget, Candidate, Plan, Skip
 from compress.search.costs import Costs, export_ways, time_files
@@ -226,7 +227,7 @@ class Allocator:
         return self._draft(best, answer, ()).measured["size"] if name == "size" else answer.objective
 
     def _timed(self, budgets: Mapping[str, float], objective: str) -> bool:
-        return self.costs.latency is not None and ("latency" in budgets or objective == "latency")
+        return self.costs.timed_here and ("latency" in budgets or objective == "latency")
 
     def _solve(self, objective: str, budgets: Mapping[str, float]) -> tuple[Restricted, Answer]:
         """The best plan over all sets of widths, and a bound that holds for all of them."""
@@ -282,7 +283,7 @@ class Allocator:
             self.progress("exporting a plan without calibration", 0, 1)
             file = export_ways(self.traced, ways, self.target, Path(folder) / "plan.onnx")
             measured = {"size": float(file.stat().st_size)}
-            if self.costs.latency is not None:
+            if self.costs.timed_here:
                 plain = export_ways(self.traced, {}, self.target, Path(folder) / "float.onnx")
                 float_us, plan_us = time_files(
                     [plain, file], self.target, self.search, self.traced.length, self.progress
@@ -352,9 +353,10 @@ class Allocator:
             settings=settings_digest(frame),
             threads=self.search.threads,
             batch=self.search.batch,
+            machine=self.costs.table.machine if self.costs.table is not None and self.costs.table.of_kit else None,
         )
         choices = tuple(choice for layer, way in draft.ways.items() for choice in way.choices(layer))
-        return frame.model_copy(
+        plan = frame.model_copy(
             update={
                 "choices": choices,
                 "splits": splits,
@@ -362,6 +364,7 @@ class Allocator:
                 "allocation": allocation,
             }
         )
+        return plan if self.costs.table is None else with_times(plan, self.costs.table)
 
 
 def _with_reserve(budgets: Mapping[str, float]) -> dict[str, float]:

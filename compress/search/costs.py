@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.benchmark import bench
+from compress.errors import InputError
 from compress.exporters.functions import function_bytes
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.kernels.table import register_operators
-from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places, thin_shapes
+from compress.latency.kit import base_kinds, layers_digest, operator_shapes
+from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places
 from compress.latency.operators import time_operators
-from compress.latency.table import LatencyTable, open_table
+from compress.latency.table import LatencyTable, check_complete, open_table
 from compress.options import Search
 from compress.progress import Progress
 from compress.records import Choice, Cost, LayerSpec
@@ -44,6 +46,7 @@ class Costs:
         shared: bytes that a file pays once for each width of packed weights in it: the function that unpacks them.
         latency: None where latency does not matter.
         notes: for the report.
+        table: the times that ``latency`` comes from; None without.
     """
 
     float_totals: dict[str, float]
@@ -52,6 +55,12 @@ class Costs:
     shared: dict[int, int]
     latency: LatencyModel | None
     notes: tuple[str, ...]
+    table: LatencyTable | None = None
+
+    @property
+    def timed_here(self) -> bool:
+        """Whether a whole file can be timed beside them: latencies are not another machine's."""
+        return self.latency is not None and not (self.table is not None and self.table.of_kit)
 
 
 def measure_costs(
@@ -85,10 +94,16 @@ def measure_costs(
         latency: LatencyModel | None = None
         notes: tuple[str, ...] = ()
         float_us: float | None = None
+        used: LatencyTable | None = None
         if timed:
-            times_us = time_files(files, target, search, intake.traced.length, progress)
-            latency, notes = _fit(intake.traced, space, bases, times_us, target, search, progress)
-            float_us = times_us[0]
+            own = Path(search.latency_table) if search.latency_table else None
+            kept, path = open_table(own, target.provider, search.threads)
+            if kept.of_kit:
+                latency, float_us, used, notes = _read_kit(intake, space, kept, path, search)
+            else:
+                times_us = time_files(files, target, search, intake.traced.length, progress)
+                latency, used, notes = _fit(intake.traced, space, bases, times_us, target, search, progress)
+                float_us = times_us[0]
     widths = {way.widths[0] for ways in space.ways.values() for way in ways if way.storage == "packed"}
     shared = {width: function_bytes(width) for width in sorted(widths)}
     fixed, extra = _overheads(specs, bases, sizes, shared)
@@ -115,7 +130,7 @@ def measure_costs(
         base["latency"] = latency.fixed_us + sum(
             latency.layers_us[layer.name]["float"] for layer in skipped if layer.name in latency.layers_us
         )
-    return Costs(totals, base, layers, shared, latency, notes)
+    return Costs(totals, base, layers, shared, latency, notes, used)
 
 
 def export_ways(traced: TracedModel, ways: Mapping[str, Way], target: Target, path: Path) -> Path:
@@ -216,17 +231,10 @@ def _fit(
     target: Target,
     search: Search,
     progress: Progress,
-) -> tuple[LatencyModel, tuple[str, ...]]:
+) -> tuple[LatencyModel, LatencyTable, tuple[str, ...]]:
     places = layer_places(traced, search.batch)
-    ranks = {
-        name: tuple(dict.fromkeys(way.rank for way in ways if way.rank is not None))
-        for name, ways in space.ways.items()
-    }
-    shapes = {
-        shape.signature: shape
-        for name, place in places.items()
-        for shape in (*place.shapes, *(each for rank in ranks.get(name, ()) for each in thin_shapes(place, rank)))
-    }
+    ranks = _ranks(space)
+    shapes = operator_shapes(places, ranks)
     own = Path(search.latency_table) if search.latency_table else None
     table, path = open_table(own, target.provider, search.threads)
     kinds: list[tuple[dict[str, str], float]] = []
@@ -246,7 +254,41 @@ def _fit(
         table, path = open_table(own, target.provider, search.threads)  # another run may have added to it meanwhile
         table = table.with_operators(rows)
         table.save(path)
-    return fit(places, table, kinds, ranks), (note,)
+    return fit(places, table, kinds, ranks), table.only(shapes.keys()), (note,)
+
+
+def _read_kit(
+    intake: Intake, space: Space, table: LatencyTable, path: Path, search: Search
+) -> tuple[LatencyModel, float, LatencyTable, tuple[str, ...]]:
+    """The latency model of another machine, and the float model's microseconds there; nothing is timed here."""
+    places = layer_places(intake.traced, search.batch)
+    ranks = _ranks(space)
+    shapes = operator_shapes(places, ranks)
+    ways = {way.kind for ways in space.ways.values() for way in ways}
+    computes = {"float", *(COMPUTE_OF[kind] for kind in ways)}
+    check_complete(table, path, [(signature, each) for signature in shapes for each in sorted(computes)])
+    bases: list[tuple[dict[str, str], float]] = []
+    for kind in ("float", "integer"):
+        time_us = table.whole(layers_digest(places), kind)
+        if time_us is None:
+            raise InputError(
+                f"{path} is of other operators: it has no time of this model as a whole ({kind}). Write a kit for it "
+                "with `compress bench --kit`, and measure it on that machine"
+            )
+        runs = base_kinds(intake.layers, kind)
+        bases.append((runs, time_us))
+        if kind == "integer" and "narrow" in ways:  # fewer bits take no less time
+            bases.append(({name: "narrow" if each == "integer" else each for name, each in runs.items()}, time_us))
+    note = f"latency: as {path} has it for {table.machine}; nothing was timed on this machine to find the plan"
+    distinct = [base for position, base in enumerate(bases) if base[0] not in [each for each, _ in bases[:position]]]
+    return fit(places, table, distinct, ranks), bases[0][1], table.only(shapes.keys()), (note,)
+
+
+def _ranks(space: Space) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(dict.fromkeys(way.rank for way in ways if way.rank is not None))
+        for name, ways in space.ways.items()
+    }
 
 
 def _stale(places: Mapping[str, LayerPlace], table: LatencyTable, float_us: float) -> bool:

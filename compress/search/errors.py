@@ -128,7 +128,10 @@ def transformed(intake: Intake, options: Options, frame: Plan, samples: Samples 
 
 
 def _at_8_bits(intake: Intake, options: Options, samples: Samples) -> Plan:
-    plain = Options(bits=8, method="mse", observer=options.observer, target=options.target, ignore=options.ignore)
+    plain = Options(
+        bits=8, method="mse", observer=options.observer, target=options.target, machine=options.machine,
+        ignore=options.ignore,
+    )  # fmt: skip
     return make_plan(intake, plain, samples)
 
 
@@ -156,7 +159,8 @@ def _store(intake: Intake, options: Options, frame: Plan, measure: str, samples:
         "measure": measure,
         "rule": _RULE,
         "observer": frame.observer,
-        "target": options.target,
+        "target": frame.target,
+        "machine": options.machine,
         "ignore": list(options.ignore),
         "iterations": options.search.sensitivity_iterations,
         "seed": options.seed,

@@ -69,7 +69,8 @@ def find_plan(
     if pending is not None:
         pending.parent.mkdir(parents=True, exist_ok=True)
         temporary = pending.with_name(f"{pending.name}.partial")
-        temporary.write_text(json.dumps({"key": key, "plan": plan.model_dump(mode="json")}))
+        content = {"key": key, "plan": plan.model_dump(mode="json"), "latency": plan.latency_table}
+        temporary.write_text(json.dumps(content))
         os.replace(temporary, pending)
     return plan, notes
 
@@ -78,6 +79,7 @@ def _kept(pending: Path, key: str) -> Plan | None:
     """The plan that a stopped run left for the same model, data and options."""
     try:
         content = json.loads(pending.read_text())
-        return Plan.model_validate(content["plan"]) if content["key"] == key else None
+        plan = Plan.model_validate(content["plan"]).model_copy(update={"latency_table": content["latency"]})
+        return plan if content["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

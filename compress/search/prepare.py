@@ -19,7 +19,7 @@ from compress.search.allocator import Allocator
 from compress.search.costs import measure_costs
 from compress.search.errors import decide_measure, measure_errors, transformed
 from compress.search.space import list_space
-from compress.targets import find_target
+from compress.targets import choose_target, find_target
 
 __all__ = ["OBJECTIVES", "Prepared", "prepare"]
 
@@ -85,7 +85,7 @@ def prepare(
     _check_solver(options)
     frame = begin_plan(intake, options, samples)
     measure = decide_measure(options, samples)
-    target = find_target(options.target)
+    target = find_target(choose_target(options.target, options.machine))
     timed = also_timed or objective == "latency" or any(each.quantity == "latency" for each in budgets)
     own_batch = len(intake.traced.example[0])
     if timed and options.search.batch != own_batch and not intake.traced.dynamic_batch:

@@ -14,6 +14,7 @@ from compress.errors import InputError
 from compress.formats import FORMATS
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
+from compress.instruction_sets import sets_of
 from compress.latency.model import thin_kind
 from compress.options import Options
 from compress.packing import packed_bytes
@@ -181,13 +182,14 @@ def list_space(
         methods: names from the table; each is a way of its own.
         with_data: whether inputs can be quantized.
         timed: whether latency matters; if so, what runs on floats and what on integers is for the table to say,
-            else for the target's rule.
+            else for the shipped figures (compress/instruction_sets.py).
 
     Raises:
         InputError: widths out of range, or nothing is left to choose.
     """
     activations = _activations(options, with_data)
-    kept, slow, outer = ignored(layers, options.ignore), slow_on_integers(layers, target), ends(layers)
+    kept, outer = ignored(layers, options.ignore), ends(layers)
+    slow = slow_on_integers(layers, sets_of(options.machine, target.name))
     offer = _Offer(options, methods, target, activations, with_data, timed, frozenset(slow), frozenset(outer))
     ways: dict[str, tuple[Way, ...]] = {}
     skipped = []

@@ -19,10 +19,9 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.exporters.session import open_session, run_session
 from compress.gate import verify
 from compress.graph.traced import TracedModel
-from compress.targets import TARGETS
 
 CPU = "CPUExecutionProvider"
-WIDTH = max(32, *(target.integer_channels for target in TARGETS.values()))
+WIDTH = 32
 LAYERS = ("stem", "left", "right", "down", "deep", "fc")
 
 

@@ -15,9 +15,8 @@ from compress.exporters.onnx import build_onnx
 from compress.exporters.tidy import layer_of
 from compress.graph.traced import TracedModel, trace
 from compress.kernels.table import register_operators
-from compress.targets import TARGETS
 
-WIDTH = max(target.integer_channels for target in TARGETS.values())
+WIDTH = 16
 
 
 class Net(nn.Module):

@@ -69,7 +69,7 @@ def found(
     module: nn.Module, rows: int, *, bits: int = 4, length: int = 7, with_data: bool = True, target: Target = CPU
 ) -> dict[str, Choice]:
     intake = take_in(module, input_shape=(length, 64))
-    return find_fastest(
+    choices, _ = find_fastest(
         intake.traced,
         intake.layers,
         {layer.name: bits for layer in intake.layers},
@@ -81,6 +81,7 @@ def found(
         table_file=None,
         progress=lambda *_: None,
     )
+    return choices
 
 
 ALIKE = {"float": 100.0, "W4g32": 100.0, "W4g128": 100.0, "integer": 100.0, "dynamic": 100.0}
