@@ -186,7 +186,7 @@ def mending(proof: Proof) -> str:
     cures = ["export again with `compress quantize`"]
     if any(row.limit is not None and row.worst is not None and row.worst > row.limit for row in proof.layers):
         cures.append("quantize with reduce_range=True, 7-bit weights")
-        cures.append("set session.x64quantprecision=1 in every x86 session, which is slower")
+        cures.append("set session.x64quantprecision=1 in every session on x86 (slower; not every file loads with it)")
     return f"To mend it: {', or '.join(cures)}"
 
 
