@@ -24,8 +24,9 @@ from compress.report.schema import LayerParity
 
 __all__ = ["check_layers", "guilty_layers", "innocent_layers"]
 
-# Rounding explains one step; what is measured as the model runs (dynamic grids) may add to it.
-_ALLOWED_STEPS = 2.0
+# Rounding explains one step. Of sound kernels none was further off: integers that end as codes at one step at most, those
+# that end as floats at 1e-4; kernels that saturate began at two.
+_ALLOWED_STEPS = 1.5
 _ONE_STEP = 1.001  # of differences computed in float32
 _TOP = 255
 _NAMED = 3

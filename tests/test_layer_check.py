@@ -1,0 +1,246 @@
+"""One fault in one layer of a file: the gate finds it, and that layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.session import open_session
+from compress.gate import verify
+from compress.graph.traced import TracedModel
+from compress.layer_check import guilty_layers, innocent_layers
+from compress.packing import pack, unpack
+from compress.report.schema import LayerParity, Parity
+
+# No kernel saturates on codes of 7 bits, whatever the processor.
+SOUND = {"bits": 7, "first_last_bits": 7}
+
+
+class Pictures(nn.Module):
+    """Convolutions with a residual, a depthwise one among them, a pool and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+        self.wide, self.head = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.wide(torch.relu(self.deep(x))) + x).mean((2, 3)))
+
+
+class Signals(nn.Module):
+    """One-dimensional convolutions, and linears on what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(8, 16, 3), nn.Conv1d(16, 16, 3)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x)))).transpose(1, 2)
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class Tokens(nn.Module):
+    """Attention and a feed-forward part: three linears share an input, the others have their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(1, 2)
+        x = x + self.out(scores.softmax(-1) @ self.v(x))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+SHAPES = {Pictures: (3, 10, 10), Signals: (8, 20), Tokens: (5, 32)}
+KINDS = {
+    "static-conv2d": (Pictures, True, SOUND, ("stem", "deep", "wide", "head")),
+    "static-conv1d": (Signals, True, SOUND, ("a", "b", "up", "down")),
+    "dynamic-linear": (Tokens, False, SOUND | {"dynamic": True}, ("q", "v", "out", "down")),
+    "float-conv2d": (Pictures, False, {"bits": 5}, ("stem", "deep", "wide", "head")),
+    "float-linear": (Tokens, False, {"bits": 5}, ("q", "v", "out", "down")),
+    "blocks": (Tokens, False, {"bits": 4, "group_size": 32}, ("q", "v", "out", "down")),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, compress_quickly: Callable[..., TracedModel]
+) -> Callable[[str], tuple[TracedModel, Path, Tensor]]:
+    made: dict[str, tuple[TracedModel, Path, Tensor]] = {}
+
+    def give(kind: str) -> tuple[TracedModel, Path, Tensor]:
+        if kind not in made:
+            torch.manual_seed(0)
+            module, calibrated, options, _ = KINDS[kind]
+            net, x = module(), torch.rand(32, *SHAPES[module]) * 2
+            for name, parameter in net.named_parameters():
+                if name.endswith("bias"):  # no channel is to be dead behind its ReLU: nothing would show there
+                    torch.nn.init.constant_(parameter, 1.0)
+            traced = compress_quickly(net, x if calibrated else None, SHAPES[module], **options)
+            path = tmp_path_factory.mktemp(kind) / "model.onnx"
+            write_onnx(build_onnx(traced), path, {})
+            made[kind] = traced, path, x
+        return made[kind]
+
+    return give
+
+
+def plant(path: Path, out: Path, name: str, change: Callable[[np.ndarray], None]) -> Path:
+    """A copy of the file with one number of the initialiser ``name`` changed."""
+    model = onnx.load(path)
+    (tensor,) = (each for each in model.graph.initializer if each.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    change(array.reshape(-1))
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    onnx.save(model, out)
+    return out
+
+
+def at_fault(parity: Parity) -> list[str]:
+    return [row.name for row in parity.layers if not row.steps <= row.allowed_steps]
+
+
+def flip_bits(codes: np.ndarray) -> None:
+    codes.view(np.uint8)[0] ^= 0xFF
+
+
+def double(numbers: np.ndarray) -> None:
+    numbers[0] = numbers[0] * 2 if numbers[0] else 1
+
+
+def move(numbers: np.ndarray) -> None:
+    numbers[0] += numbers.dtype.type(3 + 3 * np.abs(numbers).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_file_has_no_layer_off(kind: str, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]) -> None:
+    traced, path, x = exported(kind)
+    parity = verify(traced, path, (x,), "noise")
+    assert parity.failures == ()
+    assert len(parity.layers) == parity.integer_layers + parity.float_layers + parity.block_layers
+    assert all(row.values > 0 for row in parity.layers)
+    if kind != "blocks":  # whose kernel rounds its inputs, which the graph does not
+        assert max(row.steps for row in parity.layers) <= 1.001
+
+
+FAULTS = {
+    "codes": (flip_bits, ("weight_packed", "weight_codes")),
+    "scale": (double, ("weight_scale",)),
+    "bias": (move, ("bias_codes", "bias")),
+}
+PLANTED = [
+    (kind, layer, fault)
+    for kind, row in KINDS.items()
+    for layer in row[3]
+    for fault in FAULTS
+    if not (kind.startswith("float") and fault == "scale")  # which has no name of its own there
+]
+
+
+@pytest.mark.parametrize(("kind", "layer", "fault"), PLANTED)
+def test_the_layer_with_one_wrong_number_is_named(
+    kind: str,
+    layer: str,
+    fault: str,
+    exported: Callable[[str], tuple[TracedModel, Path, Tensor]],
+    tmp_path: Path,
+) -> None:
+    traced, path, x = exported(kind)
+    names = {each.name for each in onnx.load(path).graph.initializer}
+    change, parts = FAULTS[fault]
+    (name,) = (f"{layer}.{part}" for part in parts if f"{layer}.{part}" in names)
+    parity = verify(traced, plant(path, tmp_path / "planted.onnx", name, change), (x,), "noise")
+    assert at_fault(parity) == [layer]
+    (sentence,) = (failure for failure in parity.failures if "kernel is off at layer" in failure)
+    (row,) = (row for row in parity.layers if row.name == layer)
+    assert f"off at layer {layer} ({row.operator}): {row.steps:.3g} steps" in sentence
+    assert f"{row.beyond_one_step:,} of {row.values:,} values off by more than one" in sentence
+
+
+def saturates() -> bool:
+    """Whether ONNX Runtime's kernel for uint8 by int8 adds two products in 16 bits on this processor."""
+    nodes = [helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 64])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, [1, 32])
+    weight = numpy_helper.from_array(np.full((64, 32), 127, np.int8), "w")
+    graph = helper.make_graph(nodes, "sum", [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    session = open_session(model.SerializeToString(), "ORT_DISABLE_ALL")
+    (result,) = session.run(None, {"x": np.full((1, 64), 255, np.uint8)})
+    return bool((result != 64 * 127 * 255).any())
+
+
+def plant_full_codes(traced: TracedModel, layer: str, value: float) -> None:
+    """Every weight of the first channel, all ``value``, as code 127."""
+    packed, scale = (traced.tensor(f"{layer}.weight_{part}").clone() for part in ("packed", "scale"))
+    codes = unpack(packed, 8, packed.numel()).reshape(len(scale), -1)
+    codes[0], scale[0] = 255, value / 127
+    traced.set_tensor(f"{layer}.weight_packed", pack(codes, 8))
+    traced.set_tensor(f"{layer}.weight_scale", scale)
+    bias = traced.tensor(f"{layer}.bias_codes").clone()
+    bias[0] = 0
+    traced.set_tensor(f"{layer}.bias_codes", bias)
+
+
+def test_layers_that_saturate_are_named(tmp_path: Path, compress_quickly: Callable[..., TracedModel]) -> None:
+    if not saturates():
+        pytest.skip("this processor's integer kernels do not saturate (VNNI, Arm or SSE2)")
+    torch.manual_seed(0)
+    module, x = Pictures(), torch.rand(32, 3, 10, 10) + 1
+    with torch.no_grad():
+        for layer in (module.stem, module.head):
+            layer.weight[0], layer.bias[0] = 0.1, 0
+        module.wide.bias += 1
+    traced = compress_quickly(module, x, bits=4, first_last_bits=8)
+    plant_full_codes(traced, "stem", 0.1)
+    plant_full_codes(traced, "head", 0.1)
+    path = tmp_path / "model.onnx"
+    write_onnx(build_onnx(traced), path, {})
+    parity = verify(traced, path, (x,), "noise")
+    assert at_fault(parity) == ["stem", "head"]
+    # Without optimisation there is no integer kernel.
+    assert parity.relative_l2_unoptimized < 0.05
+
+
+def test_a_difference_between_layers_is_said_to_be_there(
+    tmp_path: Path, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]
+) -> None:
+    traced, path, x = exported("float-linear")
+    model = onnx.load(path)
+    (softmax,) = (node for node in model.graph.node if node.op_type == "Softmax")
+    softmax.attribute[0].i = 1
+    onnx.save(model, tmp_path / "turned.onnx")
+    parity = verify(traced, tmp_path / "turned.onnx", (x,), "noise")
+    assert at_fault(parity) == []
+    assert parity.failures[-1] == innocent_layers(parity.layers)
+    assert "no layer is at fault by itself" in parity.failures[-1]
+
+
+def test_many_layers_at_fault_are_counted_and_the_worst_come_first() -> None:
+    def row(name: str, steps: float) -> LayerParity:
+        return LayerParity(
+            name=name, operator="QGemm", relative_l2=0.1, steps=steps, allowed_steps=1.5, beyond_one_step=7, values=1000
+        )
+
+    assert guilty_layers([row("a", 1.0)]) is None
+    sentence = guilty_layers([row("a", 1.0), *(row(f"l{steps}", steps) for steps in (9, 40, 3, 12))])
+    assert sentence is not None
+    assert [sentence.index(name) for name in ("l40", "l12", "l9")] == sorted(
+        sentence.index(name) for name in ("l40", "l12", "l9")
+    )
+    assert "l3" not in sentence
+    assert "7 of 1,000 values" in sentence
+    assert sentence.endswith("and 1 more layers")
