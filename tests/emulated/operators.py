@@ -18,8 +18,8 @@ __all__ = ["JOINS", "PRODUCTS", "take_apart"]
 
 # Sums of integer products: the same number everywhere, scaled and rounded by one multiplication.
 PRODUCTS = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"}
-# Codes of several grids, each scaled before they are added: with a fused multiply-add, where the processor has one, or
-# without, so that a sum in the middle between two codes may be rounded to the other.
+# Codes of several grids, scaled before they are added: in fixed point on AVX2 (MlasCalcQLinearAddParameters) and in
+# floats on SSE2, so that a sum in the middle between two codes may be rounded to the other.
 JOINS = {"QLinearAdd", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
 
 

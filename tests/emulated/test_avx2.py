@@ -2,10 +2,10 @@
 
 Layers on integers give the same codes on AVX2, which adds pairs of products in 16 bits, on SSE2, which does not and is
 exact, and on this machine. Whole files do on AVX2 and on this machine where everything between their first and their
-last quantizer is on integers: what is left of floats there is done a number at a time (a scale, a rounding), by the
-same instructions. SSE2 lacks one of them, the fused multiply-add: a residual sum in the middle between two codes is rounded
-to the other, one in some ten thousand. A file that sums floats, as MobileNet's first layers do, promises its integer
-layers alone.
+last quantizer is on integers: what is left of floats there is done a number at a time (a scale, a rounding), the same
+way. Not so on SSE2: AVX2 has a residual sum in fixed point, SSE2 in floats, and one code in some ten thousand, in the
+middle between two, is rounded to the other. A file that sums floats, as MobileNet's first layers do, promises its
+integer layers alone.
 """
 
 from __future__ import annotations
