@@ -121,7 +121,7 @@ def slowest(layer: LayerSpec, sets: Sequence[str], *, placed: bool, dynamic: boo
 
 
 def _between(value: float, speed: Speed, following: Speed | None, features: int, placed: bool) -> float:
-    """``value`` of a linear grows evenly to that of the next row; convolutions work on 16 channels at a time, in steps."""
+    """A linear's ``value`` grows evenly to the next row's; convolutions work on 16 channels at a time, in steps."""
     upper = following.of(placed) if following is not None else None
     if "linear" not in speed.kind or speed.least == 1 or following is None or upper is None:
         return value
