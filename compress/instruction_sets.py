@@ -8,6 +8,7 @@ measurements, of several processors; the slowest counts. What was not measured i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,10 @@ class Speed(Record):
         description="with what a change of numbers costs: of a convolution among integer layers, of a linear among "
         "float ones"
     )
+
+    def of(self, placed: bool) -> float | None:
+        """One of the two."""
+        return self.placed if placed else self.alone
 
 
 class Measurement(Record):
@@ -108,8 +113,17 @@ def slowest(layer: LayerSpec, sets: Sequence[str], *, placed: bool, dynamic: boo
     for name in sets:
         for measurement in instruction_sets()[name].measurements:
             for speed in measurement.speeds:
-                value = speed.placed if placed else speed.alone
                 inside = speed.least <= channels and (speed.below is None or channels < speed.below)
-                if speed.kind == kind and inside and value is not None:
-                    found.append((value, name))
+                if speed.kind == kind and inside and (value := speed.of(placed)) is not None:
+                    following = next((s for s in measurement.speeds if s.kind == kind and s.least == speed.below), None)
+                    found.append((_between(value, speed, following, channels, placed), name))
     return min(found, default=None)
+
+
+def _between(value: float, speed: Speed, following: Speed | None, features: int, placed: bool) -> float:
+    """A linear's ``value`` grows evenly to the next row's; convolutions work on 16 channels at a time, in steps."""
+    upper = following.of(placed) if following is not None else None
+    if "linear" not in speed.kind or speed.least == 1 or following is None or upper is None:
+        return value
+    share = math.log(features / speed.least) / math.log(following.least / speed.least)
+    return float(value * (upper / value) ** share)
