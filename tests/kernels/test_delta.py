@@ -17,6 +17,7 @@ from compress.kernels.delta_product import beside, merged
 from compress.kernels.delta_reference import add_reference, delta_reference
 from compress.kernels.delta_rows import DeltaRows
 from compress.kernels.dispatch import Call, choose
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
 
@@ -93,8 +94,8 @@ KERNELS = {"beside": beside, "in small": in_small, "merged": merged, "reference"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5])
+@sweep("dtype", DTYPES, sample=[torch.float16])
+@sweep("rows", [1, 5], sample=[5])
 def test_one_delta_over_floats(kernel: str, dtype: torch.dtype, rows: int, device: str, assert_near: Any) -> None:
     deltas, difference = random_delta(SHAPE, 900, torch.float16)
     weight, bias = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE[0]).to(dtype)
@@ -138,7 +139,7 @@ def test_wide_rows_have_long_columns(device: str, assert_near: Any) -> None:
 # In place
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@sweep("dtype", DTYPES, sample=[torch.float32])
 def test_in_place_is_what_the_reference_gives(dtype: torch.dtype, device: str) -> None:
     """Which is what merging gives: tests/runtime/test_delta.py."""
     weight = torch.randn(7, 3, 3, 3).to(dtype)
