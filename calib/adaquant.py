@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.kernels.fake_quantize import code_range
 from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.quant.grid import mse_grid, quantize
 from compress.quant.pairs import bound_of
@@ -145,7 +146,7 @@ class _Parameters:
             weight = quantize(self.codes * self.scale.reshape(self.shape), scale, self.zero_point, self.bits)
             grid = self.grid
             if grid is not None and self.learns_grid:
-                zero_point = torch.round(grid.zero_point.float() + self.grid_shift).to(grid.zero_point.dtype)
+                zero_point = self._grid_zero(grid).to(grid.zero_point.dtype)
                 grid = replace(grid, scale=self._grid_scale(grid), zero_point=zero_point)
             return Solution(weight, self.bias + self.bias_unit * self.bias_shift, grid)
 
@@ -169,16 +170,19 @@ class _Parameters:
     def _input(self, x: Tensor) -> Tensor:
         if self.grid is None:
             return x
-        low = torch.iinfo(self.grid.zero_point.dtype).min
-        high = low + (1 << self.grid.bits) - 1
-        scale = self._grid_scale(self.grid)
-        offset = self.grid.zero_point.float()
-        if self.learns_grid:
-            offset = _round(offset + self.grid_shift)
+        low, high = code_range(self.grid.zero_point.dtype, self.grid.bits)
+        scale, offset = self._grid_scale(self.grid), self._grid_zero(self.grid)
         return (torch.clamp(_round(x / scale) + offset, low, high) - offset) * scale
 
     def _grid_scale(self, grid: ActivationGrid) -> Tensor:
         return (grid.scale * self.grid_log.exp()).clamp(max=grid.largest_scale) if self.learns_grid else grid.scale
+
+    def _grid_zero(self, grid: ActivationGrid) -> Tensor:
+        """The zero point as learned, one of the grid's codes: beyond them zero would be no point of the grid."""
+        offset = grid.zero_point.float()
+        if not self.learns_grid:
+            return offset
+        return torch.clamp(_round(offset + self.grid_shift), *code_range(grid.zero_point.dtype, grid.bits))
 
     def _starts_at_zero(self) -> bool:
         assert self.grid is not None
