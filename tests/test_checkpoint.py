@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def _net() -> nn.Sequential:
 
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"factories_{abs(hash(tmp_path.name)):x}"  # a fresh name: imported modules stay in sys.modules
+    name = f"factories_{zlib.crc32(bytes(tmp_path)):x}"  # a fresh name: imported modules stay in sys.modules
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
     return name

@@ -16,6 +16,7 @@ from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
+from tests.every import every
 
 
 def calibrated(
@@ -126,7 +127,7 @@ def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_pat
         wanted = torch.cat([module(*part) for part in parts])
     got = result.model.run(iter(parts))
     assert float((got - wanted).norm() / wanted.norm()) < 0.03
-    assert all(layer.output_error is not None and layer.output_error < 1e-3 for layer in result.layers)
+    assert every(layer.output_error is not None and layer.output_error < 1e-3 for layer in result.layers)
     assert list(tmp_path.rglob("*.samples")) == []
 
 
@@ -295,5 +296,5 @@ def test_overflow_names_the_layer_or_the_normalisation(tmp_path: Path) -> None:
 
 def test_weights_only_needs_no_data_and_measures_weights(tmp_path: Path) -> None:
     result = calibrated(take_in(chain(0), input_shape=(16,)), None, tmp_path)
-    assert all(layer.output_error is None and layer.weight_error > 0 for layer in result.layers)
+    assert every(layer.output_error is None and layer.weight_error > 0 for layer in result.layers)
     assert not any("fake_quantize" in str(node.target) for node in result.model.graph.nodes)

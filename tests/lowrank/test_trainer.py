@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from compress.training.trainer import MaestroCallback  # noqa: E402 - optional
+from tests.every import every  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -119,7 +120,7 @@ def test_it_learns_and_ranks_shrink_with_the_optimizer(trained: Any) -> None:
     assert set(map(id, inner.state)) <= held, "nothing is kept of parameters that are gone"
     # Both batches of a step ran at the same ranks, other steps at others.
     pairs = list(zip(watch.during[::2], watch.during[1::2], strict=True))
-    assert all(first == second != {} for first, second in pairs)
+    assert every(first == second != {} for first, second in pairs)
     assert len({json.dumps(first) for first, _ in pairs}) > 5
     assert watch.after == {None}
 
@@ -207,7 +208,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     trainer.train()
     assert "in step 3: the model is as it was after step 2" in str(callback.stopped)
     assert trainer.state.global_step == 3
-    assert all(torch.equal(poison.good[name], each) for name, each in model.state_dict().items())
+    assert every(torch.equal(poison.good[name], each) for name, each in model.state_dict().items())
 
 
 def test_refusals(trained: Any, tmp_path: Path) -> None:

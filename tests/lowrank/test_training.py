@@ -15,6 +15,7 @@ from compress.training.data import TrainingData
 from compress.training.family import read_family
 from compress.training.loop import Nothing, Recipe, evaluate, fit
 from compress.training.lowrank import LowRankOptions, train_lowrank
+from tests.every import every
 
 
 def net() -> nn.Module:
@@ -65,7 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     continued = net()
     history, _ = fit(continued, data(), recipe, checkpoint=tmp_path / "c.pt")
     assert len(history) == 5
-    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(continued), strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(continued), strict=True))
     with pytest.raises(InputError, match="holds the checkpoint of another run"):
         fit(net(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
 
@@ -126,7 +127,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_epoch() -> None:
     history, stopped = fit(module, data(), Recipe(epochs=5, batch=32), companion=companion)
     assert "the loss was nan at step 1 of epoch 3: the model is as it was after epoch 2" in str(stopped)
     assert len(history) == 2
-    assert all(torch.equal(a, b) for a, b in zip(companion.good, tensors(module), strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(companion.good, tensors(module), strict=True))
 
 
 def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_kept() -> None:
@@ -152,7 +153,7 @@ def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_kept() -> None:
     history, stopped = fit(module, samples, Recipe(epochs=5, batch=32), companion=Breaking())
     assert "the weights were not finite after step 8 of epoch 3: the model is as it was after epoch 2" in str(stopped)
     assert len(history) == 2
-    assert all(torch.equal(a, b) for a, b in zip(good[2], tensors(module), strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(good[2], tensors(module), strict=True))
 
 
 def test_a_family_of_a_training_that_went_astray_says_so(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_family_of_a_training_that_went_astray_says_so(tmp_path: Path) -> None
     assert result.stopped is not None
     assert result.family.notes == (f"stopped early: {result.stopped}",)
     module, _ = read_family(tmp_path / "out")
-    assert all(bool(each.isfinite().all()) for each in tensors(module))
+    assert every(bool(each.isfinite().all()) for each in tensors(module))
 
 
 @pytest.mark.parametrize(

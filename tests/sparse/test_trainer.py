@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from compress.training.sparse_trainer import SparseCallback  # noqa: E402 - optional
+from tests.every import every  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,7 +98,7 @@ def test_k_entries_move_and_no_bit_of_the_rest(trained: Any, tmp_path: Path) -> 
     write_delta(delta, tmp_path / "task.safetensors", "fp32")
     apply(tmp_path / "bert", [tmp_path / "task.safetensors"], tmp_path / "task")
     found = load_model(tmp_path / "task").module.state_dict()
-    assert all(torch.allclose(each, found[name], atol=1e-7) for name, each in model.state_dict().items())
+    assert every(torch.allclose(each, found[name], atol=1e-7) for name, each in model.state_dict().items())
     assert callback.penalty > 0
     assert not any(each._backward_hooks for each in model.parameters())
 
@@ -113,7 +114,7 @@ def test_a_resumed_phase_ends_in_the_same_weights(phase: str, trained: Any, tmp_
     found = again.state_dict()
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
     if phase == "sparse":
-        assert all(torch.equal(index, callback.tuner.mask[name]) for name, index in resumed.tuner.mask.items())
+        assert every(torch.equal(index, callback.tuner.mask[name]) for name, index in resumed.tuner.mask.items())
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
@@ -178,4 +179,4 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     before = {name: each.clone() for name, each in model.state_dict().items()}
     run(tmp_path, callback, model, save_strategy="no")
     assert "in step 1: the model is as it was after step 0" in str(callback.stopped)
-    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    assert every(torch.equal(before[name], each) for name, each in model.state_dict().items())
