@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.kernels.fake_quantize import code_range
 from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.quant.grid import mse_grid, quantize
 from compress.quant.pairs import bound_of
@@ -170,7 +169,7 @@ class _Parameters:
     def _input(self, x: Tensor) -> Tensor:
         if self.grid is None:
             return x
-        low, high = code_range(self.grid.zero_point.dtype, self.grid.bits)
+        low, high = _codes_of(self.grid)
         scale, offset = self._grid_scale(self.grid), self._grid_zero(self.grid)
         return (torch.clamp(_round(x / scale) + offset, low, high) - offset) * scale
 
@@ -182,11 +181,17 @@ class _Parameters:
         offset = grid.zero_point.float()
         if not self.learns_grid:
             return offset
-        return torch.clamp(_round(offset + self.grid_shift), *code_range(grid.zero_point.dtype, grid.bits))
+        return torch.clamp(_round(offset + self.grid_shift), *_codes_of(grid))
 
     def _starts_at_zero(self) -> bool:
         assert self.grid is not None
         return int(self.grid.zero_point) == torch.iinfo(self.grid.zero_point.dtype).min
+
+
+def _codes_of(grid: ActivationGrid) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    low = torch.iinfo(grid.zero_point.dtype).min
+    return low, low + (1 << grid.bits) - 1
 
 
 def _round(x: Tensor) -> Tensor:

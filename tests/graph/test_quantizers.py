@@ -199,7 +199,6 @@ def test_a_relu_is_absorbed_only_where_it_reads_alone() -> None:
 def test_a_float_layer_gets_no_quantizer_of_its_own() -> None:
     placed = Placed(lambda net, x: net.c(torch.relu(net.b(torch.relu(net.a(x))))), {"a": 8, "c": 8})
     placed.check()
-    assert ("b",) not in [each.layers for each in placed.quantizers]
     assert len(placed.quantizers) == 4  # x, a's result, c's input, c's result
 
 

@@ -127,12 +127,15 @@ def test_every_row_has_its_own(kernel: str, device: str, lane_weight: Callable[.
     assert_near(KERNELS[kernel](x, weight, deltas, task), wanted)
 
 
-def test_wide_rows_have_long_columns(device: str, assert_near: Any) -> None:
-    shape = (2, 65_540)
-    index = torch.tensor([3, 65_539, 65_540 + 65_537])
+@pytest.mark.parametrize(("inputs", "columns"), [(40_004, torch.int16), (65_540, torch.int32)])
+def test_wide_rows(inputs: int, columns: torch.dtype, device: str, assert_near: Any) -> None:
+    """Short columns have no sign, and wider rows have long ones."""
+    shape = (2, inputs)
+    index = torch.tensor([3, inputs - 1, 2 * inputs - 3])
     deltas = DeltaRows.from_flat(shape, index, torch.tensor([1.0, 2.0, 3.0])).to(device)
-    x, y = torch.randn(2, shape[1], device=device), torch.randn(2, 2, device=device)
-    add = torch.stack([x[:, 3] + 2 * x[:, 65_539], 3 * x[:, 65_537]], 1)
+    assert deltas.columns.dtype is columns
+    x, y = torch.randn(2, inputs, device=device), torch.randn(2, 2, device=device)
+    add = torch.stack([x[:, 3] + 2 * x[:, -1], 3 * x[:, -3]], 1)
     assert_near(delta_gemv(x, y, deltas, None), (y + add).double())
 
 
