@@ -17,6 +17,7 @@ from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
 from tests.every import every
+from tests.models import FixedBatch, Masked, SequenceFirst, Shared, TwoInputs
 
 
 def calibrated(
@@ -45,56 +46,6 @@ class Branches(nn.Module):
         x = torch.relu(self.stem(x))
         a, b = torch.relu(self.a(x)), torch.relu(self.b(x))
         return self.head((self.c(a) + self.d(b)).mean((2, 3)))
-
-
-class Shared(nn.Module):
-    """One layer called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.twice, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        return self.last(torch.relu(self.twice(torch.relu(self.twice(x)))))
-
-
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.c(torch.relu(self.a(x) + self.b(y)))
-
-
-class Masked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.place = nn.Parameter(torch.randn(1, 5, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask, place = x > 0, self.place * 2
-        return self.c(torch.where(mask, self.b(torch.relu(self.a(x)) + place), x)).mean(1)
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.relu(self.b(torch.relu(self.a(x)).permute(1, 0, 2))).mean(0))
-
-
-class FixedBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x)).reshape(1, 6))
 
 
 NETS = {

@@ -20,10 +20,9 @@ from compress.options import Options
 from compress.planning import make_plan
 from compress.quant.grid import mse_grid, quantize
 from compress.records import QuantOption, Split
-from tests.calib.test_blocks import Residual  # type: ignore[import-not-found]
-from tests.calib.test_tokens import Encoder  # type: ignore[import-not-found]
-from tests.calib.test_tokens import samples as padded
+from tests.calib.test_tokens import samples as padded  # type: ignore[import-not-found]
 from tests.every import every
+from tests.models import Encoder, Residual
 
 METHODS = ("adaround", "brecq", "qdrop", "genie")
 
