@@ -1,6 +1,6 @@
 # One place for every command: the desk and CI both call these targets, so CI is never laxer.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types tests test-avx2 check clean
+.PHONY: help setup demo test lint types tests matrix test-avx2 check clean
 
 # The first interpreter that really runs: version-manager shims can be on PATH without a Python behind them.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -12,6 +12,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
 CODE := compress kernels calib tests benchmarks examples
+# One thread a worker, commands that tests start included: two workers of two threads wait for each other.
+# Workers take the files in the order of tests/conftest.py, not those with most tests first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,7 +37,7 @@ demo: $(READY)  ## train a small network on digits, quantize it to 4 bits, time 
 	$(BIN)/compress export demo/model.pt --out demo/model-fp32.onnx --overwrite
 	$(BIN)/compress bench demo/model-fp32.onnx demo/model-w4a8/model.onnx
 
-test: setup lint types tests  ## setup, lint, types and every test
+test: setup lint types tests  ## setup, lint, types and every test but the matrix
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check $(CODE)
@@ -43,10 +46,11 @@ lint: $(READY)  ## ruff: rules and formatting
 types: $(READY)  ## mypy
 	$(BIN)/mypy
 
-# One thread a worker, commands that tests start included: two workers of two threads wait for each other.
-# Workers take the files in the order of tests/conftest.py, not those with most tests first.
-tests: $(READY)  ## every test, slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+tests: $(READY)  ## every test but the matrix, slow ones included
+	$(PYTEST) -m "not matrix"
+
+matrix: $(READY)  ## what is large: whole sweeps, long fuzzing, kills at random moments; make test has a sample of each
+	$(PYTEST) -m matrix
 
 test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emulates
 	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \
@@ -54,7 +58,7 @@ test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emul
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m avx2 tests/emulated
 
 check: lint types  ## before each commit: lint, types and the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real and not matrix"
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -145,7 +145,7 @@ class _Parameters:
             weight = quantize(self.codes * self.scale.reshape(self.shape), scale, self.zero_point, self.bits)
             grid = self.grid
             if grid is not None and self.learns_grid:
-                zero_point = torch.round(grid.zero_point.float() + self.grid_shift).to(grid.zero_point.dtype)
+                zero_point = self._grid_zero(grid).to(grid.zero_point.dtype)
                 grid = replace(grid, scale=self._grid_scale(grid), zero_point=zero_point)
             return Solution(weight, self.bias + self.bias_unit * self.bias_shift, grid)
 
@@ -169,20 +169,29 @@ class _Parameters:
     def _input(self, x: Tensor) -> Tensor:
         if self.grid is None:
             return x
-        low = torch.iinfo(self.grid.zero_point.dtype).min
-        high = low + (1 << self.grid.bits) - 1
-        scale = self._grid_scale(self.grid)
-        offset = self.grid.zero_point.float()
-        if self.learns_grid:
-            offset = _round(offset + self.grid_shift)
+        low, high = _codes_of(self.grid)
+        scale, offset = self._grid_scale(self.grid), self._grid_zero(self.grid)
         return (torch.clamp(_round(x / scale) + offset, low, high) - offset) * scale
 
     def _grid_scale(self, grid: ActivationGrid) -> Tensor:
         return (grid.scale * self.grid_log.exp()).clamp(max=grid.largest_scale) if self.learns_grid else grid.scale
 
+    def _grid_zero(self, grid: ActivationGrid) -> Tensor:
+        """The zero point as learned, one of the grid's codes: beyond them zero would be no point of the grid."""
+        offset = grid.zero_point.float()
+        if not self.learns_grid:
+            return offset
+        return torch.clamp(_round(offset + self.grid_shift), *_codes_of(grid))
+
     def _starts_at_zero(self) -> bool:
         assert self.grid is not None
         return int(self.grid.zero_point) == torch.iinfo(self.grid.zero_point.dtype).min
+
+
+def _codes_of(grid: ActivationGrid) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    low = torch.iinfo(grid.zero_point.dtype).min
+    return low, low + (1 << grid.bits) - 1
 
 
 def _round(x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from compress.report.schema import LayerParity
 
 __all__ = ["check_layers", "guilty_layers", "innocent_layers"]
 
-# Rounding explains one step. Of sound kernels none was further off: integers that end as codes at one step at most, those
-# that end as floats at 1e-4; kernels that saturate began at two.
+# Rounding explains one step. Of sound kernels none was further off: integers that end as codes at one step at most,
+# those that end as floats at 1e-4; kernels that saturate began at two.
 _ALLOWED_STEPS = 1.5
 _ONE_STEP = 1.001  # of differences computed in float32
 _TOP = 255

@@ -20,6 +20,7 @@ from compress.errors import GateError, InputError
 from compress.options import Options, Search, Settings, Source
 from compress.realize import Result
 from compress.report.schema import Parity, Report
+from tests.every import every
 
 FILES = {"model.onnx", "model.safetensors", "base.safetensors", "graph.json", "plan.json", "report.json"}
 
@@ -184,7 +185,7 @@ def test_signed_activations_for_arm(tmp_path: Path) -> None:
     arrays = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     zero_points = [arrays[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     assert zero_points
-    assert all(zero_point.dtype == np.int8 for zero_point in zero_points)
+    assert every(zero_point.dtype == np.int8 for zero_point in zero_points)
 
 
 def test_labelled_data_adds_the_metric() -> None:
@@ -225,7 +226,7 @@ def test_the_callers_module_stays_as_it_was() -> None:
     before = copy.deepcopy(module.state_dict())
     result = api.quantize(module, calib=data(), iterations=4, equalize=True, ignore=("0",))
     assert module.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert every(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     with torch.no_grad():
         wanted = result.module(data())
         for parameter in module.parameters():

@@ -80,14 +80,15 @@ def test_modules_and_files_exist(name: str) -> None:
     for path in re.findall(r"`((?:compress|kernels|calib|benchmarks|docs|examples)/[\w/.-]+\.\w+)`", read(name)):
         assert (ROOT / path).exists(), f"{name} names {path}"
     for module in re.findall(r"`(?:python -m )?((?:compress|benchmarks)\.[a-z_.]+)", read(name)):
-        parts = module.rstrip(".").split(".")
-        assert any(_there(".".join(parts[:n])) for n in range(len(parts), 1, -1)) or len(parts) == 2, (
-            f"{name}: {module}"
-        )
+        assert _there(module.rstrip(".")), f"{name}: {module}"
 
 
-def _there(module: str) -> bool:
+def _there(name: str) -> bool:
+    """Whether ``name`` is a module, or something in one."""
+    module, _, inside = name.rpartition(".")
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+        if importlib.util.find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:  # what stands before the last dot is no package
+        pass
+    return bool(module) and _there(module) and hasattr(importlib.import_module(module), inside)

@@ -12,6 +12,7 @@ from compress.estimate import Estimate, estimate, pass_seconds
 from compress.intake import take_in
 from compress.options import Options
 from compress.planning import make_plan
+from tests.models import FixedBatch
 
 
 class Clock:
@@ -56,15 +57,7 @@ def test_without_data_it_is_quick(monkeypatch: object) -> None:
 
 
 def test_a_fixed_batch_is_kept() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x).reshape(1, 4)
-
-    seen = api.preview(Fixed(), calib=torch.zeros(10, 4))
+    seen = api.preview(FixedBatch(), calib=torch.zeros(10, 6))
     assert seen.estimate.seconds > 0
 
 

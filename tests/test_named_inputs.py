@@ -15,30 +15,20 @@ from compress.calib.samples import load_samples
 from compress.exporters.session import open_session, run_session
 from compress.graph.traced import trace
 from compress.intake import read_model
+from tests.models import FeaturesAndWords
 
 COUNT = 64
 
 
-class Both(nn.Module):
-    """Features of a sample and its words; something optional stands before, between or behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.first, self.last = nn.Embedding(20, 16), nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def both(self, features: Tensor, token_ids: Tensor) -> Tensor:
-        return self.last(torch.relu(self.first(features)[:, None] + self.words(token_ids)))
-
-
-class Leading(Both):
+class Leading(FeaturesAndWords):
     def forward(self, features: Tensor, token_ids: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.both(features, token_ids) if scale is None else self.both(features, token_ids) * scale
+        return self.scores(features, token_ids) if scale is None else self.scores(features, token_ids) * scale
 
 
-class Between(Both):
+class Between(FeaturesAndWords):
     def forward(self, features: Tensor, scale: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
         assert token_ids is not None
-        return self.both(features, token_ids) if scale is None else self.both(features, token_ids) * scale
+        return self.scores(features, token_ids) if scale is None else self.scores(features, token_ids) * scale
 
 
 def arrays() -> dict[str, np.ndarray]:

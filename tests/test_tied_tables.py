@@ -8,33 +8,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
 
 import compress
+from tests.models import Language
 
 WORDS, WIDTH = 70, 32
 
 
-class Language(nn.Module):
-    """Token ids [N, L] to scores [N, L, WORDS]."""
-
-    def __init__(self, width: int = WIDTH) -> None:
-        super().__init__()
-        self.words, self.middle, self.head = (
-            nn.Embedding(WORDS, width),
-            nn.Linear(width, width),
-            nn.Linear(width, WORDS, bias=False),
-        )
-        self.head.weight = self.words.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids)
-        return self.head(x + torch.relu(self.middle(x)))
-
-
 @pytest.mark.parametrize(("width", "group"), [(40, 32), (32, 64)])
 def test_rows_that_end_within_a_group(width: int, group: int, tmp_path: Path) -> None:
-    module, ids = Language(width).eval(), torch.randint(0, WORDS, (24, 9))
+    module, ids = Language(WORDS, width).eval(), torch.randint(0, WORDS, (24, 9))
     settings = {"bits": 4, "first_last_bits": 4, "group_size": group, "method": "mse"}
     report = compress.quantize(module, calib=ids, out=tmp_path / "out", **settings).report  # type: ignore[arg-type]
     assert {str(choice.format) for choice in report.plan.choices} == {"matmul-nbits"}
@@ -53,7 +36,7 @@ def test_rows_that_end_within_a_group(width: int, group: int, tmp_path: Path) ->
 )
 def test_stored_once_and_looked_up_in_codes(settings: dict[str, object], lookup: str, tmp_path: Path) -> None:
     ids = torch.randint(0, WORDS, (32, 9))
-    module = Language().eval()
+    module = Language(WORDS, WIDTH).eval()
     report = compress.quantize(module, calib=ids, out=tmp_path / "out", **settings).report  # type: ignore[arg-type]
     graph = onnx.load(tmp_path / "out" / "model.onnx").graph
     assert lookup in {node.op_type for node in graph.node}

@@ -19,6 +19,7 @@ from compress.allocation.relaxation import relax
 from compress.allocation.solver import SOLVERS, InfeasibleProgram, smallest, solve
 from compress.errors import InputError, SolverError
 from tests.allocation.brute_force import compare, every_objective, random_program  # type: ignore[import-not-found]
+from tests.every import every
 
 EVERY_SOLVER = pytest.mark.parametrize("solver", list(SOLVERS))
 
@@ -375,4 +376,4 @@ def test_every_pair_of_two_formats_needs_four_joint_columns() -> None:
             for key, column in joint.cells.items():
                 column.setInitialValue(float(key == cell))
             right = cell == (joint.rows[picks[0]], joint.columns[picks[1]])
-            assert all(abs(row.value()) < 1e-9 for row in equations) is right
+            assert every(abs(row.value()) < 1e-9 for row in equations) is right

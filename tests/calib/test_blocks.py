@@ -12,6 +12,7 @@ from compress.calib.blocks import Block, find_blocks
 from compress.graph.fold import fold_batch_norm
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
+from tests.models import Residual
 
 
 def traced_of(module: nn.Module, *shape: int) -> TracedModel:
@@ -23,24 +24,6 @@ def traced_of(module: nn.Module, *shape: int) -> TracedModel:
 
 def named(blocks: list[Block]) -> list[tuple[str, ...]]:
     return [block.layers for block in blocks]
-
-
-class Residual(nn.Module):
-    """A stem, a block with a projection, a head behind a pool."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.body = nn.ModuleDict({"a": nn.Conv2d(8, 8, 3, padding=1), "b": nn.Conv2d(8, 8, 3, padding=1)})
-        self.short = nn.Conv2d(8, 8, 1)
-        self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        y = self.body["b"](torch.relu(self.body["a"](x)))
-        x = torch.relu(y + self.short(x))
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def test_a_residual_block_is_one_and_activations_and_pools_stay_with_what_they_follow() -> None:

@@ -16,6 +16,8 @@ from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
+from tests.every import every
+from tests.models import FixedBatch, Masked, SequenceFirst, Shared, TwoInputs
 
 
 def calibrated(
@@ -44,56 +46,6 @@ class Branches(nn.Module):
         x = torch.relu(self.stem(x))
         a, b = torch.relu(self.a(x)), torch.relu(self.b(x))
         return self.head((self.c(a) + self.d(b)).mean((2, 3)))
-
-
-class Shared(nn.Module):
-    """One layer called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.twice, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        return self.last(torch.relu(self.twice(torch.relu(self.twice(x)))))
-
-
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.c(torch.relu(self.a(x) + self.b(y)))
-
-
-class Masked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.place = nn.Parameter(torch.randn(1, 5, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask, place = x > 0, self.place * 2
-        return self.c(torch.where(mask, self.b(torch.relu(self.a(x)) + place), x)).mean(1)
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.relu(self.b(torch.relu(self.a(x)).permute(1, 0, 2))).mean(0))
-
-
-class FixedBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x)).reshape(1, 6))
 
 
 NETS = {
@@ -126,7 +78,7 @@ def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_pat
         wanted = torch.cat([module(*part) for part in parts])
     got = result.model.run(iter(parts))
     assert float((got - wanted).norm() / wanted.norm()) < 0.03
-    assert all(layer.output_error is not None and layer.output_error < 1e-3 for layer in result.layers)
+    assert every(layer.output_error is not None and layer.output_error < 1e-3 for layer in result.layers)
     assert list(tmp_path.rglob("*.samples")) == []
 
 
@@ -295,5 +247,5 @@ def test_overflow_names_the_layer_or_the_normalisation(tmp_path: Path) -> None:
 
 def test_weights_only_needs_no_data_and_measures_weights(tmp_path: Path) -> None:
     result = calibrated(take_in(chain(0), input_shape=(16,)), None, tmp_path)
-    assert all(layer.output_error is None and layer.weight_error > 0 for layer in result.layers)
+    assert every(layer.output_error is None and layer.weight_error > 0 for layer in result.layers)
     assert not any("fake_quantize" in str(node.target) for node in result.model.graph.nodes)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from compress.calib.frontier import Frontier
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel, trace
+from tests.every import every
+from tests.models import FixedBatch, Masked, SequenceFirst
 
 SAMPLES = 70  # more than one batch, the last one shorter
 
@@ -25,27 +27,6 @@ class Residual(nn.Module):
         return self.c(torch.relu(self.b(y)) + y)
 
 
-class Masked(nn.Module):
-    """A mask of truth values, made early and used late, and a value that is the same for every sample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.place = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(1, 3, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask, place = x > 0, self.place * 2
-        return torch.where(mask, self.b(torch.relu(self.a(x)) + place), x)
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x.permute(1, 0, 2)))).mean(0)
-
-
 class Windows(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -54,15 +35,6 @@ class Windows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         windows = torch.relu(self.a(x.reshape(-1, 2, 4)))
         return self.b(windows).reshape(x.shape[0], 6, 4).sum(1)
-
-
-class FixedBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x)).reshape(1, 4))
 
 
 class Split(nn.Module):
@@ -79,10 +51,10 @@ class Split(nn.Module):
 
 NETS = {
     "residual": (Residual, (2, 5, 5)),
-    "masked": (Masked, (3, 4)),
-    "sequence first": (SequenceFirst, (5, 4)),
+    "masked": (Masked, (5, 6)),
+    "sequence first": (SequenceFirst, (5, 6)),
     "windows": (Windows, (6, 4)),
-    "fixed batch": (FixedBatch, (4,)),
+    "fixed batch": (FixedBatch, (6,)),
     "split": (Split, (4,)),
 }
 
@@ -131,7 +103,7 @@ def test_a_value_is_shown_before_and_after_it_is_passed(
     frontier.show(first, ahead.append)
     frontier.show(first, behind.append)
     assert len(ahead) > 1
-    assert all(torch.equal(one, other) for one, other in zip(ahead, behind, strict=True))
+    assert every(torch.equal(one, other) for one, other in zip(ahead, behind, strict=True))
     frontier.close()
 
 

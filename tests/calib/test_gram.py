@@ -37,6 +37,13 @@ def test_energy_is_the_squared_norm_of_the_outputs(
     assert gram.energy(w) == pytest.approx(float(output.square().sum()), rel=1e-5)
 
 
+def test_rows_of_several_blocks() -> None:
+    rows = torch.randn(1, 40, 1100)
+    gram = Gram()
+    gram.update(rows)
+    torch.testing.assert_close(gram.matrix()[0], rows[0].T @ rows[0], rtol=1e-4, atol=1e-4)
+
+
 def test_streaming_equals_one_pass() -> None:
     rows: Tensor = torch.randn(1, 64, 5)
     streamed, whole = Gram(), Gram()

@@ -20,9 +20,9 @@ from compress.options import Options
 from compress.planning import make_plan
 from compress.quant.grid import mse_grid, quantize
 from compress.records import QuantOption, Split
-from tests.calib.test_blocks import Residual  # type: ignore[import-not-found]
-from tests.calib.test_tokens import Encoder  # type: ignore[import-not-found]
-from tests.calib.test_tokens import samples as padded
+from tests.calib.test_tokens import samples as padded  # type: ignore[import-not-found]
+from tests.every import every
+from tests.models import Encoder, Residual
 
 METHODS = ("adaround", "brecq", "qdrop", "genie")
 
@@ -63,7 +63,7 @@ def test_outputs_come_closer_than_rounding_leaves_them(
     if method != "adaround":  # alone, each of an untrained net's layers comes closer, and their sum may not
         assert error(intake, done, samples.inputs[0]) < 0.85 * error(intake, rounded, samples.inputs[0])
     notes = {result.layer: result.note or "" for result in done.layers}
-    assert all(note.startswith("block ") for note in notes.values()), notes
+    assert every(note.startswith("block ") for note in notes.values()), notes
     for note in notes.values():
         before, after = (float(part.rpartition(" ")[2].rstrip("%")) for part in note.split("%")[:2])
         assert after <= before
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_keeps_the_start_and_says_so(
     plain = reconstruction.LearnedBlock.loss
     monkeypatch.setattr(reconstruction.LearnedBlock, "loss", lambda self, index: plain(self, index) * float("nan"))
     done = carried(intake, samples, "genie", ResumeStore(tmp_path / "b", "b"))
-    assert all("not finite at step 0" in (result.note or "") for result in done.layers)
+    assert every("not finite at step 0" in (result.note or "") for result in done.layers)
     assert torch.equal(done.model.tensor("head.weight_packed"), rounded.model.tensor("head.weight_packed"))
 
 
@@ -133,7 +133,7 @@ def test_a_block_ends_early_once_its_codes_are_decided_and_nothing_gets_better(
     monkeypatch.setattr(block, "decided", lambda self: decided)
     done = carried(intake, samples, "genie", ResumeStore(tmp_path / "a", "a"), iterations=40)
     assert {steps.count(output) for output in set(steps)} == {4 * checks}
-    assert all("nothing better than rounding" in (result.note or "") for result in done.layers)
+    assert every("nothing better than rounding" in (result.note or "") for result in done.layers)
 
 
 def test_codes_are_decided_once_none_is_between_two() -> None:
@@ -153,7 +153,7 @@ def test_fewer_samples_than_a_batch_and_constant_ones(intake: Intake, tmp_path: 
     assert error(intake, done, few.inputs[0]) < 2
     constant = load_samples(torch.full((40, 3, 8, 8), 0.3))
     done = carried(intake, constant, "genie", ResumeStore(tmp_path / "b", "b"), iterations=10)
-    assert all(torch.isfinite(value).all() for value in done.model.module.state_dict().values())
+    assert every(torch.isfinite(value).all() for value in done.model.module.state_dict().values())
 
 
 def test_a_layer_done_by_two_thin_ones_is_learned_in_its_block(
@@ -178,7 +178,7 @@ def test_inputs_whose_range_is_measured_as_it_runs(intake: Intake, samples: Samp
     plan = make_plan(intake, Options(bits=3, dynamic=True, method="genie", iterations=20), samples)
     assert {choice.option.inputs for choice in plan.choices} == {"dynamic", "float"}
     done = apply_plan(intake.traced.copy(), plan, samples.inputs, store, lambda label: None)
-    assert all((result.note or "").startswith("block ") for result in done.layers)
+    assert every((result.note or "").startswith("block ") for result in done.layers)
 
 
 def test_padding_is_not_learned_from(tmp_path: Path) -> None:

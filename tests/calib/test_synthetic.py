@@ -17,6 +17,7 @@ from compress.calib.synthetic import synthesize, synthetic_count
 from compress.errors import InputError
 from compress.options import Options, Source
 from compress.work import open_work
+from tests.every import every
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_inputs_fit_the_statistics_batch_by_batch() -> None:
     noise = float(norm_distance(net, torch.randn(64, 1, 8, 8))[1].detach())
     for part in x.split(64):
         assert float(norm_distance(net, part)[1].detach()) < 0.02 * noise
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert every(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_the_same_again_and_from_the_cache(cache: Path) -> None:
@@ -122,7 +123,7 @@ def test_no_step_is_taken_from_what_is_not_finite() -> None:
     fit = fit_images(start, terms, 20, 0.1)
     assert len(asked) == 1
     assert torch.equal(fit.images, start)
-    assert all(math.isnan(value) for value in (*fit.before, *fit.after))
+    assert every(math.isnan(value) for value in (*fit.before, *fit.after))
 
 
 def test_where_no_inputs_are_made() -> None:

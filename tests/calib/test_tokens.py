@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from compress.calib.frontier import Frontier
 from compress.calib.spill import SpilledSamples
@@ -17,28 +16,9 @@ from compress.calib.tokens import RealTokens, real_tokens, select_real
 from compress.graph.layers import layer_calls
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
+from tests.models import Encoder
 
 SAMPLES, LENGTH, WIDTH = 70, 9, 8  # more than one batch, the last one shorter
-
-
-class Encoder(nn.Module):
-    """Words and their positions, attention over real tokens, and a result for each token or for each sample."""
-
-    def __init__(self, pooled: bool = False) -> None:
-        super().__init__()
-        self.pooled = pooled
-        self.words, self.places = nn.Embedding(30, WIDTH), nn.Embedding(16, WIDTH)
-        self.qkv, self.out, self.inner = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 12)
-        self.last = nn.Linear(12, 3)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        places = torch.tanh(self.places(torch.arange(input_ids.shape[1])))
-        x = self.words(input_ids) + places
-        query, key, value = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = attention_mask[:, None, None, :].bool()
-        x = x + self.out(scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
-        x = torch.relu(self.inner(x + places))
-        return self.last(x[:, 0] if self.pooled else x)
 
 
 class Ids(nn.Module):
@@ -65,7 +45,7 @@ def samples(padded: bool = True) -> tuple[Tensor, Tensor]:
 @functools.cache
 def prepared(kind: str) -> tuple[nn.Module, TracedModel]:
     """``tokens``, ``pooled`` or ``ids``, and its graph; nothing here changes either."""
-    module = (Ids() if kind == "ids" else Encoder(kind == "pooled")).eval()
+    module = (Ids() if kind == "ids" else Encoder(pooled=kind == "pooled")).eval()
     traced = trace(module, tuple(x[:2] for x in samples()[: 1 if kind == "ids" else 2]))
     assert traced.dynamic_length
     simplify(traced)

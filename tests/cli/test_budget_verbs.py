@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tests.cli.conftest import Forks, command, environment, populate  # type: ignore[import-not-found]
+from tests.every import every
 
 QUICK = ("--method", "mse", "--sensitivity-samples", 64, "--weight-widths", "2,4,8")
 DATA = ("--calib", "calib.npz")
@@ -116,7 +117,7 @@ def test_sweep_writes_a_front_of_plans(forks: Forks, folder: Path, plan: Path) -
     sizes = [float(row["measured_size"]) for row in rows]
     assert errors == sorted(errors, reverse=True)
     assert sizes == sorted(sizes)
-    assert all(float(row["greedy_error"]) >= float(row["predicted_error"]) * (1 - 1e-9) for row in rows)
+    assert every(float(row["greedy_error"]) >= float(row["predicted_error"]) * (1 - 1e-9) for row in rows)
     assert (folder / "front" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "front" / "front.svg").read_text()
     good(forks, folder, "diff", f"front/{rows[0]['plan']}", f"front/{rows[-1]['plan']}")
@@ -152,7 +153,7 @@ def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path)
     assert allocation["measured"]["latency"] <= 50 * allocation["float_totals"]["latency"]
     table = json.loads((folder / "table.json").read_text())
     assert {row["compute"] for row in table["operators"]} == {"float", "integer"}
-    assert all(row["layer_us"] > 0 for row in table["operators"])
+    assert every(row["layer_us"] > 0 for row in table["operators"])
     table["environment"]["cpu"] = "another"
     (folder / "foreign.json").write_text(json.dumps(table))
     run = forks.run(folder, *arguments[:-3], "-o", "elsewhere", "--latency-table", "foreign.json")

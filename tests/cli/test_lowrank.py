@@ -15,6 +15,7 @@ from torch import nn
 
 from compress.training.family import read_family
 from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
+from tests.every import every
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_ranks_by_a_rule_instead_of_a_search(forks: Forks, folder: Path) -> None
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     whole, member = json.loads((folder / "ruled" / "family.json").read_text())["members"]
     assert member["macs"] < whole["macs"]
-    assert all(member["ranks"][name] <= rank for name, rank in whole["ranks"].items())
+    assert every(member["ranks"][name] <= rank for name, rank in whole["ranks"].items())
 
 
 REFUSED = {
@@ -145,7 +146,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(forks: Forks, folder: Pat
     modules = [read_family(folder / each)[0] for each in ("whole", "killed")]
     states = [module.state_dict() for module in modules]
     assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert every(torch.equal(states[0][name], states[1][name]) for name in states[0])
     first, second = ((folder / each / "norms.safetensors").read_bytes() for each in ("whole", "killed"))
     assert first == second
     members = [json.loads((folder / each / "family.json").read_text())["members"] for each in ("whole", "killed")]

@@ -1,16 +1,20 @@
-"""What every row of compress.methods.METHODS promises (METHODS.md A1, A2); a new row is tested without a new test."""
+"""What every row of compress.methods.METHODS promises (METHODS.md A1, A2); a new row is tested without a new test.
+
+Each problem is solved once, and every promise about its solution reads that one.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.calib.adaquant import evaluation_rows
+from compress.calib.adaquant import AdaQuant, evaluation_rows
 from compress.calib.reconstruction import BlockMethod
 from compress.calib.walk import TensorRows
 from compress.kernels.fake_quantize import code_range, fake_quantize
@@ -26,6 +30,8 @@ from compress.registry import resolve
 EVALUATED = 128
 EFFORT = Effort(iterations=12, seed=5)
 WIDTHS = (2, 3, 4, 8)
+# Bits of the inputs, None for floats, whose weights need not be symmetric.
+INPUTS = (None, 4, 8)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,21 +98,66 @@ def _operators() -> None:
     register_operators()
 
 
-@pytest.fixture(params=list(METHODS))
-def method(request: pytest.FixtureRequest) -> Method:
-    return resolve(METHODS, request.param, "method")
+RESOLVED: dict[str, Method] = {name: resolve(METHODS, name, "method") for name in METHODS}
+# Classes whose settings say what is done around a layer, and not how it is solved: the first row stands for all.
+ALIKE = (BlockMethod, AdaQuant)
+FAMILIES = {each: [name for name, method in RESOLVED.items() if isinstance(method, each)] for each in ALIKE}
+SOLVERS = {
+    name: method for name, method in RESOLVED.items() if all(name not in names[1:] for names in FAMILIES.values())
+}
+LEARNING_GRIDS = ("adaquant",)
 
-
+METHOD = pytest.mark.parametrize("name", SOLVERS)
 KIND = pytest.mark.parametrize("kind", list(KINDS))
 
 
+@dataclass(frozen=True)
+class Solved:
+    """A problem, what its weight was before, and what a method made of it."""
+
+    problem: LayerProblem
+    before: Tensor
+    option: QuantOption
+    solution: Solution
+
+
+@functools.cache
+def solved(name: str, kind: str, act_bits: int | None, bits: int) -> Solved:
+    """The problem is the same for all methods."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(bits)
+        problem = make_problem(kind, act_bits)
+    before = problem.weight.clone()
+    option = QuantOption(bits=bits, act_bits=act_bits, symmetric=act_bits is not None)
+    return Solved(problem, before, option, SOLVERS[name].solve(problem, option, EFFORT))
+
+
+def all_solved(name: str, kind: str) -> list[Solved]:
+    return [solved(name, kind, act_bits, bits) for act_bits in INPUTS for bits in WIDTHS]
+
+
+@pytest.mark.parametrize("family", ALIKE, ids=lambda family: family.__name__)
+def test_rows_of_one_class_solve_alike(family: type) -> None:
+    first, *others = FAMILIES[family]
+    assert others
+    problem = make_problem("conv1d", 8)
+    wanted, *found = (
+        RESOLVED[name].solve(problem, QuantOption(bits=3, act_bits=8), EFFORT) for name in (first, *others)
+    )
+    for got in found:
+        assert torch.equal(got.weight.codes, wanted.weight.codes)
+        assert torch.equal(got.weight.scale, wanted.weight.scale)
+        assert (got.bias is None) == (wanted.bias is None)
+        assert got.bias is None or torch.equal(got.bias, wanted.bias)
+        assert (got.grid is None) == (wanted.grid is None)
+        assert got.grid is None or torch.equal(got.grid.scale, wanted.grid.scale)
+
+
+@METHOD
 @KIND
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_codes_and_scales_are_legal(method: Method, kind: str, symmetric: bool) -> None:
-    for bits in WIDTHS:
-        problem = make_problem(kind, None if not symmetric else 8)
-        solution = method.solve(problem, QuantOption(bits=bits, act_bits=8, symmetric=symmetric), EFFORT)
-        weight = solution.weight
+def test_codes_and_scales_are_legal(name: str, kind: str) -> None:
+    for each in all_solved(name, kind):
+        weight, problem, bits = each.solution.weight, each.problem, each.option.bits
         assert weight.bits == bits
         assert weight.codes.shape == problem.weight.shape
         assert weight.codes.dtype == weight.zero_point.dtype == torch.uint8
@@ -117,34 +168,36 @@ def test_codes_and_scales_are_legal(method: Method, kind: str, symmetric: bool) 
         assert (weight.scale > 0).all()
         assert torch.isfinite(weight.scale).all()
         assert not weight.dequantize().requires_grad
-        assert weight.symmetric or not symmetric
+        assert weight.symmetric or not each.option.symmetric
 
 
+@METHOD
 @KIND
-@pytest.mark.parametrize("act_bits", [None, 4, 8], ids=lambda bits: f"a{bits}")
-def test_never_worse_than_rounding_to_nearest(method: Method, kind: str, act_bits: int | None) -> None:
+def test_never_worse_than_rounding_to_nearest(name: str, kind: str) -> None:
     """A1: with data, on the evaluation rows, behind the layer's own activation; without data, in the weights."""
-    for bits in WIDTHS:
-        problem = make_problem(kind, act_bits)
-        option = QuantOption(bits=bits, act_bits=act_bits, symmetric=act_bits is not None)
-        solution = method.solve(problem, option, EFFORT)
-        if method.needs_data:
-            nearest = resolve(METHODS, "mse", "method").solve(problem, option, EFFORT)
-            assert output_error(problem, solution) <= output_error(problem, nearest) * (1 + 1e-5), bits
+    for each in all_solved(name, kind):
+        problem, option, solution = each.problem, each.option, each.solution
+        case = (option.act_bits, option.bits)
+        if SOLVERS[name].needs_data:
+            nearest = solved("mse", kind, *case).solution
+            assert output_error(problem, solution) <= output_error(problem, nearest) * (1 + 1e-5), case
         else:
             # HQQ minimises a norm of its own, and starts from the grid of the smallest squared error.
-            grid, power = (mse_grid, 0.7) if isinstance(method, HalfQuadratic) else (min_max_grid, 2.0)
+            grid, power = (mse_grid, 0.7) if isinstance(SOLVERS[name], HalfQuadratic) else (min_max_grid, 2.0)
             least = step_bound(problem, option)
-            naive = quantize(problem.weight, *grid(problem.weight, bits, option.symmetric, smallest=least), bits)
-            got, wanted = (
-                (each.dequantize() - problem.weight).abs().pow(power).sum() for each in (solution.weight, naive)
+            naive = quantize(
+                problem.weight, *grid(problem.weight, option.bits, option.symmetric, smallest=least), option.bits
             )
-            assert got <= wanted * (1 + 1e-5), bits
+            got, wanted = (
+                (made.dequantize() - problem.weight).abs().pow(power).sum() for made in (solution.weight, naive)
+            )
+            assert got <= wanted * (1 + 1e-5), case
 
 
+@METHOD
 @KIND
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_eight_bits_keep_pairs_of_products_within_sixteen(method: Method, kind: str, dynamic: bool) -> None:
+def test_eight_bits_keep_pairs_of_products_within_sixteen(name: str, kind: str, dynamic: bool) -> None:
     """On inputs of 8 bits, where a method moves weights as well: many steps, and channels that strain the bound."""
     problem = make_problem(kind, None if dynamic else 8)
     weight = problem.weight.clone()
@@ -153,7 +206,7 @@ def test_eight_bits_keep_pairs_of_products_within_sixteen(method: Method, kind: 
     assert problem.inputs is not None
     targets = TensorRows(problem.forward(problem.inputs.take(torch.arange(len(problem.inputs))), weight, problem.bias))
     problem = replace(problem, weight=weight, targets=targets)
-    found = method.solve(problem, QuantOption(bits=8, act_bits=8, dynamic=dynamic), Effort(60, 3)).weight
+    found = SOLVERS[name].solve(problem, QuantOption(bits=8, act_bits=8, dynamic=dynamic), Effort(60, 3)).weight
     codes = found.codes.long() - 128
     assert int(codes.abs().max()) <= LARGEST_CODE
     if kind == "depthwise":
@@ -163,82 +216,92 @@ def test_eight_bits_keep_pairs_of_products_within_sixteen(method: Method, kind: 
         assert 100 <= int(largest_pair(codes).max()) <= LARGEST_PAIR
 
 
+@METHOD
 @KIND
-def test_twice_the_same(method: Method, kind: str) -> None:
-    problem = make_problem(kind, 8)
-    before = problem.weight.clone()
-    option = QuantOption(bits=3, act_bits=8)
-    first, second = (method.solve(problem, option, EFFORT) for _ in range(2))
+def test_twice_the_same(name: str, kind: str) -> None:
+    each = solved(name, kind, 8, 3)
+    first, second = each.solution, SOLVERS[name].solve(each.problem, each.option, EFFORT)
     assert torch.equal(first.weight.codes, second.weight.codes)
     assert torch.equal(first.weight.scale, second.weight.scale)
     assert (first.bias is None) == (second.bias is None)
     if first.bias is not None and second.bias is not None:
         assert torch.equal(first.bias, second.bias)
-    assert torch.equal(problem.weight, before)
-    assert not problem.weight.requires_grad
+    assert torch.equal(each.problem.weight, each.before)
+    assert not each.problem.weight.requires_grad
 
 
+@METHOD
 @KIND
-def test_codes_are_what_the_graph_will_compute(method: Method, kind: str) -> None:
-    """A2: the stored form gives back the same weight bit for bit, and a grid has the real zero among its points."""
-    problem = make_problem(kind, 4)
-    solution = method.solve(problem, QuantOption(bits=4, act_bits=4), EFFORT)
-    weight = solution.weight
-    stored = weight.tensors()
-    again = torch.ops.compress.dequantize_weight(
-        stored["packed"], stored["scale"], stored["zero_point"], 4, list(weight.codes.shape), "integer"
-    )
-    assert torch.equal(again, weight.dequantize())
-    if solution.grid is not None:
-        grid = solution.grid
-        low, high = code_range(grid.zero_point.dtype, grid.bits)
-        assert low <= int(grid.zero_point) <= high
-        assert float(grid.scale) > 0
-        assert not fake_quantize(torch.zeros(1), grid.scale, grid.zero_point, grid.bits).any()
+def test_codes_are_what_the_graph_will_compute(name: str, kind: str) -> None:
+    """A2: the stored form gives back the same weight bit for bit."""
+    for each in all_solved(name, kind):
+        weight = each.solution.weight
+        stored = weight.tensors()
+        again = torch.ops.compress.dequantize_weight(
+            stored["packed"], stored["scale"], stored["zero_point"], weight.bits, list(weight.codes.shape), "integer"
+        )
+        assert torch.equal(again, weight.dequantize())
 
 
+@METHOD
+def test_who_learns_the_grid_of_the_input(name: str) -> None:
+    """The tests of grids below are of these methods; another one that gives a grid belongs among them."""
+    given = [solved(name, kind, 4, 4).solution.grid is not None for kind in KINDS]
+    assert given == [name in LEARNING_GRIDS] * len(KINDS)
+
+
+@pytest.mark.parametrize("name", LEARNING_GRIDS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-@pytest.mark.parametrize("offset", [0, 1, 14, 15])
-def test_a_learned_grid_stays_in_its_type(method: Method, dtype: torch.dtype, offset: int) -> None:
-    """Zero points near either end must not wrap around."""
+@pytest.mark.parametrize("offset", [1, 15])
+def test_a_learned_grid_stays_in_its_type(name: str, dtype: torch.dtype, offset: int) -> None:
+    """The zero point, near either end, has every reason to leave, and enough steps; zero stays among the points."""
     problem = make_problem("linear", 4, dtype=dtype)
     low, high = code_range(dtype, 4)
     grid = problem.grid
     assert grid is not None
-    moved = replace(grid, zero_point=torch.tensor(low + offset, dtype=dtype), scale=grid.scale * 1.5)
-    problem = replace(problem, grid=moved)
-    solution = method.solve(problem, QuantOption(bits=4, act_bits=4), Effort(60, 1))
-    learned = solution.grid if solution.grid is not None else moved
+    assert problem.inputs is not None
+    # All inputs beyond the end of the grid that is near zero.
+    x = problem.inputs.take(torch.arange(len(problem.inputs))).abs() * (1 if offset < 8 else -1)
+    x = x + 12 * grid.scale * x.sign()
+    targets = problem.forward(x, problem.weight, problem.bias)
+    moved = replace(grid, zero_point=torch.tensor(low + offset, dtype=dtype))
+    problem = replace(problem, grid=moved, inputs=TensorRows(x), targets=TensorRows(targets))
+    option = QuantOption(bits=4, act_bits=4)
+    solution = SOLVERS[name].solve(problem, option, Effort(300, 1))
+    learned = solution.grid
+    assert learned is not None
     assert low <= int(learned.zero_point) <= high
-    nearest = resolve(METHODS, "mse", "method").solve(problem, QuantOption(bits=4, act_bits=4), EFFORT)
-    if method.needs_data:
-        assert output_error(problem, solution) <= output_error(problem, nearest) * (1 + 1e-5)
+    assert float(learned.scale) > float(moved.scale), "it did learn"
+    assert not fake_quantize(torch.zeros(1), learned.scale, learned.zero_point, learned.bits).any()
+    nearest = SOLVERS["mse"].solve(problem, option, EFFORT)
+    assert output_error(problem, solution) < output_error(problem, nearest)
 
 
-def test_a_given_grid_is_not_changed(method: Method) -> None:
+@pytest.mark.parametrize("name", LEARNING_GRIDS)
+def test_a_given_grid_is_not_changed(name: str) -> None:
     problem = make_problem("conv2d", 8, learnable=False)
-    solution = method.solve(problem, QuantOption(bits=4, act_bits=8), EFFORT)
+    grid = SOLVERS[name].solve(problem, QuantOption(bits=4, act_bits=8), EFFORT).grid
     assert problem.grid is not None
-    if solution.grid is not None:
-        assert torch.equal(solution.grid.scale, problem.grid.scale)
-        assert torch.equal(solution.grid.zero_point, problem.grid.zero_point)
+    assert grid is not None
+    assert torch.equal(grid.scale, problem.grid.scale)
+    assert torch.equal(grid.zero_point, problem.grid.zero_point)
 
 
-def test_dead_channels_and_a_missing_bias(method: Method) -> None:
+@METHOD
+def test_dead_channels_and_a_missing_bias(name: str) -> None:
     problem = make_problem("conv2d", 8)
     weight = problem.weight.clone()
     weight[::2] = 0.0
     targets = TensorRows(problem.forward(problem.inputs.values, weight, None))  # type: ignore[union-attr]
     problem = replace(problem, weight=weight, bias=None, targets=targets)
-    solution = method.solve(problem, QuantOption(bits=4, act_bits=8), EFFORT)
+    solution = SOLVERS[name].solve(problem, QuantOption(bits=4, act_bits=8), EFFORT)
     assert torch.isfinite(solution.weight.dequantize()).all()
     assert torch.isfinite(solution.weight.scale).all()
     assert solution.bias is None or torch.isfinite(solution.bias).all()
 
 
-# A block method rounds its layers alone, and learns the block behind them: tests/calib/test_reconstruction.py.
-RESOLVED = {name: resolve(METHODS, name, "method") for name in METHODS}
-LEARNING = [name for name, each in RESOLVED.items() if each.needs_data and not isinstance(each, BlockMethod)]
+# Block methods learn behind their layers: tests/calib/test_reconstruction.py.
+LEARNING = [name for name, each in SOLVERS.items() if each.needs_data and not isinstance(each, BlockMethod)]
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -248,8 +311,8 @@ def test_data_make_it_better(name: str) -> None:
     ratios = []
     for kind in KINDS:
         problem = make_problem(kind, 8)
-        learned = resolve(METHODS, name, "method").solve(problem, option, Effort(200, 0))
-        nearest = resolve(METHODS, "mse", "method").solve(problem, option, EFFORT)
+        learned = SOLVERS[name].solve(problem, option, Effort(200, 0))
+        nearest = SOLVERS["mse"].solve(problem, option, EFFORT)
         ratios.append(output_error(problem, learned) / output_error(problem, nearest))
     assert min(ratios) < 0.8, ratios
     if name != "gptq":  # takes linears alone

@@ -18,6 +18,7 @@ from compress.distill.neighbours import find_neighbours
 from compress.distill.standardisation import Standardisation
 from compress.errors import InputError
 from tests.distill.bars import arrays, run
+from tests.every import every
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,9 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     )  # fmt: skip
     assert (report.iteration, done) == (6, list(range(stop + 1, 7)))
     names = ("distilled.npz", "distilled.png")
-    assert all((tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names)
+    assert every(
+        (tmp_path / "killed" / each).read_bytes() == (tmp_path / "whole" / each).read_bytes() for each in names
+    )
 
 
 def test_the_learned_step_size_is_told_beside_the_one_kept(tmp_path: Path, cache: Path) -> None:

@@ -19,6 +19,7 @@ from compress.exporters.onnx import build_onnx, write_onnx
 from compress.exporters.session import open_session, run_session
 from compress.gate import verify
 from compress.graph.traced import TracedModel
+from tests.every import every
 
 CPU = "CPUExecutionProvider"
 WIDTH = 32
@@ -104,7 +105,7 @@ def test_everything_in_a_residual_net_becomes_integer(
     path = tmp_path / "model.onnx"
     export(path, Residual(), target=target, bits=bits, act_bits=act_bits)
     kinds = layer_kinds(path, LAYERS)
-    assert all(kinds[layer] == ["QLinearConv"] for layer in LAYERS[:-1]), kinds
+    assert every(kinds[layer] == ["QLinearConv"] for layer in LAYERS[:-1]), kinds
     assert kinds["fc"] == ["QGemm"]
     operators = Counter(node.op_type for node in optimized_graph(path).node)
     assert operators["QuantizeLinear"] == 1
@@ -129,7 +130,7 @@ def test_a_layer_left_float_really_stays_float(target: str, ignored: str, tmp_pa
     traced = export(path, Residual(), target=target, ignore=(ignored,), first_last_bits=4)
     kinds = layer_kinds(path, LAYERS)
     assert set(kinds.pop(ignored)) <= {"Conv", "FusedConv", "Gemm", "FusedGemm"}
-    assert all(kind in (["QLinearConv"], ["QGemm"]) for kind in kinds.values()), kinds
+    assert every(kind in (["QLinearConv"], ["QGemm"]) for kind in kinds.values()), kinds
     # Its weights arrive unrounded.
     tensors = {each.name: onnx.numpy_helper.to_array(each) for each in optimized_graph(path).initializer}
     wanted = np.sort(traced.tensor(f"{ignored}.weight").numpy().reshape(-1))
@@ -165,7 +166,7 @@ def test_a_float_layer_in_a_chain_stays_float(ignored: str, tmp_path: Path, expo
     export(path, Chain(), ignore=(ignored,))
     kinds = layer_kinds(path, ("a", "b", "c", "d", "e", "f"))
     assert set(kinds.pop(ignored)) <= {"Conv", "Gemm", "FusedGemm"}
-    assert all(kind in (["QLinearConv"], ["QGemm"]) for kind in kinds.values()), kinds
+    assert every(kind in (["QLinearConv"], ["QGemm"]) for kind in kinds.values()), kinds
 
 
 def test_onnx_runtime_would_quantize_it_by_itself(tmp_path: Path, export: Export) -> None:
@@ -194,7 +195,7 @@ def test_weights_only_is_the_float_net_with_other_weights(bits: int, tmp_path: P
     assert not [kind for kind in operators if "Linear" in kind or kind.startswith("Q")]
     assert not {"Sub", "Cast", "BitShift"} & set(operators)  # all folded into plain weights
     found = layer_kinds(path, LAYERS)
-    assert all(set(kinds) <= {"Conv", "FusedConv", "Gemm"} and len(kinds) == 1 for kinds in found.values()), found
+    assert every(set(kinds) <= {"Conv", "FusedConv", "Gemm"} and len(kinds) == 1 for kinds in found.values()), found
     # The same net with the dequantised weights as ordinary float ones.
     values = {
         str(call.args[1].args[0].target).removesuffix("_packed"): call.args[1]

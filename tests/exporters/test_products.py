@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import compress
 from compress.exporters.fusion import optimized_nodes
 from compress.exporters.session import open_session, run_session
+from tests.every import every
 
 CPU = "CPUExecutionProvider"
 INTEGER = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul"}
@@ -104,10 +105,10 @@ def test_linears_are_integer_with_their_biases(inputs: str, bits: int, tmp_path:
     check_integer(run, "abcdef")
     check_numbers(run, 0.03)
     if inputs == "dynamic":  # each alone reads its value: quantizer and product are one
-        assert all(run.kinds[layer] == ["DynamicQuantizeMatMul"] for layer in "abdef"), run.kinds
+        assert every(run.kinds[layer] == ["DynamicQuantizeMatMul"] for layer in "abdef"), run.kinds
     else:
-        assert all(run.kinds[layer] == ["MatMulIntegerToFloat"] for layer in "abc"), run.kinds
-        assert all(run.kinds[layer] == ["QGemm"] for layer in "def"), run.kinds
+        assert every(run.kinds[layer] == ["MatMulIntegerToFloat"] for layer in "abc"), run.kinds
+        assert every(run.kinds[layer] == ["QGemm"] for layer in "def"), run.kinds
 
 
 @pytest.mark.parametrize(("inputs", "bits"), [("static", 8), ("dynamic", 4)])
@@ -127,7 +128,7 @@ def test_products_of_computed_values_stay_float(inputs: str, bits: int, tmp_path
 
 def test_weights_alone_stay_packed(tmp_path: Path) -> None:
     run = quantize(Rows(), tmp_path, bits=4, group_size=32, input_shape=(ROWS, WIDTH))
-    assert all(run.kinds[layer] == ["MatMulNBits"] for layer in "abcdef"), run.kinds
+    assert every(run.kinds[layer] == ["MatMulNBits"] for layer in "abcdef"), run.kinds
     assert not [node for node in run.optimized if node.op_type in FLOAT | {"DequantizeLinear"}]
     stored = {each.name for each in run.written.initializer}
     assert not [node.name for node in run.written.node if node.op_type == "Add" and stored & set(node.input)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.graph.traced import TracedModel, example_batch, first_output, trace
+from tests.every import every
 
 
 def small() -> TracedModel:
@@ -135,7 +136,7 @@ def test_what_is_no_tensor_is_left_out_with_a_note(
     assert traced.output_names == names
     (note,) = traced.notes
     assert note.endswith("is left out: only tensors are kept")
-    assert all(each in note for each in left)
+    assert every(each in note for each in left)
 
 
 def test_one_number_a_batch_is_refused_where_rows_are_needed() -> None:

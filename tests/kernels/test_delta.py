@@ -17,6 +17,7 @@ from compress.kernels.delta_product import beside, merged
 from compress.kernels.delta_reference import add_reference, delta_reference
 from compress.kernels.delta_rows import DeltaRows
 from compress.kernels.dispatch import Call, choose
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
 
@@ -93,8 +94,8 @@ KERNELS = {"beside": beside, "in small": in_small, "merged": merged, "reference"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5])
+@sweep("dtype", DTYPES, sample=[torch.float16])
+@sweep("rows", [1, 5], sample=[5])
 def test_one_delta_over_floats(kernel: str, dtype: torch.dtype, rows: int, device: str, assert_near: Any) -> None:
     deltas, difference = random_delta(SHAPE, 900, torch.float16)
     weight, bias = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE[0]).to(dtype)
@@ -126,19 +127,22 @@ def test_every_row_has_its_own(kernel: str, device: str, lane_weight: Callable[.
     assert_near(KERNELS[kernel](x, weight, deltas, task), wanted)
 
 
-def test_wide_rows_have_long_columns(device: str, assert_near: Any) -> None:
-    shape = (2, 65_540)
-    index = torch.tensor([3, 65_539, 65_540 + 65_537])
+@pytest.mark.parametrize(("inputs", "columns"), [(40_004, torch.int16), (65_540, torch.int32)])
+def test_wide_rows(inputs: int, columns: torch.dtype, device: str, assert_near: Any) -> None:
+    """Short columns have no sign, and wider rows have long ones."""
+    shape = (2, inputs)
+    index = torch.tensor([3, inputs - 1, 2 * inputs - 3])
     deltas = DeltaRows.from_flat(shape, index, torch.tensor([1.0, 2.0, 3.0])).to(device)
-    x, y = torch.randn(2, shape[1], device=device), torch.randn(2, 2, device=device)
-    add = torch.stack([x[:, 3] + 2 * x[:, 65_539], 3 * x[:, 65_537]], 1)
+    assert deltas.columns.dtype is columns
+    x, y = torch.randn(2, inputs, device=device), torch.randn(2, 2, device=device)
+    add = torch.stack([x[:, 3] + 2 * x[:, -1], 3 * x[:, -3]], 1)
     assert_near(delta_gemv(x, y, deltas, None), (y + add).double())
 
 
 # In place
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@sweep("dtype", DTYPES, sample=[torch.float32])
 def test_in_place_is_what_the_reference_gives(dtype: torch.dtype, device: str) -> None:
     """Which is what merging gives: tests/runtime/test_delta.py."""
     weight = torch.randn(7, 3, 3, 3).to(dtype)

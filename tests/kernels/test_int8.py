@@ -20,6 +20,7 @@ from compress.kernels.int8_reference import int8_reference
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.row_grid import RowGrid
 from compress.weights import QuantizedWeight
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
 
@@ -62,7 +63,7 @@ KERNELS = {"fused": fused_in_splits, "dot": dot_in_small, "reference": int8_refe
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", GRIDS)
+@sweep("kind", GRIDS, sample=["token"])
 def test_every_grid(kernel: str, kind: str, device: str, assert_near: Any) -> None:
     weight, exact = random_int8(21, 300, 8, device)
     x = torch.randn(5, 300, device=device)
@@ -73,8 +74,8 @@ def test_every_grid(kernel: str, kind: str, device: str, assert_near: Any) -> No
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["static", "token"])
+@sweep("dtype", DTYPES, sample=[torch.float16])
+@sweep("kind", ["static", "token"], sample=["static"])
 def test_every_dtype_with_bias(kernel: str, dtype: torch.dtype, kind: str, device: str, assert_near: Any) -> None:
     weight, exact = random_int8(21, 100, 4, device)
     x, bias = torch.randn(3, 100, device=device).to(dtype), torch.randn(21, device=device).to(dtype)
@@ -84,7 +85,7 @@ def test_every_dtype_with_bias(kernel: str, dtype: torch.dtype, kind: str, devic
     assert_near(KERNELS[kernel](x, grid, weight, bias), wanted)
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+@sweep("kind", GRIDS, sample=["narrow"])
 def test_codes_are_the_references(kind: str, device: str) -> None:
     # Steps of a half: every other value lies between two codes, and is rounded to the even one.
     x = torch.arange(-600, 600, device=device).reshape(4, 300) * (0.03 / 2)
@@ -126,7 +127,7 @@ def test_grids_are_those_of_the_graphs_operators(device: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [int8_fused, int8_dot])
-@pytest.mark.parametrize(("zero", "value"), [(0, 255.0), (255, -255.0)])
+@sweep(("zero", "value"), [(0, 255.0), (255, -255.0)], sample=[(0, 255.0)])
 def test_the_largest_sums_fit(kernel: Any, zero: int, value: float, device: str) -> None:
     codes = torch.full((2, MOST_INPUTS), -128, dtype=torch.int8, device=device)
     weight = Int8Weight(codes, torch.ones(2, device=device), codes.sum(1, dtype=torch.int32))
@@ -137,7 +138,7 @@ def test_the_largest_sums_fit(kernel: Any, zero: int, value: float, device: str)
     assert torch.equal(got, torch.full((1, 2), -128 * value * MOST_INPUTS, device=device))
 
 
-@pytest.mark.parametrize("rows", [1, 17, 70, 200])
+@sweep("rows", [1, 17, 70, 200], sample=[17])
 def test_own_tile(rows: int, device: str, assert_near: Any) -> None:
     weight, exact = random_int8(70, 600, 8, device)
     x = torch.randn(rows, 600, device=device)
@@ -147,12 +148,12 @@ def test_own_tile(rows: int, device: str, assert_near: Any) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", GRIDS)
-@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite(kernel: str, kind: str, odd: float, device: str) -> None:
+@sweep("kind", GRIDS, sample=["a row", "token"])
+@sweep("odd", ["nan", "inf", "-inf"], sample=["nan"])
+def test_what_is_not_finite(kernel: str, kind: str, odd: str, device: str) -> None:
     weight, _ = random_int8(21, 300, 8, device)
     x = torch.randn(5, 300, device=device)
-    x[2, 7] = odd
+    x[2, 7] = float(odd)
     grid = grids(5, device)[kind]
     got = KERNELS[kernel](x, grid, weight)
     if kind == "tensor":
@@ -163,11 +164,11 @@ def test_what_is_not_finite(kernel: str, kind: str, odd: float, device: str) -> 
         x[2, 7] = 0.0
         assert torch.equal(got[others], KERNELS[kernel](x, grid, weight)[others]), "they have ranges of their own"
     else:
-        x[2, 7] = 1e9 if odd > 0 else -1e9
+        x[2, 7] = 1e9 if odd == "inf" else -1e9
         assert torch.equal(got, KERNELS[kernel](x, grid, weight)), "the end of the grid; NaN the lower one"
 
 
-@pytest.mark.parametrize("rows", [1, 3, 130])
+@sweep("rows", [1, 3, 130], sample=[3])
 def test_a_tensors_range_is_found_once_for_all_programs(rows: int, device: str) -> None:
     x = torch.randn(rows, 300, device=device)
     low, high, apart = grid_arguments(x, RowGrid("tensor"))

@@ -18,6 +18,7 @@ from compress.kernels.int8_conv import int8_conv
 from compress.kernels.int8_conv2d import dequantize_codes, int8_conv2d
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.row_grid import RowGrid
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
 
@@ -72,14 +73,14 @@ def exactly(x: Tensor, exact: Tensor, bias: Tensor, problem: ConvProblem) -> Ten
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", CASES)
+@sweep("name", CASES, sample=["stride and dilation"])
 def test_every_shape(kernel: str, name: str, device: str, assert_near: Any) -> None:
     x, weight, exact, bias, problem = case(name, device)
     assert_near(KERNELS[kernel](x, weight, bias, problem), exactly(x, exact, bias, problem))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@sweep("dtype", [torch.float16, torch.bfloat16], sample=[torch.float16])
 def test_every_dtype_and_order(kernel: str, dtype: torch.dtype, device: str, assert_near: Any) -> None:
     x, weight, exact, bias, problem = case("whole steps", device)
     x = x.to(dtype, memory_format=torch.channels_last)
@@ -90,7 +91,7 @@ def test_every_dtype_and_order(kernel: str, dtype: torch.dtype, device: str, ass
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("bits", [4, 8])
+@sweep("bits", [4, 8], sample=[4])
 def test_bytes_in_and_out(kernel: str, bits: int, device: str) -> None:
     x, weight, exact, bias, problem = case("3 x 3", device)
     rounded = fake_quantize(x, problem.grid.scale, problem.grid.zero_point, 8)
@@ -115,7 +116,7 @@ def test_bytes_in_and_out(kernel: str, bits: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("bytes_out", [False, True])
+@sweep("bytes_out", [False, True], sample=[True])
 def test_nan_is_the_lowest_code(kernel: str, bytes_out: bool, device: str) -> None:
     x, weight, _, bias, problem = case("3 x 3", device)
     if bytes_out:
@@ -129,7 +130,7 @@ def test_nan_is_the_lowest_code(kernel: str, bytes_out: bool, device: str) -> No
     assert (got[:, 3] == -128).all() if bytes_out else got[:, 3].isnan().all()
 
 
-@pytest.mark.parametrize("outputs", [20, 70])
+@sweep("outputs", [20, 70], sample=[20])
 def test_own_tile(outputs: int, device: str, assert_near: Any) -> None:
     weight, exact = random_weight(outputs, 64, (3, 3), device)
     x, bias = torch.randn(1, 64, 6, 6, device=device), torch.randn(outputs, device=device)
@@ -137,8 +138,8 @@ def test_own_tile(outputs: int, device: str, assert_near: Any) -> None:
     assert_near(int8_conv(x, weight, bias, problem), exactly(x, exact, bias, problem))
 
 
-@pytest.mark.parametrize(("zero", "value"), [(0, 255.0), (255, -255.0)])
-@pytest.mark.parametrize("bytes_in", [False, True])
+@sweep(("zero", "value"), [(0, 255.0), (255, -255.0)], sample=[(0, 255.0)])
+@sweep("bytes_in", [False, True], sample=[True])
 def test_the_largest_sums_fit(zero: int, value: float, bytes_in: bool, device: str) -> None:
     codes = torch.full((1, 1, 1, MOST_INPUTS), -128, dtype=torch.int8, device=device)
     weight = Int8Weight(codes, torch.ones(1, device=device), codes.flatten(1).sum(1, dtype=torch.int32))

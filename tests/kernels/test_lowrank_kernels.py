@@ -12,6 +12,7 @@ from compress.kernels.lowrank_linear import choose_lowrank, lowrank_linear
 from compress.kernels.lowrank_reference import lowrank_reference
 from compress.kernels.thin_dot import lowrank_dot
 from compress.kernels.thin_gemv import lowrank_gemv
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
 
@@ -25,8 +26,8 @@ KERNELS = {"gemv": (lowrank_gemv, 2), "dot": (lowrank_dot, 5), "splits": (dot_in
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 21, 40])
+@sweep("dtype", [torch.float32, torch.float16, torch.bfloat16], sample=[torch.float16])
+@sweep("rank", [1, 21, 40], sample=[21])
 def test_every_rank_of_the_same_factors(
     kernel: str, dtype: torch.dtype, rank: int, device: str, assert_near: Any
 ) -> None:

@@ -12,14 +12,15 @@ from compress.kernels.packed_dot import packed_dot
 from compress.kernels.packed_gemv import packed_gemv
 from compress.kernels.packed_reference import packed_reference
 from compress.kernels.packed_unpack import packed_unpack, unpack_weight
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")
 
 BITS = range(2, 9)
 GROUPS = (32, 64, 128, None)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Outputs and inputs: ragged ones, and one of whole blocks.
-SHAPES = ((21, 300), (8, 512))
+# Outputs and inputs, by bits in twos: whole blocks, and ragged ones.
+SHAPES = ((8, 512), (21, 300))
 
 
 def gemv_in_small(*arguments: Any) -> Any:
@@ -36,8 +37,8 @@ KERNELS = {"gemv": (gemv_in_small, 2), "dot": (dot_in_splits, 5), "unpack": (pac
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", GROUPS)
+@sweep("bits", BITS, sample=[3])
+@sweep("group_size", GROUPS, sample=[32])
 def test_every_width_and_group(
     kernel: str, bits: int, group_size: int | None, device: str, lane_weight: Callable[..., Any], assert_near: Any
 ) -> None:
@@ -49,7 +50,7 @@ def test_every_width_and_group(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (3, 256), (4, 16), (8, 256)])
+@sweep(("bits", "group_size"), [(2, 16), (3, 256), (4, 16), (8, 256)], sample=[(4, 16)])
 def test_smallest_and_largest_group(
     kernel: str, bits: int, group_size: int, device: str, lane_weight: Callable[..., Any], assert_near: Any
 ) -> None:
@@ -60,8 +61,8 @@ def test_smallest_and_largest_group(
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@sweep("dtype", DTYPES, sample=[torch.float16])
+@sweep("bits", [3, 4, 8], sample=[8])
 def test_every_dtype_with_bias_and_branch(
     kernel: str, dtype: torch.dtype, bits: int, device: str, lane_weight: Callable[..., Any], assert_near: Any
 ) -> None:
@@ -74,7 +75,7 @@ def test_every_dtype_with_bias_and_branch(
     assert_near(run(x, weight, bias, (inner, up)), wanted)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 70])
+@sweep("rows", [1, 16, 17, 64, 70], sample=[17])
 def test_dot_at_its_own_tile(rows: int, device: str, lane_weight: Callable[..., Any], assert_near: Any) -> None:
     weight, exact = lane_weight(70, 640, 4, 128, device)
     x = torch.randn(rows, 640, device=device)
@@ -87,7 +88,7 @@ def test_gemv_at_its_own_tile(device: str, lane_weight: Callable[..., Any], asse
     assert_near(packed_gemv(x, weight), x.double() @ exact.T)
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e6])
+@sweep("size", [1e-9, 1e6], sample=[1e-9])
 def test_gemv_carries_tiny_and_huge_inputs(
     size: float, device: str, lane_weight: Callable[..., Any], assert_near: Any
 ) -> None:
@@ -103,7 +104,7 @@ def test_rows_may_be_apart(device: str, lane_weight: Callable[..., Any], assert_
         assert_near(run(x, weight), x.double() @ exact.T)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@sweep("bits", BITS, sample=[5])
 def test_unpacking_is_exact(bits: int, device: str, lane_weight: Callable[..., Any]) -> None:
     weight, exact = lane_weight(11, 300, bits, 64, device)
     got = unpack_weight(weight, torch.float32)

@@ -15,6 +15,7 @@ from compress.kernels.table import register_operators
 from compress.latency import operators
 from compress.latency.operators import Shape, shape_of, time_operators
 from compress.targets import find_target
+from tests.every import every
 
 register_operators()
 
@@ -70,7 +71,7 @@ def test_equal_shapes_share_a_signature_and_others_do_not(shapes: dict[str, Shap
     assert shapes["other"].signature != shapes["same"].signature
     signatures = [each.signature for name, each in shapes.items() if name != "same"]
     assert len(set(signatures)) == len(signatures)
-    assert all("\n" not in each for each in signatures)
+    assert every("\n" not in each for each in signatures)
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,14 @@ from compress.training.choice import WEIGHT_BYTES, choose_member, family_budgets
 from compress.training.family import Family, FamilyMember, read_family
 from compress.training.lowrank import LowRankOptions, truncate
 from compress.training.timing import MemberTimer
+from tests.models import let_fall, normed_mlp
 
 
 def net() -> nn.Module:
     """Its weights fall off, so that there is something to cut."""
-    torch.manual_seed(0)
-    layers = (nn.Linear(16, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
-    with torch.no_grad():
-        for layer in (layers[0], layers[3]):
-            left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
-            layer.weight.copy_((left * values * 0.7 ** torch.arange(len(values))) @ right * 3)
-    return nn.Sequential(*layers)
+    module = normed_mlp(16, 48, 4)
+    let_fall(module[0], module[3])
+    return module
 
 
 @pytest.fixture(scope="module")

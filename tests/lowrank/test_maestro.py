@@ -15,6 +15,7 @@ from compress.lowrank.maestro import Maestro
 from compress.lowrank.norms import norm_statistics, recalibrate
 from compress.lowrank.sampler import RankSampler
 from compress.lowrank.shrink import hierarchical_lasso, kept_rank, shrink
+from tests.every import every
 
 
 def net() -> nn.Module:
@@ -59,7 +60,7 @@ def test_layers_are_cut_during_the_step_only_whatever_happens_in_it() -> None:
 def test_one_rank_for_all_layers() -> None:
     layers = {"a": LowRankLinear.of(nn.Linear(9, 9)), "b": LowRankLinear.of(nn.Linear(3, 7))}
     drawn = [RankSampler(layers, "shared", seed).draw() for seed in range(40)]
-    assert all(each["b"] == min(each["a"], 3) for each in drawn)
+    assert every(each["b"] == min(each["a"], 3) for each in drawn)
     assert {each["a"] for each in drawn} == set(range(1, 10))
 
 
@@ -197,12 +198,12 @@ def test_ranks_fall_under_the_penalty_and_never_grow() -> None:
     for _ in range(30):
         for batch in torch.arange(128).split(32):
             with maestro.step() as drawn:
-                assert all(rank <= maestro.ranks[name] for name, rank in drawn.items())
+                assert every(rank <= maestro.ranks[name] for name, rank in drawn.items())
                 optimizer.zero_grad()
                 (nn.functional.cross_entropy(module(x[batch]), y[batch]) + maestro.penalty()).backward()
                 optimizer.step()
         maestro.end_epoch(optimizer)
-        assert all(maestro.ranks[name] <= rank for name, rank in seen[-1].items())
+        assert every(maestro.ranks[name] <= rank for name, rank in seen[-1].items())
         seen.append(maestro.ranks)
     assert sum(seen[-1].values()) < 0.7 * sum(seen[0].values()), seen[-1]
     assert float((module(x).argmax(1) == y).double().mean()) > 0.9

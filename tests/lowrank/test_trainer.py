@@ -19,34 +19,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from compress.training.trainer import MaestroCallback  # noqa: E402 - optional
+from tests.every import every  # noqa: E402
+from tests.models import WORDS, Sentences, classifier  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-WORDS = 40
-
-
-def classifier(width: int = 16) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=WORDS, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=2 * width,
-        max_position_embeddings=16, num_labels=2, hidden_dropout_prob=0.1, initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """96 sentences of 8 words, of either half of all words: two classes."""
-
-    def __init__(self) -> None:
-        words = torch.randint(0, WORDS // 2, (96, 8), generator=torch.Generator().manual_seed(1))
-        self.words = words + WORDS // 2 * (torch.arange(96) % 2)[:, None]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        words = self.words[index]
-        return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words[0] // (WORDS // 2)}
 
 
 def arguments(out: Path, **given: Any) -> Any:
@@ -63,7 +39,7 @@ SETTINGS: dict[str, Any] = {"penalty": 0.002, "threshold": 0.1}
 
 def run(out: Path, callback: Any, model: nn.Module, resume: Path | None = None, **given: Any) -> Any:
     trainer = transformers.Trainer(
-        model=model, args=arguments(out, **given), train_dataset=Sentences(), callbacks=[callback]
+        model=model, args=arguments(out, **given), train_dataset=Sentences(96), callbacks=[callback]
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
@@ -98,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Maestr
     callback = MaestroCallback(model, **SETTINGS)
     watch = Watch(callback)
     trainer = transformers.Trainer(
-        model=model, args=arguments(out), train_dataset=Sentences(), callbacks=[callback, watch]
+        model=model, args=arguments(out), train_dataset=Sentences(96), callbacks=[callback, watch]
     )
     trainer.train()
     return out, trainer, callback, watch
@@ -119,7 +95,7 @@ def test_it_learns_and_ranks_shrink_with_the_optimizer(trained: Any) -> None:
     assert set(map(id, inner.state)) <= held, "nothing is kept of parameters that are gone"
     # Both batches of a step ran at the same ranks, other steps at others.
     pairs = list(zip(watch.during[::2], watch.during[1::2], strict=True))
-    assert all(first == second != {} for first, second in pairs)
+    assert every(first == second != {} for first, second in pairs)
     assert len({json.dumps(first) for first, _ in pairs}) > 5
     assert watch.after == {None}
 
@@ -139,7 +115,7 @@ def test_a_resumed_run_ends_in_the_same_weights(trained: Any, tmp_path: Path) ->
 def test_what_comes_out_is_ordinary(trained: Any) -> None:
     _, trainer, callback, _ = trained
     model = trainer.model.eval()
-    batch = {name: value[None] for name, value in Sentences()[0].items()}
+    batch = {name: value[None] for name, value in Sentences(96)[0].items()}
     with torch.no_grad():
         wanted = model(**batch).logits
         callback.extract()
@@ -173,7 +149,7 @@ def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, t
         transformers.Trainer(
             model=model,
             args=arguments(tmp_path / "out", **given),
-            train_dataset=Sentences(),
+            train_dataset=Sentences(96),
             callbacks=[callback, grab],
         ).train()
         found.append(grab.gradients)
@@ -201,13 +177,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     trainer = transformers.Trainer(
         model=model,
         args=arguments(tmp_path, save_strategy="no"),
-        train_dataset=Sentences(),
+        train_dataset=Sentences(96),
         callbacks=[callback, poison],
     )
     trainer.train()
     assert "in step 3: the model is as it was after step 2" in str(callback.stopped)
     assert trainer.state.global_step == 3
-    assert all(torch.equal(poison.good[name], each) for name, each in model.state_dict().items())
+    assert every(torch.equal(poison.good[name], each) for name, each in model.state_dict().items())
 
 
 def test_refusals(trained: Any, tmp_path: Path) -> None:
@@ -241,7 +217,7 @@ def test_refusals_as_training_begins(trained: Any, tmp_path: Path) -> None:
     model = classifier()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trainer = transformers.Trainer(
-        model=model, args=arguments(tmp_path, save_strategy="no"), train_dataset=Sentences(),
+        model=model, args=arguments(tmp_path, save_strategy="no"), train_dataset=Sentences(96),
         callbacks=[MaestroCallback(model)], optimizers=(optimizer, None),
     )  # fmt: skip
     with pytest.raises(InputError, match="the optimizer does not hold the factors of bert"):
@@ -249,7 +225,7 @@ def test_refusals_as_training_begins(trained: Any, tmp_path: Path) -> None:
     model = classifier()
     settings = {"load_best_model_at_end": True, "eval_strategy": "epoch"}
     trainer = transformers.Trainer(
-        model=model, args=arguments(tmp_path, **settings), train_dataset=Sentences(), eval_dataset=Sentences(),
+        model=model, args=arguments(tmp_path, **settings), train_dataset=Sentences(96), eval_dataset=Sentences(96),
         callbacks=[MaestroCallback(model)],
     )  # fmt: skip
     with pytest.raises(InputError, match="does not go with load_best_model_at_end"):

@@ -15,13 +15,8 @@ from compress.training.data import TrainingData
 from compress.training.family import read_family
 from compress.training.loop import Nothing, Recipe, evaluate, fit
 from compress.training.lowrank import LowRankOptions, train_lowrank
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)
-    )
+from tests.every import every
+from tests.models import normed_mlp
 
 
 def data(count: int = 256) -> TrainingData:
@@ -35,13 +30,13 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 def test_it_learns_classes_and_numbers() -> None:
-    module, samples = net(), data()
+    module, samples = normed_mlp(), data()
     history, stopped = fit(module, samples, Recipe(epochs=12, batch=32, rate=0.1))
     assert stopped is None
     assert [each.number for each in history] == list(range(1, 13))
     assert evaluate(module, samples) > 0.9
     numbers = TrainingData(samples.inputs, samples.inputs[0][:, :3] * 2)
-    module = net()
+    module = normed_mlp()
     before = evaluate(module, numbers)
     fit(module, numbers, Recipe(epochs=12, batch=32))
     assert evaluate(module, numbers) < 0.3 * before
@@ -53,7 +48,7 @@ class Killed(Exception):
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     recipe = Recipe(epochs=5, batch=32)
-    whole = net()
+    whole = normed_mlp()
     fit(whole, data(), recipe)
 
     def kill(done: int, total: int, loss: float) -> None:
@@ -61,13 +56,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
             raise Killed
 
     with contextlib.suppress(Killed):
-        fit(net(), data(), recipe, checkpoint=tmp_path / "c.pt", progress=kill)
-    continued = net()
+        fit(normed_mlp(), data(), recipe, checkpoint=tmp_path / "c.pt", progress=kill)
+    continued = normed_mlp()
     history, _ = fit(continued, data(), recipe, checkpoint=tmp_path / "c.pt")
     assert len(history) == 5
-    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(continued), strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(continued), strict=True))
     with pytest.raises(InputError, match="holds the checkpoint of another run"):
-        fit(net(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
+        fit(normed_mlp(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
 
 
 def test_overwrite_goes_on_with_the_same_run_and_throws_another_away(tmp_path: Path) -> None:
@@ -86,7 +81,7 @@ def test_overwrite_goes_on_with_the_same_run_and_throws_another_away(tmp_path: P
         options = LowRankOptions(smallest=0.8, overwrite=overwrite)
         recipe = Recipe(epochs=epochs, batch=64)
         with contextlib.suppress(Killed):
-            train_lowrank(net(), given, tmp_path / "out", recipe=recipe, options=options, progress=count)
+            train_lowrank(normed_mlp(), given, tmp_path / "out", recipe=recipe, options=options, progress=count)
         return steps
 
     for _ in range(2):  # a new folder's, and one's that is there
@@ -121,17 +116,17 @@ class Blowing(Nothing):
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_epoch() -> None:
-    module = net()
+    module = normed_mlp()
     companion = Blowing(module)
     history, stopped = fit(module, data(), Recipe(epochs=5, batch=32), companion=companion)
     assert "the loss was nan at step 1 of epoch 3: the model is as it was after epoch 2" in str(stopped)
     assert len(history) == 2
-    assert all(torch.equal(a, b) for a, b in zip(companion.good, tensors(module), strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(companion.good, tensors(module), strict=True))
 
 
 def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_kept() -> None:
     """Its loss was finite, and no other one of that epoch sees what came of it."""
-    module, samples = net(), data()
+    module, samples = normed_mlp(), data()
     good: list[list[Tensor]] = [[each.clone() for each in tensors(module)]]
 
     class Breaking(Nothing):
@@ -152,18 +147,18 @@ def test_weights_that_the_last_step_of_an_epoch_breaks_are_not_kept() -> None:
     history, stopped = fit(module, samples, Recipe(epochs=5, batch=32), companion=Breaking())
     assert "the weights were not finite after step 8 of epoch 3: the model is as it was after epoch 2" in str(stopped)
     assert len(history) == 2
-    assert all(torch.equal(a, b) for a, b in zip(good[2], tensors(module), strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(good[2], tensors(module), strict=True))
 
 
 def test_a_family_of_a_training_that_went_astray_says_so(tmp_path: Path) -> None:
     samples = data()
     given = (samples.inputs[0], samples.labels)
     recipe = Recipe(epochs=3, batch=32, rate=1e30)
-    result = train_lowrank(net(), given, tmp_path / "out", recipe=recipe, options=LowRankOptions(smallest=0.5))
+    result = train_lowrank(normed_mlp(), given, tmp_path / "out", recipe=recipe, options=LowRankOptions(smallest=0.5))
     assert result.stopped is not None
     assert result.family.notes == (f"stopped early: {result.stopped}",)
     module, _ = read_family(tmp_path / "out")
-    assert all(bool(each.isfinite().all()) for each in tensors(module))
+    assert every(bool(each.isfinite().all()) for each in tensors(module))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +179,7 @@ def test_refused_recipes(settings: dict[str, Any], sentence: str) -> None:
 def test_maestro_trains_a_family_that_shrinks(tmp_path: Path) -> None:
     samples = data(512)
     result = train_lowrank(
-        net(),
+        normed_mlp(),
         (samples.inputs[0], samples.labels),
         tmp_path / "out",
         test=(samples.inputs[0], samples.labels),

@@ -18,6 +18,8 @@ from compress.training.data import TrainingData
 from compress.training.family import cut, read_family
 from compress.training.loop import evaluate
 from compress.training.lowrank import LowRankOptions, truncate
+from tests.every import every
+from tests.models import FeaturesAndWords, let_fall
 
 
 def net() -> nn.Module:
@@ -27,11 +29,7 @@ def net() -> nn.Module:
         nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 40), nn.ReLU(), nn.Linear(40, 3),
     ).eval()  # fmt: skip
-    with torch.no_grad():
-        for layer in (module[3], module[7]):
-            left, values, right = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
-            falling = values * 0.7 ** torch.arange(len(values))
-            layer.weight.copy_(((left * falling) @ right * 3).reshape(layer.weight.shape))
+    let_fall(module[3], module[7])
     return module
 
 
@@ -64,7 +62,7 @@ def test_every_step_of_the_path_is_cheaper_and_its_loss_is_that_of_its_ranks() -
     assert path[0].macs == whole
     assert path[-1].macs <= whole // 5
     layers = decomposed_layers(module)
-    assert all(layer.active is None for layer in layers.values())
+    assert every(layer.active is None for layer in layers.values())
     for before, after in itertools.pairwise(path):
         assert after.macs < before.macs
         assert sum(after.ranks[name] != rank for name, rank in before.ranks.items()) == 1
@@ -134,15 +132,11 @@ def test_refusals(family: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-class Both(nn.Module):
-    """Two inputs, and one between them that may be left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.first, self.last = nn.Embedding(20, 16), nn.Linear(8, 16), nn.Linear(16, 4)
+class Both(FeaturesAndWords):
+    """Two inputs, and one more that may be left out."""
 
     def forward(self, features: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        y = self.last(torch.relu(self.first(features) + self.words(ids).mean(1)))
+        y = self.scores(features, ids).mean(1)
         return y if scale is None else y * scale
 
 

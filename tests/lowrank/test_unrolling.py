@@ -19,6 +19,7 @@ from compress.training.choice import choose_member, family_budgets
 from compress.training.family import cut, read_family
 from compress.training.lowrank import LowRankOptions, truncate
 from compress.training.ordering import order_layers
+from tests.every import every
 
 
 def smooth(count: int, channels: int, size: int) -> Tensor:
@@ -186,7 +187,7 @@ def test_a_family_with_spatial_layers_is_cut_as_it_was_measured(tmp_path: Path) 
     truncate(strided(), x, tmp_path / "out", unrolling="spatial", options=LowRankOptions(smallest=0.2))
     for share in (0.7, 0.3):
         module, family = read_family(tmp_path / "out")
-        assert all("spatial" in what for name, what in family.layers.items() if name != "7")
+        assert every("spatial" in what for name, what in family.layers.items() if name != "7")
         member = choose_member(family, family_budgets([f"macs={share}x"], family))
         with cut_to(decomposed_layers(module), member.ranks):
             cut_output = module(x)
@@ -205,13 +206,15 @@ def test_ranks_by_energy_and_by_threshold(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="one rule is needed"):
             ranks_by_rule(energies, **wrong)
     x = torch.randn(64, 8, 8, 8)
-    for number, rule in enumerate(({"energy": 0.95}, {"threshold": 0.3})):
+    rules = (({"energy": 0.95}, []), ({"energy": 0.999}, ["2", "7"]), ({"threshold": 0.3}, []))
+    for number, (rule, dense) in enumerate(rules):
         family = truncate(strided(), x, tmp_path / str(number), **rule).family  # type: ignore[arg-type]
         assert len(family.members) == 2
         whole, member = family.members
         assert member.macs < whole.macs
         assert member.ranks["0"] == 2
-        assert all(member.ranks[name] == whole.ranks[name] for note in family.notes for name in [note.split()[0]])
+        assert [note.partition(" stays dense")[0] for note in family.notes] == dense
+        assert [name for name, rank in member.ranks.items() if rank == whole.ranks[name]] == dense
     for options, sentence in (
         ({"energy": 1.5}, "energy 1.5: above 0, up to 1"),
         ({"threshold": 0.0}, "threshold 0.0: above 0"),

@@ -28,6 +28,7 @@ from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.deltafile import write_delta
 from compress.transform.table import apply_transform
+from tests.models import Language
 
 register_operators()
 
@@ -152,7 +153,7 @@ def test_a_delta_to_the_module_is_one_to_its_folded_and_scaled_graph(
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("delta") / "words"
     net, x = words()
-    compress.quantize(net, calib={"x": x.numpy()}, bits=4, group_size=16, method="mse", out=folder)
+    compress.quantize(net, calib={"ids": x.numpy()}, bits=4, group_size=16, method="mse", out=folder)
     torch.save(net.state_dict(), folder.parent / "words.th")
     write_delta(delta_to(net, head=True, size=0.3), folder.parent / "task.safetensors", "fp32")
     write_delta(delta_to(net, size=0.3), folder.parent / "language.safetensors", "fp32")
@@ -250,21 +251,11 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
 
 
 def test_a_tied_weight_is_found_by_the_name_that_tracing_takes(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.between, self.out = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40)
-            self.out.weight = self.table.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.out(torch.relu(self.between(self.table(x))))
-            return y
-
     torch.manual_seed(0)
-    net, x = Tied(), torch.randint(0, 40, (64, 6))
+    net, x = Language(40, 16), torch.randint(0, 40, (64, 6))
     index = torch.arange(0, 40 * 16, 7)
-    delta = SparseDelta(None, {"table.weight": SparseTensor((40, 16), "float32", index, 0.3 * torch.randn(len(index)))})
-    compress.quantize(net, calib={"x": x.numpy()}, bits=8, method="mse", out=tmp_path / "tied")
+    delta = SparseDelta(None, {"words.weight": SparseTensor((40, 16), "float32", index, 0.3 * torch.randn(len(index)))})
+    compress.quantize(net, calib={"ids": x.numpy()}, bits=8, method="mse", out=tmp_path / "tied")
     write_delta(delta, tmp_path / "d.safetensors", "fp32")
     with torch.no_grad():
         before, wanted = net(x), merged(net, delta)(x)

@@ -17,6 +17,7 @@ from compress.search import errors as module
 from compress.search.errors import SMALLEST_ERROR, decide_measure, measure_errors
 from compress.search.prepare import prepare
 from compress.search.space import FLOAT, Space
+from tests.every import every
 from tests.search.conftest import silent, space_of  # type: ignore[import-not-found]
 
 
@@ -43,7 +44,7 @@ def test_what_was_measured_is_kept(intake: Intake, samples: Samples, monkeypatch
     first, _ = measured(intake, space_of(intake, weight_widths=(2, 8)), samples)
     more, note = measured(intake, space_of(intake, weight_widths=(2, 4, 8)), samples)
     assert note.startswith("sensitivity output: 5 of 15 measured")
-    assert all(more[layer][key] == error for layer, errors in first.items() for key, error in errors.items())
+    assert every(more[layer][key] == error for layer, errors in first.items() for key, error in errors.items())
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("everything was known")
@@ -108,4 +109,4 @@ def test_layers_without_a_bias(measure: str) -> None:
     net = nn.Sequential(nn.Conv2d(1, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 16, 3, bias=False), nn.Flatten())
     taken = take_in(net, samples=data)
     found, _ = measured(taken, space_of(taken, weight_widths=(2, 8)), data, measure)
-    assert all(error > 0 for errors in found.values() for error in errors.values())
+    assert every(error > 0 for errors in found.values() for error in errors.values())

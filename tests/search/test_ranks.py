@@ -23,6 +23,7 @@ from compress.search.allocator import Allocator
 from compress.search.costs import Costs, export_ways, measure_costs
 from compress.search.errors import measure_errors
 from compress.search.space import Space, Way
+from tests.every import every
 from tests.search.conftest import CPU, predicted_size, silent, space_of  # type: ignore[import-not-found]
 
 RANKS = (0.25, 0.5)
@@ -70,7 +71,7 @@ def test_ranks_are_ways_on_floats_and_on_integers(intake: Intake, space: Space) 
     assert len(ranks) == 2
     found = {(str(way.option), way.rank) for way in space.ways["deep"]}
     assert found == {(option, rank) for option in ("W4A8", "W8A8", "None") for rank in (None, *ranks)}
-    assert all(way.split("deep") is None for way in space.ways["deep"] if way.rank is None)
+    assert every(way.split("deep") is None for way in space.ways["deep"] if way.rank is None)
     thin = next(way for way in space.ways["deep"] if way.rank and way.option)
     assert [choice.layer for choice in thin.choices("deep")] == ["deep.down", "deep.up"]
 

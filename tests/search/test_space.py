@@ -7,6 +7,7 @@ import pytest
 from compress.errors import InputError
 from compress.intake import Intake
 from compress.search.space import FLOAT, Space
+from tests.every import every
 from tests.search.conftest import space_of  # type: ignore[import-not-found]
 
 LAYERS = ["stem", "body", "deep", "left", "right"]
@@ -22,7 +23,7 @@ def test_widths_of_weights_and_inputs_are_combined(intake: Intake) -> None:
     assert widths(space, "body") == {(2, 4), (2, 8), (8, 4), (8, 8)}
     # A narrow leading convolution is faster on floats.
     assert widths(space, "stem") == {(2, 32), (8, 32)}
-    assert all(way.format == "float-weights" for way in space.ways["stem"])
+    assert every(way.format == "float-weights" for way in space.ways["stem"])
     assert len(set(space.ways["body"])) == len(space.ways["body"])
 
 
@@ -47,7 +48,7 @@ def test_without_data_inputs_stay_float(intake: Intake) -> None:
 
 
 def test_float_is_a_way_where_allowed(intake: Intake) -> None:
-    assert all(FLOAT in ways for ways in space_of(intake, floats=True).ways.values())
+    assert every(FLOAT in ways for ways in space_of(intake, floats=True).ways.values())
     assert not any(FLOAT in ways for ways in space_of(intake, floats=False).ways.values())
 
 

@@ -17,6 +17,7 @@ from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, best_epoch, fit
 from compress.training.sparse import SparseCompanion
+from tests.every import every
 from tests.sparse.test_training import arrays, labelled, net, train  # type: ignore[import-not-found]
 
 
@@ -91,7 +92,7 @@ def test_every_round_adds_a_part_of_the_entries(tmp_path: Path) -> None:
         fit(module, data, Recipe(epochs=1, rate=0.05), companion=SparseCompanion(tuner))
         tuner.select()
         assert tuner.mask is not None
-        assert all(torch.equal(each, start[name]) for name, each in module.named_parameters())
+        assert every(torch.equal(each, start[name]) for name, each in module.named_parameters())
         now = {(name, place) for name, index in tuner.mask.items() for place in index.tolist()}
         assert earlier <= now
         earlier = now
@@ -141,8 +142,8 @@ def test_batches_of_several_sources() -> None:
     batches = mix_sources({"de": 10, "sw": 3}, 4, repeats={"sw": 2}, seed=1)
     assert Counter(name for name, _ in batches) == {"de": 3, "sw": 2}
     seen = Counter((name, place) for name, index in batches for place in index.tolist())
-    assert all(seen["de", place] == 1 for place in range(10))
-    assert all(seen["sw", place] == 2 for place in range(3))
+    assert every(seen["de", place] == 1 for place in range(10))
+    assert every(seen["sw", place] == 2 for place in range(3))
     assert [name for name, _ in batches] != [name for name, _ in mix_sources({"de": 10, "sw": 3}, 4, seed=1)]
     with pytest.raises(ValueError, match="source 'fr': known are de"):
         mix_sources({"de": 1}, 4, repeats={"fr": 2})

@@ -20,6 +20,7 @@ from compress.training.data import TrainingData
 from compress.training.labelled import Source
 from compress.training.loop import Recipe, evaluate
 from compress.training.sparse import SparseOptions, SparseResult, train_sparse
+from tests.every import every
 
 RECIPE = Recipe(epochs=4, batch=32, rate=2e-2, weight_decay=0.0, schedule="linear", optimizer="adamw")
 
@@ -95,7 +96,7 @@ def test_epochs_and_order(languages: dict[str, Source]) -> None:
     assert [tuple(each.shape) for each in joined.inputs] == [(9, 6), (9, 6)]
     epoch = joined.epoch(2, seed=0)
     assert sorted((name, len(index)) for name, index in epoch) == [("a", 1), ("a", 2), ("a", 2), *[("b", 2)] * 4]
-    assert all(bool((index < 5).all()) == (name == "a") for name, index in epoch)
+    assert every(bool((index < 5).all()) == (name == "a") for name, index in epoch)
     assert sorted(torch.cat([index for _, index in epoch]).tolist()) == [0, 1, 2, 3, 4, *sorted([5, 6, 7, 8] * 2)]
     assert [name for name, _ in joined.in_order(4)] == ["a", "a", "b", "b"]
     assert joined.take(epoch[0][1])[0][0].shape[1] == (3 if epoch[0][0] == "a" else 6)

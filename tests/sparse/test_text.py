@@ -22,6 +22,7 @@ from compress.training.sparse import SparseOptions, SparseResult, train_sparse
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
+from tests.every import every  # noqa: E402
 from tests.test_huggingface import WORDS, bert, llama, save_tokenizer  # type: ignore[import-not-found]  # noqa: E402
 
 RECIPE = Recipe(epochs=2, batch=16, rate=3e-3, weight_decay=0.0, schedule="linear", optimizer="adamw")
@@ -71,7 +72,7 @@ def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: P
     restore(tmp_path / "task", tmp_path / "again")
     before, after = (load_model(path).module.state_dict() for path in (folder / "bert", tmp_path / "again"))
     assert before.keys() == after.keys()  # the head was new, and is gone again
-    assert all(torch.equal(each, after[name]) for name, each in before.items())
+    assert every(torch.equal(each, after[name]) for name, each in before.items())
 
 
 def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_pat
     apply(folder / "bert", deltas, tmp_path / "added", head=str(deltas[1]))
     first, second = (load_model(tmp_path / name).module.state_dict() for name in ("composed", "added"))
     assert first["classifier.weight"].shape == (3, 32)
-    assert all(torch.allclose(each, second[name], atol=1e-6) for name, each in first.items())
+    assert every(torch.allclose(each, second[name], atol=1e-6) for name, each in first.items())
     done = apply(folder / "bert", deltas, tmp_path / "headless", heads=False)
     assert "classifier.bias, classifier.weight is new and untrained, as no delta's head was taken" in done.notes
 

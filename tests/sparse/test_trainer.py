@@ -19,36 +19,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from compress.training.sparse_trainer import SparseCallback  # noqa: E402 - optional
+from tests.every import every  # noqa: E402
+from tests.models import Sentences, classifier  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WORDS = 40
 SETTINGS: dict[str, Any] = {"k": 60, "head": ("classifier",), "l1": (1.0, 0.5)}
-
-
-def classifier(seed: int = 0, dropout: float = 0.1) -> nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, num_labels=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """48 sentences of 8 words, of either half of all words: two classes."""
-
-    def __init__(self) -> None:
-        words = torch.randint(0, WORDS // 2, (48, 8), generator=torch.Generator().manual_seed(1))
-        self.words = words + WORDS // 2 * (torch.arange(48) % 2)[:, None]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        words = self.words[index]
-        return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words[0] // (WORDS // 2)}
 
 
 def run(out: Path, callback: Any, model: nn.Module, resume: Path | None = None, **given: Any) -> Any:
@@ -59,7 +35,7 @@ def run(out: Path, callback: Any, model: nn.Module, resume: Path | None = None, 
     }  # fmt: skip
     torch.set_num_threads(1)  # as every test has: with two, sums round otherwise
     arguments = transformers.TrainingArguments(output_dir=str(out), **settings)
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(), callbacks=[callback])
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(48), callbacks=[callback])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 
@@ -97,7 +73,7 @@ def test_k_entries_move_and_no_bit_of_the_rest(trained: Any, tmp_path: Path) -> 
     write_delta(delta, tmp_path / "task.safetensors", "fp32")
     apply(tmp_path / "bert", [tmp_path / "task.safetensors"], tmp_path / "task")
     found = load_model(tmp_path / "task").module.state_dict()
-    assert all(torch.allclose(each, found[name], atol=1e-7) for name, each in model.state_dict().items())
+    assert every(torch.allclose(each, found[name], atol=1e-7) for name, each in model.state_dict().items())
     assert callback.penalty > 0
     assert not any(each._backward_hooks for each in model.parameters())
 
@@ -113,7 +89,7 @@ def test_a_resumed_phase_ends_in_the_same_weights(phase: str, trained: Any, tmp_
     found = again.state_dict()
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
     if phase == "sparse":
-        assert all(torch.equal(index, callback.tuner.mask[name]) for name, index in resumed.tuner.mask.items())
+        assert every(torch.equal(index, callback.tuner.mask[name]) for name, index in resumed.tuner.mask.items())
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
@@ -137,7 +113,9 @@ def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, t
             output_dir=str(tmp_path), max_steps=1, gradient_accumulation_steps=accumulated, save_strategy="no",
             max_grad_norm=0.0, report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
         )  # fmt: skip
-        transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(), callbacks=[callback, grab]).train()
+        transformers.Trainer(
+            model=model, args=arguments, train_dataset=Sentences(48), callbacks=[callback, grab]
+        ).train()
         found.append(grab.gradients)
     total = sum(each.numel() for each in classifier().parameters())
     for name in found[0]:
@@ -152,7 +130,7 @@ def test_refusals(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no sparse\.safetensors: its run had no SparseCallback"):
         SparseCallback(classifier(), resume=tmp_path, **SETTINGS)
     with pytest.raises(InputError, match="is of a run that started from other weights; load the base as it was"):
-        SparseCallback(classifier(1), resume=checkpoint, **SETTINGS)
+        SparseCallback(classifier(seed=1), resume=checkpoint, **SETTINGS)
     with pytest.raises(InputError, match=r"was written with k=60, this run has 5; give the same"):
         SparseCallback(classifier(), resume=checkpoint, **SETTINGS | {"k": 5})
     with pytest.raises(InputError, match=r"bert\.embeddings\..* is no maskable parameter"):
@@ -178,4 +156,4 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     before = {name: each.clone() for name, each in model.state_dict().items()}
     run(tmp_path, callback, model, save_strategy="no")
     assert "in step 1: the model is as it was after step 0" in str(callback.stopped)
-    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    assert every(torch.equal(before[name], each) for name, each in model.state_dict().items())

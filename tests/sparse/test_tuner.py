@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.tuner import SparseFineTuner
+from tests.every import every
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, weight_decay=0.1),
@@ -119,7 +120,7 @@ def test_ties_give_exactly_k_and_zeros_count() -> None:
     tuner.select()
     delta = tuner.delta()  # nothing trained: all of them zeros, none of them lost
     assert delta.k == 43
-    assert all(not each.values.any() for each in delta.tensors.values())
+    assert every(not each.values.any() for each in delta.tensors.values())
 
 
 def test_everything_goes_back_to_the_start_the_head_and_statistics_too() -> None:
@@ -130,7 +131,7 @@ def test_everything_goes_back_to_the_start_the_head_and_statistics_too() -> None
     assert "batch.running_mean" in same(before, bits(module))
     tuner.select()
     assert same(before, bits(module)) == []
-    assert all(each.grad is None for each in module.parameters())
+    assert every(each.grad is None for each in module.parameters())
     train(module, tuner)
     assert {"batch.running_mean", "batch.running_var", "layer.weight", "head.bias"} <= tuner.delta().dense.keys()
 

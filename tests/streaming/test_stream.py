@@ -25,6 +25,7 @@ from compress.quant.rtn import MSE
 from compress.records import Plan, QuantOption
 from compress.report.schema import StreamReport
 from compress.streaming.packed import unpack_rows
+from tests.every import every
 from tests.streaming.conftest import GROUP, VOCABULARY, stored, weight_files  # type: ignore[import-not-found]
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -113,7 +114,7 @@ def test_config_report_and_plan(llama: Path, rounded: Path) -> None:
     plan = Plan.model_validate_json((rounded / "plan.json").read_text())
     assert [choice.layer for choice in plan.choices] == names
     assert [name.split(".")[2] for name in names] == [block for block in "012" for _ in LINEARS]
-    assert all(layer.output_error is None and 0 < layer.weight_error < 0.02 for layer in report.layers)
+    assert every(layer.output_error is None and 0 < layer.weight_error < 0.02 for layer in report.layers)
     assert not (rounded.parent / ".out.work").exists()
 
 
@@ -169,7 +170,9 @@ def test_asymmetric_grids_always_have_zero_points(own_llama: Path, tmp_path: Pat
     save_file(tensors, file, {"format": "pt"})
     compress.stream(own_llama, tmp_path / "out", bits=2, group_size=GROUP, symmetric=False, method="minmax")
     found = stored(tmp_path / "out")
-    assert all(f"{each.removesuffix('packed')}zero_point" in found for each in found if each.endswith("weight_packed"))
+    assert every(
+        f"{each.removesuffix('packed')}zero_point" in found for each in found if each.endswith("weight_packed")
+    )
 
 
 BERT = pytest.param(

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
 from tests.streaming.conftest import save_llama, weight_files  # type: ignore[import-not-found]
+from tests.sweep import sweep
 
 BLOCKS = 8
 SAME = ("config.json", "model.safetensors.index.json", "plan.json")
@@ -64,14 +65,15 @@ def run_and_kill(folder: Path, seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(folder: Path, forks: Forks) -> None:
+@sweep("kills", ["one", "random"], sample=["one"])
+def test_killed_and_continued(kills: str, folder: Path, forks: Forks) -> None:
     run = forks.run(folder, *arguments("whole"))
     assert run.returncode == 0, run.stderr
     seed = time.time_ns()
     print(f"seed {seed}")  # shown where the test fails
-    moments = random.Random(seed)
-    for _ in range(3):
-        run_and_kill(folder, moments.uniform(0.0, 0.8))
+    dice = random.Random(seed)
+    for moment in [0.2] if kills == "one" else [dice.uniform(0.0, 0.8) for _ in range(3)]:
+        run_and_kill(folder, moment)
         if (folder / "out").exists():
             break
     if not (folder / "out").exists():

@@ -20,6 +20,7 @@ from compress.errors import InputError
 from compress.intake import Intake, take_in
 from compress.options import Options
 from compress.planning import make_plan
+from tests.every import every
 
 QUICK = MetaAug(steps=3, warm_up=20, rate=2e-2)
 
@@ -96,7 +97,7 @@ def test_without_a_change_it_is_genie_on_every_image_twice(
     done = carried(intake, samples, "metaaug", tmp_path / "a", ignore=ends)
     twice = load_samples(torch.cat([samples.inputs[0]] * 2))
     assert_same(done, carried(intake, twice, "genie", tmp_path / "b", ignore=ends))
-    assert all(";" not in note for note in notes(done).values())
+    assert every(";" not in note for note in notes(done).values())
     once = carried(intake, samples, "genie", tmp_path / "c", ignore=ends)
     with pytest.raises(AssertionError):
         assert_same(done, once)
@@ -305,4 +306,4 @@ def test_time_left_counts_from_where_the_block_begins(
     carried(intake, samples, "metaaug", tmp_path / "a", said.append)
     steps = [each for each in said if ": step" in each]
     assert steps
-    assert all(each.endswith(" 0 s left") for each in steps)
+    assert every(each.endswith(" 0 s left") for each in steps)

@@ -7,6 +7,7 @@ import torch
 
 from compress.calib.metaaug.network import UNet, make_network, widths_for
 from compress.calib.metaaug.warm_start import warm_start
+from tests.every import every
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_its_seed_decides_the_weights_and_leaves_torchs_own_numbers_alone() -> N
     torch.manual_seed(1)
     one, two = (make_network((1, 8, 8), False, seed=4).state_dict() for _ in range(2))
     assert torch.equal(torch.rand(3), wanted)
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert every(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def test_warm_up_ends_when_images_come_back() -> None:
