@@ -32,6 +32,7 @@ from compress.targets import find_target
 __all__ = ["Progress", "Result", "gate_inputs", "realize"]
 
 GATE_SAMPLES = 256
+_UNTIMED = "latency was not measured: --no-bench"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def realize(
     notes: tuple[str, ...] = (),
     threads: int = 1,
     batch: int = 1,
+    bench: bool = True,
     progress: Progress,
 ) -> Result:
     """Carry out ``plan`` and write ``folder``, if there is one, whole or not at all.
@@ -73,6 +75,7 @@ def realize(
         labelled: data for the metric before and after.
         notes: for the report, before those of the run itself.
         threads, batch: what the latency in the report is measured at.
+        bench: whether it is measured.
 
     Raises:
         GateError: the exported file does not compute or run what was calibrated.
@@ -98,9 +101,11 @@ def realize(
             metric = None
             if labelled is not None:
                 metric = measure_metric(intake, compressed.model, files.compressed, labelled, provider)
-            latency = measure_latency(
-                files.float, files.compressed, provider, threads=threads, batch=batch, length=intake.traced.length
-            )
+            latency = None
+            if bench:
+                latency = measure_latency(
+                    files.float, files.compressed, provider, threads=threads, batch=batch, length=intake.traced.length
+                )
             report = build_report(
                 plan=plan,
                 layers=layers_of(intake.layers, plan.splits),
@@ -113,7 +118,7 @@ def realize(
                 metric=metric,
                 measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
                 calibration_seconds=calibrated - started,
-                notes=[*notes, *compressed.notes, *continued],
+                notes=[*notes, *compressed.notes, *continued, *([] if bench else [_UNTIMED])],
             )
             report = report.model_copy(update={"notes": (*report.notes, *_missed(report))})
             if folder is not None:
