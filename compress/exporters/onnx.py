@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from compress.errors import InputError
-from compress.exporters.program import to_program
+from compress.exporters.program import to_program, traced_program
 from compress.exporters.tidy import LAYER_SCOPE, tidy
 from compress.exporters.translation import translate
 from compress.graph.layers import LAYER_KINDS, is_stored
@@ -26,11 +26,11 @@ def build_onnx(traced: TracedModel) -> ir.Model:
     Raises:
         InputError: an operator has no ONNX form; the message names it.
     """
-    program = to_program(traced)
-    _mark_layers(program)
-    names = [node.name for node in traced.inputs()]
     try:
-        model = translate(program, names, traced.output_names)
+        try:
+            model = _translate(to_program(traced), traced)
+        except torch.onnx.errors.OnnxExporterError:  # of the graph as it is; traced once more it may have one
+            model = _translate(traced_program(traced), traced)
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
@@ -40,6 +40,11 @@ def build_onnx(traced: TracedModel) -> ir.Model:
     model.producer_name = "compress"
     model.producer_version = version("compress-toolchain")
     return model
+
+
+def _translate(program: torch.export.ExportedProgram, traced: TracedModel) -> ir.Model:
+    _mark_layers(program)
+    return translate(program, traced.input_names, traced.output_names)
 
 
 def _name_sizes(graph: ir.Graph) -> None:

@@ -1,12 +1,13 @@
 """The graph in hand as a program that PyTorch's exporter to ONNX takes, without tracing it once more.
 
-``torch.export`` runs a model twice on symbolic shapes, and taking operators apart for ONNX does so again: two thirds of
-an export. The graph went through that when the model was traced, and mostly calls what has an ONNX form. All that is
-missing is tensors as inputs, a signature, and the shapes of what was changed since: one run.
+``torch.export`` runs a model twice on symbolic shapes, and taking operators apart for ONNX does so again: most of an
+export. The graph went through that when the model was traced, and mostly calls what has an ONNX form. Missing are
+tensors as inputs, a signature, and the names that nodes would be given: outputs are called after them.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,10 +28,9 @@ from torch.utils import _pytree as pytree
 
 from compress.graph.traced import TracedModel, export_program
 
-__all__ = ["to_program"]
+__all__ = ["to_program", "traced_program"]
 
 _aten = torch.ops.aten
-_CONTIGUOUS = {"memory_format": torch.contiguous_format}
 
 
 class _Settled(ExportedProgram):
@@ -39,7 +39,7 @@ class _Settled(ExportedProgram):
     def run_decompositions(
         self, decomp_table: dict[Any, Callable[..., Any]] | None = None, **settings: Any
     ) -> ExportedProgram:
-        """This program, or what ``decomp_table`` makes of it where it calls something that is in there."""
+        """This program, or what ``decomp_table`` makes of it where it calls something that is taken apart."""
         targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
         if decomp_table is not None and not any(each in decomp_table or _comes_apart(each) for each in targets):
             return self
@@ -50,45 +50,56 @@ class _Settled(ExportedProgram):
         return super().module(check_guards=False)
 
 
-def to_program(traced: TracedModel) -> ExportedProgram:
-    """What ``torch.export`` makes of ``traced.module``; a graph that was read from a file is traced for that.
+def traced_program(traced: TracedModel) -> ExportedProgram:
+    """What ``torch.export`` makes of ``traced.module``.
 
     Raises:
         InputError: as :func:`compress.graph.traced.trace`.
     """
-    inputs = traced.inputs()
-    mode = detect_fake_mode([node.meta.get("val") for node in inputs])
+    return export_program(traced.module, traced.example, traced.dynamic_batch, traced.dynamic_length)
+
+
+def to_program(traced: TracedModel) -> ExportedProgram:
+    """The same as :func:`traced_program`, which is called for graphs that were read from a file and the like.
+
+    Raises:
+        InputError: as :func:`compress.graph.traced.trace`.
+    """
+    mode = detect_fake_mode([node.meta.get("val") for node in traced.inputs()])
     parameters = dict(traced.module.named_parameters(remove_duplicate=False))
     state = parameters | dict(traced.module.named_buffers(remove_duplicate=False))
-    if mode is None or any(node.op == "get_attr" and node.target not in state for node in traced.graph.nodes):
-        return export_program(traced.module, traced.example, traced.dynamic_batch, traced.dynamic_length)
+    unknown = any(node.op == "get_attr" and node.target not in state for node in traced.graph.nodes)
+    # Tracing counts the parts of a result that nobody reads, too, when it numbers them.
+    if mode is None or unknown or any(node.target is operator.getitem for node in traced.outputs()):
+        return traced_program(traced)
     graph, specs = fx.Graph(), []
-    known: dict[str, fx.Node] = {}
+    lifted: dict[str, fx.Node] = {}
     for name in sorted(_by_module(state), key=lambda name: name not in parameters):
         kind, persistent = (InputKind.PARAMETER, None) if name in parameters else (InputKind.BUFFER, True)
-        node = known[name] = graph.placeholder(f"{kind.name[0].lower()}_{name.replace('.', '_')}")
+        node = lifted[name] = graph.placeholder(f"{kind.name[0].lower()}_{name.replace('.', '_')}")
         node.meta["val"] = mode.from_tensor(state[name], static_shapes=True)
         specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent))
-    copied = {node: known[str(node.target)] for node in traced.graph.nodes if node.op == "get_attr"}
-    result = graph.graph_copy(traced.graph, copied)
+    try:
+        result = _copy(traced.graph, graph, lifted, mode)
+    except (RuntimeError, ValueError):  # an edit has left values behind that are none any more
+        return traced_program(traced)
     results = result if isinstance(result, tuple | list) else (result,)
     graph.output(tuple(results))
-    for node in inputs:
-        copied[node].name = str(node.target)  # as the module calls it, where fx has added a number
-        specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copied[node].name), None))
-    _settle(graph, mode)
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
+    names = [str(node.target) for node in traced.inputs()]
     call = ModuleCallSignature(
         inputs=[],
         outputs=[],
         in_spec=pytree.tree_structure((tuple(traced.example), {})),
         out_spec=pytree.tree_structure(result),
-        forward_arg_names=[str(node.target) for node in inputs],
+        forward_arg_names=names,
     )
     return _Settled(
         root=torch.nn.Module(),
         graph=graph,
-        graph_signature=ExportGraphSignature(specs, outputs),
+        graph_signature=ExportGraphSignature(
+            [*specs, *(InputSpec(InputKind.USER_INPUT, TensorArgument(name), None) for name in names)],
+            [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results],
+        ),
         state_dict=state,
         range_constraints={},
         module_call_graph=[ModuleCallEntry("", call)],
@@ -109,39 +120,76 @@ def _by_module(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: places[name.rpartition(".")[0]])
 
 
-def _settle(graph: fx.Graph, mode: FakeTensorMode) -> None:
-    """Write down every value's shape and type; rewrite, as ``torch.export`` does, what has no ONNX form of its own."""
+def _copy(source: fx.Graph, graph: fx.Graph, lifted: dict[str, fx.Node], mode: FakeTensorMode) -> Any:
+    """Append ``source`` to ``graph``, tensors read from ``lifted``; return what it returns.
+
+    What has no ONNX form of its own is rewritten as ``torch.export`` does.
+    """
+    copied: dict[fx.Node, fx.Node] = {}
     with mode, torch.no_grad():
-        for node in graph.nodes:
-            if node.op != "call_function":
-                continue
-            if node.target == _aten.__and__.Tensor:
-                node.target = _aten.bitwise_and.Tensor
-            elif node.target == _aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
-                node.target, node.args = _aten.mean.dim, (node.args[0], [-1, -2], True)
-            elif node.target == _aten.reshape.default and _is_view(node):
-                node.target = _aten.view.default
-            elif node.target == _aten.reshape.default:
-                with graph.inserting_before(node):
-                    copied = graph.create_node("call_function", _aten.clone.default, (node.args[0],), _CONTIGUOUS)
-                copied.meta = {**node.meta, "val": copied.target(node.args[0].meta["val"], **_CONTIGUOUS)}
-                node.target, node.args = _aten._unsafe_view.default, (copied, *node.args[1:])
-            node.meta["val"] = _value(node)
+        for node in source.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+            if node.op == "get_attr":
+                copied[node] = lifted[str(node.target)]
+            elif node.op == "placeholder":
+                copied[node] = graph.placeholder(str(node.target))
+                copied[node].name = str(node.target)  # which fx takes for one of Python's own: input
+                copied[node].meta = dict(node.meta)
+            elif node.op == "output":
+                return args[0]
+            else:
+                copied[node] = _call(graph, *_rewritten(graph, node, args), kwargs, node.meta)
+    raise AssertionError("the graph has no output")
 
 
-def _value(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    return node.target(*args, **kwargs)
+def _rewritten(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """What to call in the place of ``node``, and with which arguments; ``args`` are its own, copied."""
+    target: Any = node.target
+    if target == _aten.__and__.Tensor:
+        return _aten.bitwise_and.Tensor, args
+    if target == _aten.adaptive_avg_pool2d.default and list(args[1]) == [1, 1]:
+        return _aten.mean.dim, (args[0], [-1, -2], True)
+    if target == _aten.flatten.using_ints:
+        sizes = [_size(graph, size) for size in node.meta["val"].shape]
+        if None not in sizes:
+            target, args = _aten.reshape.default, (args[0], sizes)
+    if target == _aten.reshape.default:
+        try:
+            _aten.view.default(*_values(args))
+        except (RuntimeError, ValueError):  # the value does not lie in memory as it has to
+            how = {"memory_format": torch.contiguous_format}
+            return _aten._unsafe_view.default, (_call(graph, _aten.clone.default, args[:1], how, node.meta), *args[1:])
+        return _aten.view.default, args
+    return target, args
 
 
-def _is_view(reshape: fx.Node) -> bool:
-    """Whether the value lies in memory in such a way that its reshaped form is a view of it."""
-    source, shape = fx.map_arg(reshape.args, lambda node: node.meta["val"])
-    try:
-        source.view(shape)
-    except (RuntimeError, ValueError):
-        return False
-    return True
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: dict[str, Any]) -> fx.Node:
+    """A call with its value, named as tracing names it."""
+    overloaded = isinstance(target, torch._ops.OpOverload)
+    name = target.overloadpacket.__name__ if overloaded else None
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    node.meta = dict(meta)
+    # An operator that is made of others may fix a size that was to vary: what is known of it stays.
+    if "val" not in meta or not (overloaded and target._can_decompose()):
+        arguments, named = _values((args, kwargs))
+        node.meta["val"] = target(*arguments, **named)
+    return node
+
+
+def _values(arguments: Any) -> Any:
+    return fx.map_arg(arguments, lambda node: node.meta["val"])
+
+
+def _size(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node | None:
+    """``size``, or a node that reads it from an input, made where there is none; None where no input has it."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    for node in graph.find_nodes(op="placeholder"):
+        for axis, found in enumerate(node.meta["val"].shape):
+            if isinstance(found, torch.SymInt) and found.node.expr == size.node.expr:
+                read = (user for user in node.users if user.target == _aten.sym_size.int and user.args[1] == axis)
+                return next(read, None) or _call(graph, _aten.sym_size.int, (node, axis), {}, {})
+    return None
 
 
 def _comes_apart(target: Any) -> bool:

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from compress.exporters.functions import OPSET
 from compress.exporters.lowering import translations
+from compress.kernels.table import register_operators
 
 __all__ = ["operator_table", "translate"]
 
@@ -58,13 +59,15 @@ def operator_table() -> Any | None:
 
     An export only reads it.
     """
+    register_operators()
+    own = translations()
     try:
         exporter = _exporter()
         if "registry" not in inspect.signature(exporter.export).parameters:
             raise TypeError("its exporter takes none")
         with _quiet_exporter():
             table = exporter._registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
-            for operator, translation in translations().items():
+            for operator, translation in own.items():
                 table.register_op(operator, translation)
     except (AttributeError, ImportError, TypeError) as error:
         warnings.warn(
