@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Unpack
@@ -156,8 +156,8 @@ def apply(
 ) -> Result:
     """Carry out ``plan``: one of :func:`allocate` or :func:`sweep`, of a finished folder, or edited by hand.
 
-    Of the options only how to read model and data, how many samples, and threads and batch of the timing are used;
-    the rest is in the plan.
+    Of the options only how to read model and data, how many samples, and bench, threads and batch of the timing are
+    used; the rest is in the plan.
 
     Raises:
         InputError: the plan is for another model, or asks for what cannot be done; every such choice is named.
@@ -359,12 +359,13 @@ def _make_plan(
 
     labels = work.labelled.labels if work.labelled is not None else None
     classes = labels is not None and not labels.is_floating_point()
+    untimed = replace(options, bench=False)
 
     def drop_of(plan: Plan) -> float:
         assert work.labelled is not None
         key = [plan_fingerprint(plan), work.labelled.fingerprint, version("onnxruntime")]
         return remembered(
-            "drop", key, lambda: _realize(work, plan, options, None, False, progress).report.measured["drop"]
+            "drop", key, lambda: _realize(work, plan, untimed, None, False, progress).report.measured["drop"]
         )
 
     evaluation = work.labelled.fingerprint if work.labelled is not None else None
@@ -392,6 +393,7 @@ def _realize(
         notes=(*work.notes, *notes),
         threads=_given(options.search.threads, plan.allocation.threads if plan.allocation else 1),
         batch=_given(options.search.batch, plan.allocation.batch if plan.allocation else 1),
+        bench=options.bench,
         progress=progress or silent,
     )
 

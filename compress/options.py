@@ -111,6 +111,7 @@ class Options:
         smoothquant: whether SmoothQuant comes first. None: where linears of a transformer get quantized inputs.
         equalize, awq, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.Steps.
         seed: of everything random.
+        bench: whether the finished file is timed beside the float one, for the report.
         search: how budgets are met.
     """
 
@@ -136,6 +137,7 @@ class Options:
     statistics_tuning: bool = False
     bias_tuning: bool = False
     seed: int = 0
+    bench: bool = True
     search: Search = field(default_factory=Search)
 
 
@@ -165,6 +167,7 @@ class Settings(TypedDict, total=False):
     statistics_tuning: bool
     bias_tuning: bool
     seed: int
+    bench: bool
     search: Search
     weight_widths: tuple[int, ...]
     act_widths: tuple[int, ...] | None

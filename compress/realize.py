@@ -32,6 +32,7 @@ from compress.targets import find_target
 __all__ = ["Progress", "Result", "realize"]
 
 _ASK = "give samples with --calib or --eval"
+_UNTIMED = "latency was not measured: --no-bench"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def realize(
     notes: tuple[str, ...] = (),
     threads: int = 1,
     batch: int = 1,
+    bench: bool = True,
     progress: Progress,
 ) -> Result:
     """Carry out ``plan`` and write ``folder``, if there is one, whole or not at all.
@@ -73,6 +75,7 @@ def realize(
         labelled: data for the metric before and after.
         notes: for the report, before those of the run itself.
         threads, batch: what the latency in the report is measured at.
+        bench: whether it is measured.
 
     Raises:
         GateError: the exported file does not compute or run what was calibrated.
@@ -100,9 +103,12 @@ def realize(
             metric = None
             if labelled is not None:
                 metric = measure_metric(intake, compressed.model, files.compressed, labelled, provider)
-            latency = measure_latency(
-                files.float, files.compressed, provider, threads=threads, batch=batch, length=intake.traced.length
-            )
+            latency = None
+            if bench:
+                latency = measure_latency(
+                    files.float, files.compressed, provider, threads=threads, batch=batch, length=intake.traced.length
+                )
+            gate_notes = [f"gate: {note}" for note in parity.notes]
             report = build_report(
                 plan=plan,
                 layers=layers_of(intake.layers, plan.splits),
@@ -115,7 +121,7 @@ def realize(
                 metric=metric,
                 measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
                 calibration_seconds=calibrated - started,
-                notes=[*notes, *compressed.notes, *continued, *(f"gate: {note}" for note in parity.notes)],
+                notes=[*notes, *compressed.notes, *continued, *gate_notes, *([] if bench else [_UNTIMED])],
             )
             report = report.model_copy(update={"notes": (*report.notes, *_missed(report))})
             if folder is not None:

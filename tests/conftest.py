@@ -1,7 +1,8 @@
-"""What every test gets: a fixed seed, one thread, and the shared data where the machine has it."""
+"""What every test gets: a fixed seed, one thread, no benchmark, and the shared data where the machine has it."""
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -17,7 +18,10 @@ import numpy as np
 import pytest
 
 from compress import instruction_sets
-from tests.torchlib import keep_torchlib
+from compress.options import Options
+from tests.processor_time import pytest_runtest_call, pytest_runtest_protocol
+
+__all__ = ["pytest_runtest_call", "pytest_runtest_protocol"]
 
 # What is planned here does not change when another processor is measured: leading convolutions of fewer than 16
 # channels are float, and depthwise ones. tests/test_instruction_sets.py reads what is shipped.
@@ -38,7 +42,11 @@ def seed() -> None:
         torch.manual_seed(0)
         # More threads change the order of sums, and on a busy machine they wait for each other: 60 times slower.
         torch.set_num_threads(1)
-        keep_torchlib()
+
+
+def pytest_configure() -> None:
+    """A test that looks at latency says ``bench=True``; the others do not pay for a benchmark each."""
+    Options.__init__ = functools.partialmethod(Options.__init__, bench=False)  # type: ignore[assignment, method-assign]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

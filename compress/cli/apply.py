@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.options import Calib, Eval, reading, settings_of, takes, timing, writing
+from compress.cli.options import Calib, Eval, benching, reading, settings_of, takes, timing, writing
 from compress.cli.quantize import print_result
 
 
-@takes(timing, reading, writing)
+@takes(timing, benching, reading, writing)
 def apply(
     plan: Annotated[str, typer.Argument(help="Plan file, or a folder that `compress quantize` wrote")],
     model: Annotated[str, typer.Argument(help="The float model's file that the plan was made for")],

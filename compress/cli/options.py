@@ -18,7 +18,19 @@ import typer
 from compress.cli.inputs import Allow, Classes, Delta, Factory, For, InputShape, Length, Mean, Size, Std, numbers, shape
 from compress.errors import InputError
 
-__all__ = ["Calib", "Eval", "no_data", "planning", "reading", "searching", "settings_of", "takes", "timing", "writing"]
+__all__ = [
+    "Calib",
+    "Eval",
+    "benching",
+    "no_data",
+    "planning",
+    "reading",
+    "searching",
+    "settings_of",
+    "takes",
+    "timing",
+    "writing",
+]
 
 _BUDGETS = "Budgets"
 _PLAN = "What is done to every layer"
@@ -240,6 +252,15 @@ def timing(
     batch: Annotated[int, typer.Option(help="Batch that latency is measured at")] = 1,
 ) -> None:
     """What latency is measured at."""
+
+
+def benching(
+    bench: Annotated[
+        bool,
+        typer.Option(help="Time the finished file beside the float one, for the report; --no-bench saves a second"),
+    ] = True,
+) -> None:
+    """Whether what was made is timed."""
 
 
 def writing(

@@ -7,14 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.options import Calib, Eval, planning, reading, searching, settings_of, takes, timing, writing
+from compress.cli.options import (
+    Calib,
+    Eval,
+    benching,
+    planning,
+    reading,
+    searching,
+    settings_of,
+    takes,
+    timing,
+    writing,
+)
 
 if TYPE_CHECKING:
     from compress.api import Preview
     from compress.report.schema import Report
 
 
-@takes(planning, searching, timing, reading, writing)
+@takes(planning, searching, timing, benching, reading, writing)
 def quantize(
     model: Annotated[str, typer.Argument(help="Model: .pt, .pth, .th, .pt2, .safetensors, or a Hugging Face folder")],
     bits: Annotated[

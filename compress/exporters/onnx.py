@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +11,11 @@ import onnx_ir as ir
 import torch
 
 from compress.errors import InputError
-from compress.exporters.functions import OPSET
-from compress.exporters.lowering import translations
+from compress.exporters.program import to_program, traced_program
 from compress.exporters.tidy import LAYER_SCOPE, tidy
+from compress.exporters.translation import translate
 from compress.graph.layers import LAYER_KINDS, is_stored
-from compress.graph.traced import TracedModel, export_program
+from compress.graph.traced import TracedModel
 
 __all__ = ["build_onnx", "write_onnx"]
 
@@ -30,36 +26,25 @@ def build_onnx(traced: TracedModel) -> ir.Model:
     Raises:
         InputError: an operator has no ONNX form; the message names it.
     """
-    program = export_program(traced.module, traced.example, traced.dynamic_batch, traced.dynamic_length)
-    _mark_layers(program)
-    names = [node.name for node in traced.inputs()]
-    for each in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of what they do not fold
-        logging.getLogger(each).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=traced.output_names or None,
-                custom_translation_table=translations(),
-                optimize=True,
-                verbose=False,
-            )
+        try:
+            model = _translate(to_program(traced), traced)
+        except torch.onnx.errors.OnnxExporterError:  # of the graph as it is; traced once more it may have one
+            model = _translate(traced_program(traced), traced)
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise InputError(f"the model cannot be written as ONNX: {reason}") from error
-    assert exported is not None
-    model = exported.model
     tidy(model)
     _name_sizes(model.graph)
     model.producer_name = "compress"
     model.producer_version = version("compress-toolchain")
     return model
+
+
+def _translate(program: torch.export.ExportedProgram, traced: TracedModel) -> ir.Model:
+    _mark_layers(program)
+    return translate(program, traced.input_names, traced.output_names)
 
 
 def _name_sizes(graph: ir.Graph) -> None:

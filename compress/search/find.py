@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def find_plan(
     if drop_of is None and any(budget.quantity == "drop" for budget in parse_budgets(options.budgets)):
         raise InputError("--budget drop=... is kept by evaluating plans: give labelled data with classes as --eval")
     versions = [version(name) for name in ("compress-toolchain", "onnxruntime", "torch")]
-    key = digest([intake.fingerprint, samples.fingerprint if samples else None, evaluation, asdict(options), versions])
+    data = samples.fingerprint if samples else None
+    key = digest([intake.fingerprint, data, evaluation, asdict(replace(options, bench=True)), versions])
     if pending is not None and (kept := _kept(pending, key)) is not None:
         return kept, ("continued with the plan that an earlier run found",)
     prepared = prepare(intake, options, samples, progress)

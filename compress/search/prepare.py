@@ -82,6 +82,11 @@ def prepare(
         raise InputError("--equalize changes the weights that sensitivities are measured on; with budgets leave it out")
     budgets = parse_budgets(options.budgets)
     objective = _objective(options, budgets)
+    if not options.bench and any(each.quantity == "latency" for each in budgets):
+        raise InputError(
+            "--no-bench leaves the finished file untimed, and its time shows whether a budget on latency was kept; "
+            "leave one of the two out"
+        )
     _check_solver(options)
     frame = begin_plan(intake, options, samples)
     measure = decide_measure(options, samples)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,15 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "compress", *map(str, arguments)]
+    return [sys.executable, "-m", "compress", *untimed(arguments)]
+
+
+def untimed(arguments: Sequence[object]) -> list[str]:
+    """With ``--no-bench`` for the verbs that know it; a run whose time matters says ``--bench``."""
+    given = list(map(str, arguments))
+    if given[:1] in (["quantize"], ["apply"]) and not {"--bench", "--no-bench"} & set(given):
+        given.insert(1, "--no-bench")
+    return given
 
 
 def populate(folder: Path) -> Path:
@@ -87,14 +95,11 @@ def populate(folder: Path) -> Path:
 # Reads one case a line, forks, and runs the command line in the child: exit code, stdout and stderr are the real ones,
 # and torch is imported once for all of them.
 SERVER = """
-import atexit, gc, json, logging, os, sys
+import atexit, gc, json, os, sys
 import compress.api
-import torch.onnx._internal.exporter._registration as table
 from compress.cli.main import main
-from tests.torchlib import keep_torchlib
-keep_torchlib()
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # as an export does
-table.ONNXRegistry.from_torchlib(opset_version=18)
+from compress.exporters.translation import operator_table
+operator_table()
 gc.freeze()  # a child's collections would copy it all
 for line in sys.stdin:
     case = json.loads(line)
@@ -135,7 +140,7 @@ class Forks:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         stdout, stderr = (str(self.folder / name) for name in ("stdout", "stderr"))
-        case = {"cwd": str(cwd), "arguments": list(map(str, arguments)), "stdout": stdout, "stderr": stderr}
+        case = {"cwd": str(cwd), "arguments": untimed(arguments), "stdout": stdout, "stderr": stderr}
         case["variables"] = dict(variables or {})
         self.server.stdin.write(json.dumps(case) + "\n")
         self.server.stdin.flush()

@@ -79,7 +79,7 @@ def test_apply_gives_what_quantize_with_the_budget_gives(forks: Forks, folder: P
     )
     assert "Plan's size" in text
     assert "measured" in text
-    good(forks, folder, "apply", "plan.json", "model.pt", *DATA, "--eval", "test.npz", "-o", "applied")
+    good(forks, folder, "apply", "plan.json", "model.pt", *DATA, "--eval", "test.npz", "--bench", "-o", "applied")
     for name in ("model.onnx", "model.safetensors", "graph.json"):
         assert (folder / "at-once" / name).read_bytes() == (folder / "applied" / name).read_bytes(), name
     report = json.loads((folder / "applied" / "report.json").read_text())
@@ -144,6 +144,7 @@ def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path)
         "--no-floats",
         "--top",
         2,
+        "--bench",
         "-o",
         "timed",
         "--json",
@@ -179,6 +180,7 @@ REFUSED = {
     "no unit": (("--budget", "size=2"), 2, "size needs a unit"),
     "wrong unit": (("--budget", "latency=3MB"), 2, "'MB' is no unit of latency"),
     "unknown quantity": (("--budget", "energy=3J"), 2, "unknown quantity 'energy'; known: size, latency, drop, bops"),
+    "untimed": (("--budget", "latency=5x", "--no-bench"), 2, "--no-bench leaves the finished file untimed"),
     "twice": (("--budget", "size=1MB,size=2MB"), 2, "size is limited twice"),
     "bits too": (("--budget", "size=0.2x", "--bits", 4), 2, "give either --bits"),
     "drop without data": (("--budget", "drop=0.5"), 2, "give labelled data with classes as --eval"),

@@ -65,7 +65,7 @@ def test_version(compress: Run, tmp_path: Path) -> None:
 def test_weights_and_a_factory_with_data_and_labels(compress: Run, workplace: Path) -> None:
     run = compress(
         workplace, "quantize", "weights.th", "--model", "nets:make", "--bits", 4, "--calib", "calib.npz",
-        "--eval", "test.npz", "--iterations", 10, "--out", "full",
+        "--eval", "test.npz", "--iterations", 10, "--bench", "--out", "full",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stderr == "", "no warnings, and no bar off a terminal"
@@ -81,10 +81,12 @@ def test_weights_and_a_factory_with_data_and_labels(compress: Run, workplace: Pa
 
 @pytest.mark.slow
 def test_the_shortest_command_quantizes_the_weights(compress: Run, workplace: Path) -> None:
-    run = compress(workplace, "quantize", "model.pt", "--bits", 4)
+    run = compress(workplace, "quantize", "model.pt", "--bits", 4, "--no-bench")
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     assert "W4" in run.stdout
+    assert "- latency was not measured: --no-bench" in run.stdout
+    assert "Latency" not in run.stdout
     assert "found by trying: 1x28x28" in run.stdout
     assert "relative to the float weights" in run.stdout
     assert {path.name for path in (workplace / "model-w4").iterdir()} == FILES
