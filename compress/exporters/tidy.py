@@ -11,7 +11,9 @@
 6. Products with a weight that stays packed become MatMulNBits (compress/exporters/blocks.py), those of integers that
    end in floats MatMulIntegerToFloat (compress/exporters/products.py).
 7. A table of int8 codes is looked up before it is dequantized (compress/exporters/lookups.py).
-8. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
+8. Every call of an integer layer reads a zero point of its own, and 8-bit codes of its own, too: ONNX Runtime's option
+   ``session.x64quantprecision`` replaces both, under names that it makes of the old ones.
+9. Layer nodes are named after their layer (``#1``, ``#2`` ... for further calls of a shared one), values after what
    they are; the exporter's traces go.
 """
 
@@ -59,6 +61,7 @@ def tidy(model: ir.Model) -> None:
     look_up_codes(graph)
     use_matmul_nbits(model)
     use_integer_products(model)
+    _separate_calls(graph)
     _share_constants(graph)
     _remove_unread(graph)
     _name(graph)
@@ -171,6 +174,52 @@ def _keep_float(graph: ir.Graph, layer: ir.Node) -> None:
     own = ir.Node("", "DequantizeLinear", [codes, *repeated], [ir.AttrInt64("axis", 1)])
     graph.insert_before(layer, own)
     layer.replace_input_with(0, own.outputs[0])
+
+
+def _separate_calls(graph: ir.Graph) -> None:
+    """Share no weight's zero point, nor codes that need 8 bits, between two calls.
+
+    ONNX Runtime would refuse to replace either twice. A further call reads its codes through a Reshape to the shape
+    they have, which is folded at load: nothing is stored twice.
+    """
+    calls: dict[ir.Value, int] = {}
+    for node in list(graph):
+        layer = layer_of(node) if node.op_type in ("DequantizeLinear", "MatMulIntegerToFloat") else None
+        if layer is None:
+            continue
+        if node.op_type == "MatMulIntegerToFloat":
+            _separate_codes(graph, node, 1, calls)
+            continue
+        zero_point = constant_of(node.inputs[2])
+        assert zero_point is not None, f"{layer}: its weight's zero point is computed"
+        readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
+        for position, (reader, index) in enumerate(readers):
+            own = node
+            if position:
+                own = ir.Node("", "DequantizeLinear", node.inputs, node.attributes.values())
+                graph.insert_before(reader, own)
+                reader.replace_input_with(index, own.outputs[0])
+            call = _separate_codes(graph, own, 0, calls)
+            name = f"{layer}.weight_zero_point" + (f"#{call}" if call else "")
+            own.replace_input_with(2, initialise(graph, name, zero_point))
+
+
+def _separate_codes(graph: ir.Graph, node: ir.Node, index: int, calls: dict[ir.Value, int]) -> int:
+    """Which call of its codes ``node``, which reads them as input ``index``, is: counted in ``calls``, from 0."""
+    codes = node.inputs[index]
+    assert codes is not None
+    call = calls.get(codes, 0)
+    calls[codes] = call + 1
+    stored = codes if codes.is_initializer() else codes.producer().inputs[0]
+    if call and stored.is_initializer() and str(stored.name).endswith(".weight_codes"):
+        rank = len(stored.shape)
+        same = graph.initializers.get(f"same_{rank}_sizes") or initialise(
+            graph, f"same_{rank}_sizes", np.zeros(rank, dtype=np.int64)
+        )
+        again = ir.Node("", "Reshape", [codes, same])
+        graph.insert_before(node, again)
+        node.replace_input_with(index, again.outputs[0])
+    return call
 
 
 def _share_constants(graph: ir.Graph) -> None:

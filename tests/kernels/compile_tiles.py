@@ -50,7 +50,7 @@ def shared_bytes(source: ASTSource, architecture: int, given: dict[str, Any]) ->
         module = stages[name](module, {"target": target, **options.__dict__})
     manager = ir.pass_manager(context)
     passes.ttgpuir.add_combine_tensor_select_and_if(manager)
-    passes.ttgpuir.add_allocate_warp_groups(manager, False)
+    passes.ttgpuir.add_allocate_warp_groups(manager)
     passes.convert.add_scf_to_cf(manager)
     passes.gluon.add_inliner(manager)
     version = get_ptx_version_from_options(options, architecture)
