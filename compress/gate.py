@@ -97,7 +97,7 @@ def verify(
         integer_layers=sum(compute in ("integer", "dynamic") for compute in computes.values()),
         float_layers=sum(compute == "float" for compute in computes.values()),
         block_layers=sum(compute.startswith("blocks") for compute in computes.values()),
-        layers=check_layers(traced, lone_layers(graph, provider), _layer_batches(traced, inputs, worst)),
+        layers=check_layers(traced, lone_layers(path, graph, provider), _layer_batches(traced, inputs, worst)),
         notes=notes,
     )
     failures = _over(parity, limits)
