@@ -219,11 +219,9 @@ def _agreement(got: Tensor, wanted: Tensor) -> float | None:
 
 
 def _over(parity: Parity, limits: Limits) -> list[str]:
-    worst = (
-        ""
-        if parity.worst_sample is None
-        else f", worst on sample {parity.worst_sample} ({parity.worst_relative_l2:.2%})"
-    )
+    worst = ""
+    if parity.worst_sample is not None:
+        worst = f", furthest on sample {parity.worst_sample} ({parity.worst_relative_l2:.2%})"
     found = []
     for how, distance, limit, agreement in (
         ("without optimisation", parity.relative_l2_unoptimized, limits.unoptimized, parity.agreement_unoptimized),
