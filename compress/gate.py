@@ -98,7 +98,7 @@ def verify(
         integer_layers=sum(compute in ("integer", "dynamic") for compute in computes.values()),
         float_layers=sum(compute == "float" for compute in computes.values()),
         block_layers=sum(compute.startswith("blocks") for compute in computes.values()),
-        layers=check_layers(traced, lone_layers(graph, provider), _layer_batches(traced, inputs, worst)),
+        layers=check_layers(traced, lone_layers(path, graph, provider), _layer_batches(traced, inputs, worst)),
         notes=notes,
     )
     failures = _over(parity, limits)
@@ -222,11 +222,9 @@ def _agreement(got: Tensor, wanted: Tensor) -> float | None:
 
 
 def _over(parity: Parity, limits: Limits) -> list[str]:
-    worst = (
-        ""
-        if parity.worst_sample is None
-        else f", worst on sample {parity.worst_sample} ({parity.worst_relative_l2:.2%})"
-    )
+    worst = ""
+    if parity.worst_sample is not None:
+        worst = f", furthest on sample {parity.worst_sample} ({parity.worst_relative_l2:.2%})"
     found = []
     for how, distance, limit, agreement in (
         ("without optimisation", parity.relative_l2_unoptimized, limits.unoptimized, parity.agreement_unoptimized),

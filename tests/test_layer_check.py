@@ -88,7 +88,7 @@ def exported(
             net, x = module(), torch.rand(32, *SHAPES[module]) * 2
             for name, parameter in net.named_parameters():
                 if name.endswith("bias"):  # no channel is to be dead behind its ReLU: nothing would show there
-                    torch.nn.init.constant_(parameter, 1.0)
+                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
             traced = compress_quickly(net, x if calibrated else None, SHAPES[module], **options)
             path = tmp_path_factory.mktemp(kind) / "model.onnx"
             write_onnx(build_onnx(traced), path, {})
@@ -103,7 +103,7 @@ def plant(path: Path, out: Path, name: str, change: Callable[[np.ndarray], None]
     model = onnx.load(path)
     (tensor,) = (each for each in model.graph.initializer if each.name == name)
     array = numpy_helper.to_array(tensor).copy()
-    change(array.reshape(-1))
+    change(array)
     tensor.CopyFrom(numpy_helper.from_array(array, name))
     onnx.save(model, out)
     return out
@@ -113,16 +113,25 @@ def at_fault(parity: Parity) -> list[str]:
     return [row.name for row in parity.layers if not row.steps <= row.allowed_steps]
 
 
-def flip_bits(codes: np.ndarray) -> None:
-    codes.view(np.uint8)[0] ^= 0xFF
+def flip_code(stored: np.ndarray) -> None:
+    """The first code to the other end of its range; in a block the first byte, of one code or two."""
+    if stored.dtype == np.int8:
+        stored.reshape(-1)[0] = -127 if stored.reshape(-1)[0] >= 0 else 127
+    elif stored.ndim == 3:
+        stored[0, 0, 0] = 0 if stored[0, 0, 0] >= 128 else 255
+    else:
+        bits, bytes_a_bit = stored.shape
+        codes = unpack(torch.from_numpy(stored.copy()), bits, 8 * bytes_a_bit)
+        codes[0] = 0 if codes[0] >= 1 << (bits - 1) else (1 << bits) - 1
+        stored[:] = pack(codes, bits).numpy().reshape(stored.shape)
 
 
 def double(numbers: np.ndarray) -> None:
-    numbers[0] = numbers[0] * 2 if numbers[0] else 1
+    numbers.reshape(-1)[0] *= 2
 
 
 def move(numbers: np.ndarray) -> None:
-    numbers[0] += numbers.dtype.type(3 + 3 * np.abs(numbers).max())
+    numbers.reshape(-1)[0] += numbers.dtype.type(3 + 3 * np.abs(numbers).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +146,7 @@ def test_a_sound_file_has_no_layer_off(kind: str, exported: Callable[[str], tupl
 
 
 FAULTS = {
-    "codes": (flip_bits, ("weight_packed", "weight_codes")),
+    "codes": (flip_code, ("weight_packed", "weight_codes")),
     "scale": (double, ("weight_scale",)),
     "bias": (move, ("bias_codes", "bias")),
 }
