@@ -26,6 +26,8 @@ from compress.records import Plan
 from compress.search import allocator, costs
 from compress.targets import find_target
 
+pytestmark = pytest.mark.slow  # a kit is seven exports, and every plan four
+
 CPU = find_target("onnx-cpu")
 ROUNDS = 3  # nothing here depends on how exact the times are
 Edit = Callable[[dict[str, Any]], None]
