@@ -31,7 +31,7 @@ from compress.onnxfile import export_shared, export_whole, prove_file
 from compress.options import Options, Settings, check_unused, gather
 from compress.planning import make_plan
 from compress.progress import Progress, silent
-from compress.realize import Result, realize
+from compress.realize import Result, realize_work
 from compress.records import Front, LayerSpec, Plan
 from compress.report.front import check_front_folder, write_front
 from compress.report.schema import Parity, Proof
@@ -104,7 +104,7 @@ def quantize(
     pending = folder.with_name(f".{folder.name}.plan.json") if folder is not None else None
     plan, notes = _make_plan(work, options, progress or silent, pending)
     try:
-        result = _realize(work, plan, options, folder, overwrite, progress, notes)
+        result = realize_work(work, plan, options, folder, overwrite, progress, notes)
     except GateError:  # the next run is not to meet the same plan again
         if pending is not None:
             pending.unlink(missing_ok=True)
@@ -177,7 +177,7 @@ def apply(
         samples.fingerprint if samples else None,
         len(samples) if samples else 0,
     )
-    return _realize(work, reviewed, options, folder, overwrite, progress, tuple(notes))
+    return realize_work(work, reviewed, options, folder, overwrite, progress, tuple(notes))
 
 
 def sweep(
@@ -214,7 +214,7 @@ def sweep(
     prepared = prepare(work.intake, options, work.samples, report_progress, also_timed=over == "latency")
 
     def carry_out(plan: Plan) -> dict[str, float]:
-        report = _realize(work, plan, options, None, False, progress).report
+        report = realize_work(work, plan, options, None, False, progress).report
         accuracy = {"accuracy": report.metric.compressed_onnx} if report.metric else {}
         return {**report.measured, **accuracy}
 
@@ -365,39 +365,10 @@ def _make_plan(
         assert work.labelled is not None
         key = [plan_fingerprint(plan), work.labelled.fingerprint, version("onnxruntime")]
         return remembered(
-            "drop", key, lambda: _realize(work, plan, untimed, None, False, progress).report.measured["drop"]
+            "drop", key, lambda: realize_work(work, plan, untimed, None, False, progress).report.measured["drop"]
         )
 
     evaluation = work.labelled.fingerprint if work.labelled is not None else None
     judge = drop_of if classes else None
     plan, notes = find_plan(work.intake, options, work.samples, judge, progress, pending, evaluation)
     return plan, (*reasons, *notes)
-
-
-def _realize(
-    work: Work,
-    plan: Plan,
-    options: Options,
-    folder: Path | None,
-    overwrite: bool,
-    progress: Progress | None,
-    notes: tuple[str, ...] = (),
-) -> Result:
-    return realize(
-        work.intake,
-        plan,
-        work.samples,
-        work.labelled,
-        folder,
-        overwrite=overwrite,
-        notes=(*work.notes, *notes),
-        threads=_given(options.search.threads, plan.allocation.threads if plan.allocation else 1),
-        batch=_given(options.search.batch, plan.allocation.batch if plan.allocation else 1),
-        bench=options.bench,
-        progress=progress or silent,
-    )
-
-
-def _given(asked: int, planned: int) -> int:
-    """What was asked for, or where that is the default of one what the plan's latency was measured at."""
-    return asked if asked != 1 else planned

@@ -22,14 +22,16 @@ from compress.gate import verify, verify_or_raise
 from compress.gate_inputs import GATE_SAMPLES, gate_inputs
 from compress.graph.traced import TracedModel
 from compress.intake import Intake
-from compress.progress import Progress, Tally
+from compress.options import Options
+from compress.progress import Progress, Tally, silent
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
 from compress.runtime.base import compare_base, write_base
 from compress.targets import find_target
+from compress.work import Work
 
-__all__ = ["Progress", "Result", "realize"]
+__all__ = ["Progress", "Result", "realize", "realize_work"]
 
 _ASK = "give samples with --calib or --eval"
 _UNTIMED = "latency was not measured: --no-bench"
@@ -131,6 +133,36 @@ def realize(
                     write_base(compare_base(intake.original, float_graph), partial, tensors_digest(partial))
                     (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return Result(report, folder, compressed.model.module)
+
+
+def realize_work(
+    work: Work,
+    plan: Plan,
+    options: Options,
+    folder: Path | None,
+    overwrite: bool,
+    progress: Progress | None,
+    notes: tuple[str, ...] = (),
+) -> Result:
+    """:func:`realize` with what a verb has in hand; how the latency is measured is the options', or the plan's."""
+    return realize(
+        work.intake,
+        plan,
+        work.samples,
+        work.labelled,
+        folder,
+        overwrite=overwrite,
+        notes=(*work.notes, *notes),
+        threads=_given(options.search.threads, plan.allocation.threads if plan.allocation else 1),
+        batch=_given(options.search.batch, plan.allocation.batch if plan.allocation else 1),
+        bench=options.bench,
+        progress=progress or silent,
+    )
+
+
+def _given(asked: int, planned: int) -> int:
+    """What was asked for, or where that is the default of one what the plan's latency was measured at."""
+    return asked if asked != 1 else planned
 
 
 def _export(float_model: TracedModel, model: TracedModel, folder: Path) -> _Exported:

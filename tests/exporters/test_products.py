@@ -126,6 +126,27 @@ def test_products_of_computed_values_stay_float(inputs: str, bits: int, tmp_path
     assert last.input[-1].endswith("shift")
 
 
+class Placed(nn.Module):
+    """What is added behind the first linear has numbers for each position, and is no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, 48, bias=False), nn.Linear(48, 8)
+        self.place = nn.Parameter(torch.randn(ROWS, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x) + self.place))
+
+
+def test_what_is_added_to_positions_is_no_bias(tmp_path: Path) -> None:
+    run = quantize(Placed(), tmp_path, **settings_of("dynamic", 8))
+    check_numbers(run, 0.03)
+    (first,) = (node for node in run.written.node if node.name == "a")
+    assert first.op_type == "MatMulIntegerToFloat"
+    (add,) = (node for node in run.written.node if first.output[0] in node.input)
+    assert add.op_type == "Add"
+
+
 def test_weights_alone_stay_packed(tmp_path: Path) -> None:
     run = quantize(Rows(), tmp_path, bits=4, group_size=32, input_shape=(ROWS, WIDTH))
     assert every(run.kinds[layer] == ["MatMulNBits"] for layer in "abcdef"), run.kinds

@@ -79,6 +79,18 @@ def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int, ex
     assert not any(name.endswith(".weight") for name in model.graph.initializers)
 
 
+@pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
+def test_narrow_codes_are_clipped_to_their_range(target: str, exported: Exported) -> None:
+    model = exported(plain, act_bits=4, target=target)
+    ends = []
+    for node in nodes(model, "Clip"):
+        low, high = (ir.convenience.get_const_tensor(each) for each in node.inputs[1:])
+        assert low is not None
+        assert high is not None
+        ends.append((int(low.numpy()), int(high.numpy())))
+    assert set(ends) == {(0, 15) if target == "onnx-cpu" else (-128, -113)}
+
+
 PADS = {
     "pad": lambda net, x: F.pad(y := torch.relu(net.a(x)), (1, 1)).narrow(3, 1, 6) + net.b(y),
     "pad, slice, pad": lambda net, x: F.pad(F.pad(y := torch.relu(net.a(x)), (1, 0))[:, :, :, :6], (0, 0)) + net.b(y),
