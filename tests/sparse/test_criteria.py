@@ -18,7 +18,8 @@ from compress.training.data import TrainingData
 from compress.training.loop import Recipe, best_epoch, fit
 from compress.training.sparse import SparseCompanion
 from tests.every import every
-from tests.sparse.test_training import arrays, labelled, net, train  # type: ignore[import-not-found]
+from tests.models import normed_mlp
+from tests.sparse.test_training import arrays, labelled, train  # type: ignore[import-not-found]
 
 
 def small() -> nn.Linear:
@@ -68,7 +69,7 @@ def test_a_pattern_goes_through_the_same_door(tmp_path: Path) -> None:
     assert torch.equal(index // 8, torch.arange(32 * 32 // 8))
     for wrong in ({"pattern": (2, 3)}, {"pattern": (5, 4)}, {"pattern": (2, 4), "density": 0.1}, {"rounds": 0}):
         with pytest.raises(ValueError, match=r"pattern|rounds"):
-            SparseFineTuner(net(), **wrong)  # type: ignore[arg-type]
+            SparseFineTuner(normed_mlp(), **wrong)  # type: ignore[arg-type]
 
 
 def test_criteria_by_gradient_learn_from_the_command(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_criteria_by_gradient_learn_from_the_command(tmp_path: Path) -> None:
 
 
 def test_every_round_adds_a_part_of_the_entries(tmp_path: Path) -> None:
-    module, data = net(), labelled()
+    module, data = normed_mlp(), labelled()
     start = {name: each.detach().clone() for name, each in module.named_parameters()}
     tuner = SparseFineTuner(module, k=50, rounds=3, head=("5",))
     sizes, earlier = [], set[tuple[str, int]]()
@@ -116,10 +117,10 @@ def test_the_epoch_judged_best_is_kept_by_a_run_that_goes_on_too(tmp_path: Path)
         return next(said)
 
     data, recipe, file = labelled(), Recipe(epochs=5, rate=0.01), tmp_path / "checkpoint.pt"
-    module = net()
+    module = normed_mlp()
     with pytest.raises(KeyboardInterrupt):
         fit(module, data, recipe, judge=judge, checkpoint=file, progress=_interrupt)
-    module = net()
+    module = normed_mlp()
     history, _ = fit(module, data, recipe, judge=judge, checkpoint=file)
     assert (best_epoch(history), len(seen)) == (2, 5)
     assert torch.equal(next(module.parameters()), seen[1])
