@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import geometric_mean
 
 from benchmarks.accuracy import RESULTS
 from compress.instruction_sets import DATA_FILE, InstructionSet, Measurement, Speed, instruction_sets
@@ -29,11 +28,12 @@ from compress.records import QuantOption
 from compress.targets import find_target
 
 # Output sizes of a convolution by its channels, as networks have them.
-SIZES = {8: (112, 56), 16: (112, 56), 32: (56, 28), 64: (56, 28), 128: (28, 14), 256: (14, 7), 512: (14, 7)}
+SIZES = {8: (112, 56, 28), 16: (112, 56, 28), 32: (56, 28), 64: (56, 28), 128: (28, 14), 256: (14, 7), 512: (14, 7)}
 LENGTHS = {8: (1024,), 16: (1024,), 32: (256,), 64: (256,), 128: (64,), 256: (64,)}
 FEATURES = (16, 64, 256, 768)
 MANY_ROWS = 128
 GROUPS = 4
+IMAGE = "conv of an image"
 STEM_MOST = 64  # channels behind an image
 MASKED = "COMPRESS_BENCHMARK_MASKED"
 
@@ -89,7 +89,7 @@ def grid() -> dict[str, list[Shape]]:
     for channels, sizes in SIZES.items():
         for size in sizes:
             if channels <= STEM_MOST:
-                found.setdefault("conv of an image", []).append(_conv(channels, 3, 3, size))
+                found.setdefault(IMAGE, []).append(_conv(channels, 3, 3, size))
             found.setdefault("conv 3x3", []).append(_conv(channels, channels, 3, size))
             found.setdefault("conv 1x1", []).append(_conv(channels, channels, 1, size))
             found.setdefault("depthwise conv", []).append(_conv(channels, channels, 3, size, channels))
@@ -109,42 +109,50 @@ def grid() -> dict[str, list[Shape]]:
 
 
 def measure(kind: str, shapes: Sequence[Shape]) -> list[Speed]:
-    """One row for each number of channels: the geometric mean over the sizes."""
+    """One row for each number of channels: of several sizes that at which integers do best.
+
+    What stands behind a first convolution quantizes its output: a 1x1 convolution, as large, is timed beside it.
+    """
     option = QuantOption(bits=8, act_bits=8, dynamic=kind.startswith("dynamic"))
     variants = [
         Variant(QuantOption(bits=8, symmetric=False), "float-weights"),
         Variant(option, "dynamic" if option.dynamic else "integer"),
     ]
-    rows = time_operators(shapes, find_target("onnx-cpu"), 1, silent, variants=variants)
-    floats, integers = rows[: len(shapes)], rows[len(shapes) :]
-    found: dict[int, list[tuple[float, float]]] = {}
-    for shape, plain, quantized in zip(shapes, floats, integers, strict=True):
+    behind = [_conv(shape.weight[0], shape.weight[0], 1, shape.input[-1]) for shape in shapes if kind == IMAGE]
+    rows = time_operators([*shapes, *behind], find_target("onnx-cpu"), 1, silent, variants=variants)
+    floats, integers = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    following = integers[len(shapes) :] if behind else integers  # else a layer like itself
+    found: dict[int, list[tuple[float, float, float]]] = {}
+    for shape, plain, quantized, after in zip(shapes, floats, integers, following, strict=False):
         print(f"{kind}, {shape.signature}: {_times(plain)} float, {_times(quantized)} integers", flush=True)
-        found.setdefault(shape.weight[0], []).append(ratios(shape, plain, quantized))
+        found.setdefault(shape.weight[0], []).append(ratios(shape, plain, quantized, after))
     channels = [*found]
     return [
         Speed(
             kind=kind,
             least=least if number else 1,
             below=channels[number + 1] if number + 1 < len(channels) else None,
-            alone=round(geometric_mean(alone for alone, _ in found[least]), 2),
-            placed=round(geometric_mean(placed for _, placed in found[least]), 2),
+            alone=round(max(each[0] for each in found[least]), 2),
+            placed=round(max(each[1] for each in found[least]), 2),
+            leading=None if "linear" in kind else round(max(each[2] for each in found[least]), 2),
         )
         for number, least in enumerate(channels)
     ]
 
 
-def ratios(shape: Shape, plain: Operator, quantized: Operator) -> tuple[float, float]:
-    """Float time over integer time, of the kernels and as they stand in a network.
+def ratios(shape: Shape, plain: Operator, quantized: Operator, after: Operator) -> tuple[float, float, float]:
+    """Float time over integer time: of the kernels, as they stand in a network, and first in it.
 
     A float convolution among integer ones changes numbers and memory layout on both sides; an integer linear among
     float layers quantizes its input.
     """
     changes = quantized.enter_us + quantized.leave_us
     if shape.kind == "linear":
-        return plain.layer_us / quantized.layer_us, plain.layer_us / (quantized.layer_us + changes)
+        placed = plain.layer_us / (quantized.layer_us + changes)
+        return plain.layer_us / quantized.layer_us, placed, placed
     island = plain.layer_us + plain.enter_us + plain.leave_us + changes
-    return plain.layer_us / quantized.layer_us, island / quantized.layer_us
+    first = (plain.layer_us + plain.leave_us + after.enter_us) / (quantized.enter_us + quantized.layer_us)
+    return plain.layer_us / quantized.layer_us, island / quantized.layer_us, first
 
 
 def with_measurement(
@@ -167,7 +175,9 @@ def table(found: InstructionSet) -> str:
     lines += [
         "Float time over integer time on one thread, batch 1, W8A8: above 1 integers are faster. `alone`: the two",
         "kernels. `placed`: with what a change of numbers costs, a float convolution among integer layers (two casts",
-        "and two changes of the memory layout), an integer linear among float layers (its input is quantized). Figures",
+        "and two changes of the memory layout), an integer linear among float layers (its input is quantized). `first`:"
+        "a model's first convolution, with the casts and changes of layout around it. Of several sizes the one at which",
+        "integers do best. Figures",
         "are of the channels or features that a row begins with. Empty: not measured.",
         "",
     ]
@@ -175,8 +185,10 @@ def table(found: InstructionSet) -> str:
         flags = ", ".join(each.flags)
         where = f"{each.processor} ({flags}), onnxruntime {each.onnxruntime}"
         lines += [f"{number}. {where}, {each.date}: {each.source}", ""]
-    heads = "".join(f" {number}: alone | {number}: placed |" for number in range(1, len(found.measurements) + 1))
-    lines += [f"| kind | output channels |{heads}", "|---|---|" + "---|" * (2 * len(found.measurements))]
+    heads = "".join(
+        f" {number}: alone | {number}: placed | {number}: first |" for number in range(1, len(found.measurements) + 1)
+    )
+    lines += [f"| kind | output channels |{heads}", "|---|---|" + "---|" * (3 * len(found.measurements))]
     known = {(speed.kind, speed.least, speed.below): None for each in found.measurements for speed in each.speeds}
     for kind, least, below in sorted(known, key=lambda key: (key[0], key[1], key[2] or math.inf)):
         cells = ""
@@ -184,6 +196,7 @@ def table(found: InstructionSet) -> str:
             keys = {(speed.kind, speed.least, speed.below): speed for speed in each.speeds}
             speed = keys.get((kind, least, below))
             cells += f" {_ratio(speed.alone if speed else None)} | {_ratio(speed.placed if speed else None)} |"
+            cells += f" {_ratio(speed.leading if speed else None)} |"
         lines.append(f"| {kind} | {least}{f' to {below - 1}' if below else ' and more'} |{cells}")
     return "\n".join([*lines, ""])
 

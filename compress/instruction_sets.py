@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -22,6 +23,7 @@ __all__ = [
     "DATA_FILE",
     "InstructionSet",
     "Measurement",
+    "Place",
     "Speed",
     "instruction_sets",
     "kind_of",
@@ -30,12 +32,16 @@ __all__ = [
 ]
 
 DATA_FILE = Path(__file__).with_suffix(".json")
+Place = Literal["first", "behind floats", "elsewhere"]
 ANY = "any"
 _IMAGE_CHANNELS = 4  # a convolution of so many inputs, at most, reads an image
 
 
 class Speed(Record):
-    """Float time over integer time of one kind of layer: above 1 integers pay. None: not measured."""
+    """Float time over integer time of one kind of layer: above 1 integers pay. None: not measured.
+
+    Where several sizes were measured, that of the size at which integers do best.
+    """
 
     kind: str = Field(description="as kind_of says")
     least: int = Field(description="output channels from which it holds")
@@ -46,9 +52,13 @@ class Speed(Record):
         "float ones"
     )
 
-    def of(self, placed: bool) -> float | None:
-        """One of the two."""
-        return self.placed if placed else self.alone
+    leading: float | None = Field(
+        None, description="of a model's first convolution: with the casts and changes of memory layout around it"
+    )
+
+    def of(self, place: Place) -> float | None:
+        """The one that counts at ``place``."""
+        return {"first": self.leading, "behind floats": self.alone, "elsewhere": self.placed}[place]
 
 
 class Measurement(Record):
@@ -106,7 +116,7 @@ def kind_of(layer: LayerSpec, *, dynamic: bool = False) -> str:
     return "conv 1x1" if set(layer.weight_shape[2:]) == {1} else "conv 3x3"
 
 
-def slowest(layer: LayerSpec, sets: Sequence[str], *, placed: bool, dynamic: bool = False) -> tuple[float, str] | None:
+def slowest(layer: LayerSpec, sets: Sequence[str], place: Place, *, dynamic: bool = False) -> tuple[float, str] | None:
     """The lowest measured speed of integers for ``layer`` on ``sets``, and whose it is; None: nowhere measured."""
     kind, channels = kind_of(layer, dynamic=dynamic), layer.weight_shape[0]
     found = []
@@ -114,15 +124,15 @@ def slowest(layer: LayerSpec, sets: Sequence[str], *, placed: bool, dynamic: boo
         for measurement in instruction_sets()[name].measurements:
             for speed in measurement.speeds:
                 inside = speed.least <= channels and (speed.below is None or channels < speed.below)
-                if speed.kind == kind and inside and (value := speed.of(placed)) is not None:
+                if speed.kind == kind and inside and (value := speed.of(place)) is not None:
                     following = next((s for s in measurement.speeds if s.kind == kind and s.least == speed.below), None)
-                    found.append((_between(value, speed, following, channels, placed), name))
+                    found.append((_between(value, speed, following, channels, place), name))
     return min(found, default=None)
 
 
-def _between(value: float, speed: Speed, following: Speed | None, features: int, placed: bool) -> float:
+def _between(value: float, speed: Speed, following: Speed | None, features: int, place: Place) -> float:
     """A linear's ``value`` grows evenly to the next row's; convolutions work on 16 channels at a time, in steps."""
-    upper = following.of(placed) if following is not None else None
+    upper = following.of(place) if following is not None else None
     if "linear" not in speed.kind or speed.least == 1 or following is None or upper is None:
         return value
     share = math.log(features / speed.least) / math.log(following.least / speed.least)

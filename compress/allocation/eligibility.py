@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from compress.errors import InputError
 from compress.formats import FORMATS
-from compress.instruction_sets import kind_of, slowest
+from compress.instruction_sets import Place, kind_of, slowest
 from compress.records import LayerSpec, QuantOption
 from compress.targets import Target
 
@@ -17,7 +17,7 @@ __all__ = ["ends", "find_format_for", "ignored", "slow_on_integers", "table_opti
 # Of a smaller table nothing is gained.
 _LEAST_ROWS = 16
 # Integers as fast as floats to within what timings differ by: they are taken.
-_PAYS = 0.95
+_PAYS = 0.9
 
 
 def ignored(layers: Sequence[LayerSpec], patterns: Sequence[str]) -> set[str]:
@@ -44,9 +44,9 @@ def ends(layers: Sequence[LayerSpec]) -> set[str]:
 def slow_on_integers(layers: Sequence[LayerSpec], sets: Sequence[str], *, dynamic: bool = False) -> dict[str, str]:
     """Layers that run faster on floats on one of the instruction ``sets``, each with a sentence that says by how much.
 
-    A leading convolution reads floats anyway: the kernels alone are compared. So does a linear that no convolution
-    feeds, which has to quantize them. A convolution further on would be an island: it stays float only where that pays
-    for two casts and two changes of the memory layout.
+    The first convolution as floats moves the cast behind itself; behind convolutions that are float the kernels alone
+    count. Further on a float one would be an island: it has to pay for two casts and two changes of the memory layout.
+    A linear that no convolution feeds quantizes floats.
     """
     usable = [layer for layer in layers if not layer.refusal and layer.kind != "embedding"]
     slow: dict[str, str] = {}
@@ -54,8 +54,12 @@ def slow_on_integers(layers: Sequence[LayerSpec], sets: Sequence[str], *, dynami
     for before, layer in zip([None, *usable], usable, strict=False):
         leading = leading and layer.kind != "linear"
         behind_convolution = layer.kind == "linear" and before is not None and before.kind != "linear"
-        placed = not (leading or (behind_convolution and layer.rows == layer.calls))
-        found = slowest(layer, sets, placed=placed, dynamic=dynamic)
+        place: Place = "elsewhere"
+        if leading:
+            place = "first" if before is None else "behind floats"
+        elif behind_convolution and layer.rows == layer.calls:
+            place = "behind floats"  # casts are the same either way
+        found = slowest(layer, sets, place, dynamic=dynamic)
         if found is not None and found[0] < _PAYS:
             share, name = found
             slow[layer.name] = (
