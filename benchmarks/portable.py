@@ -229,8 +229,9 @@ def table(runs: Mapping[str, Any]) -> str:
             "",
             f"`{'`, `'.join(run['commands'])}`: {environment['cpu']}, onnxruntime {environment['onnxruntime']}, one "
             f"thread, batch 1. Instruction sets: {', '.join(environment['cpu_flags'])}. Scores are accuracy in %, of "
-            "the encoder Spearman x 100; exact: the same file where sums of products cannot saturate; agreement: classes "
-            f"like the float model's, in %; unlike exact: test samples of another class. {run.get('note', '')}".rstrip(),
+            "the encoder Spearman x 100; exact: the same file where sums of products cannot saturate; agreement: "
+            f"classes like the float model's, in %; unlike exact: test samples of another class. "
+            f"{run.get('note', '')}".rstrip(),
             "",
             "| model | file | kB | score here | exact | agreement here | exact | unlike exact | ms "
             "| float / it (95 %) |",
