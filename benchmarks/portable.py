@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,11 @@ def main() -> None:
     environment = describe_environment()
     stem = RESULTS / f"portable-{instruction_sets(environment)}"
     command = f"python -m benchmarks.portable --only {' '.join(arguments.only)} --label {arguments.label}"
-    run: dict[str, Any] = {"command": command, "environment": environment.model_dump(), "rows": []}
+    command += f" --method {arguments.method}" if arguments.method else ""
+    run: dict[str, Any] = {"commands": [command], "environment": environment.model_dump(), "rows": []}
     for name in arguments.only:
         if name == "encoder" and arguments.model is None:
-            run["left_out"] = "encoder: no --model was given"
+            run["note"] = "The encoder was left out: no --model was given."
             continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -189,12 +191,15 @@ def exact_session(path: Path) -> tuple[ort.InferenceSession, str]:
 
 
 def time_files(files: Files) -> list[dict[str, float]]:
-    """Median milliseconds of one sample on one thread, all files interleaved, and float's time over each's."""
+    """Median milliseconds of one sample, all files interleaved, and float's time over each's.
+
+    What the calling thread took of the processor, which does all the work: other programs are no part of it.
+    """
     calls = []
     for path in files.by_setting.values():
         session = open_session(path, "ORT_ENABLE_ALL", threads=1)
         calls.append(lambda session=session: session.run(None, files.feeds))
-    times = time_models(calls)
+    times = time_models(calls, clock=time.thread_time)
     found = []
     for position in range(len(calls)):
         ratio = ratio_of_medians(times[:, 0], times[:, position])
@@ -207,8 +212,10 @@ def keep(path: Path, label: str, run: Mapping[str, Any]) -> None:
     """Write ``run`` under its label; rows of models that it did not measure stay."""
     runs = json.loads(path.read_text()) if path.exists() else {}
     measured = {row["model"] for row in run["rows"]}
-    others = [row for row in runs.get(label, {}).get("rows", []) if row["model"] not in measured]
-    runs[label] = {**run, "rows": [*others, *run["rows"]]}
+    before = runs.get(label, {"commands": [], "rows": []})
+    commands = [*(each for each in before["commands"] if each not in run["commands"]), *run["commands"]]
+    others = [row for row in before["rows"] if row["model"] not in measured]
+    runs[label] = {**run, "commands": commands, "rows": [*others, *run["rows"]]}
     path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
@@ -220,10 +227,11 @@ def table(runs: Mapping[str, Any]) -> str:
         lines += [
             f"## {label}",
             "",
-            f"`{run['command']}`: {environment['cpu']}, onnxruntime {environment['onnxruntime']}, one thread, batch 1. "
-            f"Instruction sets: {', '.join(environment['cpu_flags'])}. Scores are accuracy in %, of the encoder "
-            "Spearman x 100; exact: the same file where sums of products cannot saturate; agreement: classes like the "
-            f"float model's, in %; unlike exact: test samples of another class. {run.get('left_out', '')}".strip(),
+            f"`{'`, `'.join(run['commands'])}`: {environment['cpu']}, onnxruntime {environment['onnxruntime']}, one "
+            f"thread, batch 1. Instruction sets: {', '.join(environment['cpu_flags'])}. Scores are accuracy in %, of "
+            "the encoder Spearman x 100; exact: the same file where sums of products cannot saturate; agreement: "
+            f"classes like the float model's, in %; unlike exact: test samples of another class. "
+            f"{run.get('note', '')}".rstrip(),
             "",
             "| model | file | kB | score here | exact | agreement here | exact | unlike exact | ms "
             "| float / it (95 %) |",
@@ -234,13 +242,18 @@ def table(runs: Mapping[str, Any]) -> str:
             exact = f"{row['exact']:.2f}" + (" *" if row["exact_by"] != "kernel" else "")
             lines.append(
                 f"| {row['model']} | {row['setting']} | {row['bytes'] / 1e3:.0f} | {row['score']:.2f} | {exact} "
-                f"| {' | '.join(agreement)} | {row.get('unlike_exact', '')} | {row['ms']:.3f} "
-                f"| {row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f}) |"
+                f"| {' | '.join(agreement)} | {row.get('unlike_exact', '')} | {_times(row)} |"
             )
         if any(row["exact_by"] != "kernel" for row in run["rows"]):
             lines += ["", "\\* by the unoptimised graph: ONNX Runtime does not load the file with its exact kernels."]
         lines.append("")
     return "\n".join(lines)
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    if "ms" not in row:
+        return " | "
+    return f"{row['ms']:.3f} | {row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
 
 
 def _share(classes: Tensor, others: Tensor) -> float:
