@@ -32,7 +32,7 @@ from compress.report.schema import Parity
 __all__ = ["Limits", "rounding_noise", "verify", "verify_or_raise"]
 
 _BATCH = 32
-_SINGLE = 16  # samples that are also run one at a time
+_SOME = 16  # samples that are also run one at a time, and that single layers are looked at on
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def verify(
         source=source,
         relative_l2_unoptimized=_farthest(plain, wanted),
         relative_l2_optimized=_farthest(optimized, wanted),
-        relative_l2_one_row=_one_by_one(traced, session, _some(inputs, worst, _SINGLE))
-        if traced.dynamic_batch
-        else None,
+        relative_l2_one_row=_one_by_one(traced, session, _some(inputs, worst)) if traced.dynamic_batch else None,
         worst_sample=worst,
         worst_relative_l2=worst_distance,
         agreement_unoptimized=_agreement(plain[0], wanted[0]),
@@ -156,15 +154,15 @@ def _layer_batches(traced: TracedModel, inputs: tuple[Tensor, ...], worst: int |
     """What layers are looked at on: one batch, and one row where any number may come, the worst sample in both."""
     if not traced.dynamic_batch:
         return [next(_batches(inputs, len(traced.example[0])))]
-    some = _some(inputs, worst, _BATCH)
+    some = _some(inputs, worst)
     return [some, tuple(x[-1:] for x in some)]
 
 
-def _some(inputs: tuple[Tensor, ...], worst: int | None, count: int) -> tuple[Tensor, ...]:
-    """``count`` of the samples: the first ones, and the worst one behind them."""
-    first = list(range(min(count, len(inputs[0]))))
+def _some(inputs: tuple[Tensor, ...], worst: int | None) -> tuple[Tensor, ...]:
+    """A few of the samples: the first ones, and the worst one behind them."""
+    first = list(range(min(_SOME, len(inputs[0]))))
     if worst is not None:
-        first = [*[place for place in first if place != worst][: count - 1], worst]
+        first = [*[place for place in first if place != worst][: _SOME - 1], worst]
     return tuple(x[first] for x in inputs)
 
 

@@ -116,11 +116,14 @@ class _Walk(fx.Interpreter):
                 rounded = call.target(round_blocks(args[0], layer.block), *args[1:])
                 # Not every processor's kernel rounds the same blocks.
                 room = 2 * float((rounded - y).abs().max()) / step
-        steps = ((got - wanted).abs() / step).nan_to_num(nan=torch.inf)
+        difference = (got - wanted).nan_to_num_(nan=torch.inf)
+        far = torch.linalg.vector_norm(difference, dtype=torch.float64)
+        size = torch.linalg.vector_norm(wanted, dtype=torch.float64).clamp(min=1e-30)
+        steps = difference.abs_().div_(step)
         return LayerParity(
             name=name,
             operator=layer.operator,
-            relative_l2=float((got - wanted).double().norm() / wanted.double().norm().clamp(min=1e-30)),
+            relative_l2=float(far / size),
             steps=float(steps.max()),
             allowed_steps=_ALLOWED_STEPS + room,
             beyond_one_step=int((steps > _ONE_STEP).sum()),
