@@ -1,6 +1,6 @@
 # One place for every command: the desk and CI both call these targets, so CI is never laxer.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types tests check clean
+.PHONY: help setup demo test lint types tests times check clean
 
 # The first interpreter that really runs: version-manager shims can be on PATH without a Python behind them.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -47,6 +47,9 @@ types: $(READY)  ## mypy
 # Workers take the files in the order of tests/conftest.py, not those with most tests first.
 tests: $(READY)  ## every test, slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+times: $(READY)  ## every test, and the slowest of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 60 --durations-min 1
 
 check: lint types  ## before each commit: lint, types and the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real"
