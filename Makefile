@@ -1,6 +1,6 @@
 # One place for every command: the desk and CI both call these targets, so CI is never laxer.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types tests matrix test-avx2 check clean
+.PHONY: help setup demo test lint types tests matrix test-avx2 times check clean
 
 # The first interpreter that really runs: version-manager shims can be on PATH without a Python behind them.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -56,6 +56,9 @@ test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emul
 	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \
 		{ echo "qemu-x86_64-static was not found; Debian and Ubuntu have it: apt-get install qemu-user-static"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m avx2 tests/emulated
+
+times: $(READY)  ## every test, and the slowest of them
+	$(PYTEST) --durations 60 --durations-min 1
 
 check: lint types  ## before each commit: lint, types and the fast tests
 	$(PYTEST) -m "not slow and not real and not matrix"

@@ -184,11 +184,13 @@ def _size(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node | None:
     """``size``, or a node that reads it from an input, made where there is none; None where no input has it."""
     if not isinstance(size, torch.SymInt):
         return size
-    for node in graph.find_nodes(op="placeholder"):
+    inputs = graph.find_nodes(op="placeholder")
+    for node in inputs:
         for axis, found in enumerate(node.meta["val"].shape):
             if isinstance(found, torch.SymInt) and found.node.expr == size.node.expr:
                 read = (user for user in node.users if user.target == _aten.sym_size.int and user.args[1] == axis)
-                return next(read, None) or _call(graph, _aten.sym_size.int, (node, axis), {}, {})
+                with graph.inserting_after(inputs[-1]):
+                    return next(read, None) or _call(graph, _aten.sym_size.int, (node, axis), {}, {})
     return None
 
 
