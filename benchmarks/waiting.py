@@ -1,70 +1,79 @@
 """What a passive wait policy of torch's OpenMP threads brings on a busy machine, and costs on an idle one.
 
-``python -m benchmarks.waiting MODEL.pt CALIB.npz`` runs ``compress quantize`` with AdaQuant under each policy in turn,
-first as the machine is, then beside one busy loop a core, and prints a row for each: seconds of the calibration as the
-report has them, and processor seconds of the whole command, which other work on the machine is not in.
+``python -m benchmarks.waiting`` learns two small convolutions on as many threads as there are cores, as layers are
+calibrated, under each policy in turn: alone, and beside as many busy loops. ``--first`` asks the system to prefer it
+to all other work (SCHED_FIFO, as root): so "alone" can be measured on a machine that is not idle, and is all that is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 POLICIES = {
-    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},  # what libgomp says it does unasked, given so that nothing is set
+    "spinning": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-}
+}  # the first: libgomp's own
+STEPS = """
+import os, sys, time
+if "first" in sys.argv:  # before OpenMP makes its threads, which inherit it
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+import torch
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(64, 16, 16, 16)
+layers = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+optimizer = torch.optim.Adam(layers.parameters())
+for step in range(120):
+    if step == 20:
+        wall, processor = time.perf_counter(), time.process_time()
+    optimizer.zero_grad()
+    (layers(x) - x).square().mean().backward()
+    optimizer.step()
+print(time.perf_counter() - wall, time.process_time() - processor)
+"""
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calib", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--first", action="store_true")
     arguments = parser.parse_args()
-    print("| | policy | calibration, s: median (least) | processor, s: median (least) |\n|---|---|---|---|")
-    for busy in (False, True):
-        others = [_spin() for _ in range(os.cpu_count() or 1)] if busy else []
+    print("| | threads wait | seconds for 100 steps, median (least to most) | processor seconds |\n|---|---|---|---|")
+    for busy in (False,) if arguments.first else (False, True):
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(_cores())] if busy else []
         try:
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in POLICIES}
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in POLICIES}
             for _ in range(arguments.repeats):
                 for name, policy in POLICIES.items():
-                    times[name].append(_calibrate(arguments.model, arguments.calib, arguments.iterations, policy))
+                    found[name].append(_learn(policy, arguments.first))
         finally:
             for other in others:
                 other.kill()
-        for name, found in times.items():
+                other.wait()
+        for name, pairs in found.items():
+            wall, processor = ([pair[place] for pair in pairs] for place in (0, 1))
+            seconds = f"{statistics.median(wall):.2f} ({min(wall):.2f} to {max(wall):.2f})"
             where = "beside busy loops" if busy else "alone"
-            parts = [[each[place] for each in found] for place in (0, 1)]
-            cells = [f"{statistics.median(part):.1f} ({min(part):.1f})" for part in parts]
-            print(f"| {where} | {name} | {' | '.join(cells)} |", flush=True)
+            print(f"| {where} | {name} | {seconds} | {statistics.median(processor):.2f} |", flush=True)
 
 
-def _spin() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def _calibrate(model: Path, calib: Path, iterations: int, policy: dict[str, str]) -> tuple[float, float]:
-    """Seconds of the calibration, and of the command's processor time."""
+def _learn(policy: dict[str, str], first: bool) -> tuple[float, float]:
+    """Seconds, and processor seconds, of a hundred steps in a process of its own."""
     own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    own["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "compress", "quantize", str(model), "--calib", str(calib), "--bits", "4"]
-        command += ["--first-last-bits", "7", "--method", "adaquant", "--iterations", str(iterations), "-q"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*command, "--out", f"{folder}/out"], env=own | policy, check=True, capture_output=True)
-        seconds = json.loads(Path(folder, "out", "report.json").read_text())["calibration_seconds"]
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime - before.ru_utime
+    command = [sys.executable, "-c", STEPS, *(["first"] if first else [])]
+    variables = own | policy | {"OMP_NUM_THREADS": str(_cores())}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    wall, processor = map(float, done.stdout.split())
+    return wall, processor
 
 
 if __name__ == "__main__":
