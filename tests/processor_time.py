@@ -56,7 +56,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _is_over(item: pytest.Item, reports: list[pytest.TestReport]) -> bool:
-    if item.get_closest_marker("slow") or item.get_closest_marker("real") or not all(each.passed for each in reports):
+    marked = any(item.get_closest_marker(name) for name in ("slow", "real", "matrix"))
+    if marked or not all(each.passed for each in reports):
         return False
     spent = item.stash[_SPENT]
     return spent > LIMIT_SECONDS and spent > LIMIT_SECONDS * _slowness()

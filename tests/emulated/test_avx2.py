@@ -30,7 +30,7 @@ from tests.emulated.processor import AVX2, SSE2, Answers, run_files, why_not_emu
 
 pytestmark = [
     pytest.mark.avx2,
-    pytest.mark.slow,
+    pytest.mark.matrix,
     pytest.mark.skipif(why_not_emulated() is not None, reason=str(why_not_emulated())),
 ]
 
