@@ -161,7 +161,8 @@ def table(result: dict[str, Any]) -> str:
         "# Sentence encoder all-MiniLM-L6-v2 (22 million parameters, 6 blocks)",
         "",
         f"`{result['command']}`: {environment['cpu']} ({', '.join(environment['cpu_flags'])}), onnxruntime "
-        f"{environment['onnxruntime']}. Spearman x 100 on the STS benchmark's test part; milliseconds at batch 1, {LENGTH} tokens, {result['threads']} threads, each file "
+        f"{environment['onnxruntime']}. Spearman x 100 on the STS benchmark's test part; milliseconds at batch 1, "
+        f"{LENGTH} tokens, {result['threads']} threads, each file "
         "alone in its turn, twelve rounds. To reach: W8A8 and W4A8 lose at most 0.5 and take at most half of float's "
         "time; W4 loses at most 0.7.",
         "",
