@@ -110,7 +110,7 @@ class _Walk(fx.Interpreter):
             wanted, high = self._written(call, layer.writes, y)
             got, step = layer.writes.values(got.clamp(max=high)), layer.writes.scale
         else:
-            wanted = self._biased(call, args, y) if layer.biased else y - _bias(args)
+            wanted = self._biased(call, args, y) if layer.biased else y - _bias(call, args)
             step = _step(wanted, args[0], args[1])
             if layer.block is not None:
                 rounded = call.target(round_blocks(args[0], layer.block), *args[1:])
@@ -174,9 +174,12 @@ class _Walk(fx.Interpreter):
         return Grid(float(scale), int(zero_point), zero_point.numpy().dtype)
 
 
-def _bias(args: tuple[Any, ...]) -> Tensor | float:
-    """Of a linear, along its last dimension: convolutions in ONNX have theirs inside."""
-    return args[2] if len(args) > 2 and args[2] is not None else 0.0
+def _bias(call: fx.Node, args: tuple[Any, ...]) -> Tensor | float:
+    """Of a layer, along its channels; the file may have it elsewhere, or none where it is zero."""
+    if len(args) < 3 or args[2] is None:
+        return 0.0
+    places = 0 if call.target is torch.ops.aten.linear.default else args[0].dim() - 2
+    return args[2].reshape(-1, *[1] * places)
 
 
 def _step(y: Tensor, x: Tensor, weight: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -222,6 +223,42 @@ def test_layers_that_saturate_are_named(tmp_path: Path, compress_quickly: Callab
     assert at_fault(parity) == ["stem", "head"]
     # Without optimisation there is no integer kernel.
     assert parity.relative_l2_unoptimized < 0.05
+
+
+class Odd(nn.Module):
+    """Layers whose nodes are not what they were: bias zero, bias added behind, padding and BatchNorm joined to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero, self.padded = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.joined, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.bare, self.after = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(8))
+        self.plain = nn.Linear(8, 4, bias=False)
+        nn.init.zeros_(self.zero.bias)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.pad(self.zero(x), (0, 1, 0, 1))
+        joined = self.joined(self.padded(x))
+        x = (self.norm(joined) + joined).flatten(2).transpose(1, 2)
+        return self.plain((self.bare(x) + self.after).transpose(1, 2).transpose(1, 2)) * 0.125
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 5}, SOUND | {"dynamic": True}, {"bits": 4, "group_size": 32}],
+    ids=["float", "dynamic", "blocks"],
+)
+def test_layers_that_are_joined_to_others_are_not_blamed(
+    options: dict[str, Any], tmp_path: Path, compress_quickly: Callable[..., TracedModel]
+) -> None:
+    torch.manual_seed(0)
+    traced = compress_quickly(Odd(), None, (3, 10, 10), **options)
+    path = tmp_path / "model.onnx"
+    write_onnx(build_onnx(traced), path, {})
+    parity = verify(traced, path, (torch.randn(20, 3, 10, 10),), "noise")
+    assert parity.failures == ()
+    assert [row.name for row in parity.layers] == ["zero", "padded", "joined", "bare", "plain"]
 
 
 def test_a_difference_between_layers_is_said_to_be_there(
