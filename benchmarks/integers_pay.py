@@ -176,7 +176,7 @@ def table(found: InstructionSet) -> str:
         "Float time over integer time on one thread, batch 1, W8A8: above 1 integers are faster. `alone`: the two",
         "kernels. `placed`: with what a change of numbers costs, a float convolution among integer layers (two casts",
         "and two changes of the memory layout), an integer linear among float ones (its input is quantized). `first`:",
-        "a model's first convolution, with the casts and changes of layout around it. Of several sizes the one at which",
+        "a model's first convolution, with the casts and changes of layout around it. Of several sizes that at which",
         "integers do best. Figures are of the channels or features that a row begins with. Empty: not measured.",
         "",
     ]
