@@ -58,7 +58,7 @@ test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emul
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m avx2 tests/emulated
 
 times: $(READY)  ## every test, and the slowest of them
-	$(PYTEST) --durations 60 --durations-min 1
+	$(PYTEST) --durations 60 --durations-min 1 --limit-time
 
 check: lint types  ## before each commit: lint, types and the fast tests
 	$(PYTEST) -m "not slow and not real and not matrix"

@@ -20,9 +20,9 @@ import pytest
 
 from compress import instruction_sets
 from compress.options import Options
-from tests.processor_time import pytest_runtest_call, pytest_runtest_protocol
+from tests.processor_time import pytest_addoption, pytest_runtest_call, pytest_runtest_protocol
 
-__all__ = ["pytest_runtest_call", "pytest_runtest_protocol"]
+__all__ = ["pytest_addoption", "pytest_runtest_call", "pytest_runtest_protocol"]
 
 # What is planned here does not change when another processor is measured: leading convolutions of fewer than 16
 # channels are float, and depthwise ones. tests/test_instruction_sets.py reads what is shipped.

@@ -1,4 +1,4 @@
-"""An unmarked test that takes much of the processor fails: ``slow`` is for those, and ``make check`` leaves them out.
+"""With ``--limit-time`` (``make times``) an unmarked test that takes much of the processor fails: that is for ``slow``.
 
 Counted is the processor time of the test's own call, processes it waited for included: other work on the machine takes
 no part in it. Fixtures are not counted, which several tests share. What a test pays because it is the first of its
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 from _pytest.runner import runtestprotocol
 
-__all__ = ["LIMIT_SECONDS", "pytest_runtest_call", "pytest_runtest_protocol"]
+__all__ = ["LIMIT_SECONDS", "pytest_addoption", "pytest_runtest_call", "pytest_runtest_protocol"]
 
 # With 4,000 tests on two cores, `make check` stays under two minutes if few come near it: a test that compresses a toy
 # network from end to end takes about half of it.
@@ -36,8 +36,17 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         item.stash[_SPENT] = _processor_seconds() - before
 
 
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--limit-time``: whether tests that take too long fail."""
+    parser.addoption(
+        "--limit-time", action="store_true", help="fail unmarked tests that take too much of the processor"
+    )
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Run ``item``, once more where it took too long, and fail it where it does so again."""
+    if not item.config.getoption("--limit-time"):
+        return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
     if _is_over(item, reports):

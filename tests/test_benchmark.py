@@ -116,6 +116,7 @@ def test_number_of_rounds(run_ms: list[float], rounds: int) -> None:
 # The ratio
 
 
+@pytest.mark.slow
 def test_interval_covers_the_true_ratio() -> None:
     covered = 0
     for seed in range(40):
@@ -196,6 +197,7 @@ def test_imports_no_torch() -> None:
 # Memory
 
 
+@pytest.mark.slow
 def test_peak_memory_holds_the_weights_and_not_what_this_process_holds(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
     big = save_model(

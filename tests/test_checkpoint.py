@@ -245,6 +245,7 @@ def _export(path: Path, net: nn.Module | None = None, dtype: torch.dtype = torch
     return path
 
 
+@pytest.mark.slow
 def test_exported_program(tmp_path: Path) -> None:
     loaded = load_model(_export(tmp_path / "m.pt2"))
     assert loaded.example is not None

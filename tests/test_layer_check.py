@@ -135,6 +135,7 @@ def move(numbers: np.ndarray) -> None:
     numbers.reshape(-1)[0] += numbers.dtype.type(3 + 3 * np.abs(numbers).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sound_file_has_no_layer_off(kind: str, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]) -> None:
     traced, path, x = exported(kind)
@@ -205,6 +206,7 @@ def plant_full_codes(traced: TracedModel, layer: str, value: float) -> None:
     traced.set_tensor(f"{layer}.bias_codes", bias)
 
 
+@pytest.mark.slow
 def test_layers_that_saturate_are_named(tmp_path: Path, compress_quickly: Callable[..., TracedModel]) -> None:
     if not saturates():
         pytest.skip("this processor's integer kernels do not saturate (VNNI, Arm or SSE2)")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFTEST = """
 from tests import processor_time
 processor_time.LIMIT_SECONDS = 0.05
-from tests.processor_time import pytest_runtest_call, pytest_runtest_protocol
+from tests.processor_time import pytest_addoption, pytest_runtest_call, pytest_runtest_protocol
 """
 TESTS = """
 import subprocess, sys, time
@@ -64,7 +64,17 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     (folder / "test_it.py").write_text(TESTS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "pytest", "-rA", "--tb=short", "-p", "no:cacheprovider", "test_it.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-rA",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--limit-time",
+        "test_it.py",
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout
 
 

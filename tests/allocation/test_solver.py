@@ -42,6 +42,7 @@ def test_cbc_equals_brute_force() -> None:
     assert sum(compare(random_program(seed), "cbc") for seed in range(1000, 1040)) > 20
 
 
+@pytest.mark.slow
 def test_reduction_and_bound_are_exact() -> None:
     for seed in range(100):
         program = random_program(seed)
@@ -112,6 +113,7 @@ def market_split(units: int = 40, seed: int = 0) -> Program:
     return Program(tuple(costs), "error", budgets)
 
 
+@pytest.mark.slow
 @EVERY_SOLVER
 def test_a_thousand_units_are_proven_to_a_millionth(solver: str) -> None:
     program = realistic(1000, 20, seed=0, share=0.3)
@@ -120,6 +122,7 @@ def test_a_thousand_units_are_proven_to_a_millionth(solver: str) -> None:
     assert answer.gap <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_larger_budget_is_never_worse() -> None:
     last = np.inf
     for share in np.linspace(0.0, 1.0, 12):
@@ -193,6 +196,7 @@ def test_excluding_everything_is_infeasible() -> None:
         solve(program, excluded=[(0,)])
 
 
+@pytest.mark.slow
 def test_the_second_best_of_a_large_program_is_found_fast() -> None:
     program = realistic(300, 20, seed=5, share=0.3)
     first = solve(program)
@@ -248,6 +252,7 @@ def test_bytes_in_a_gigabyte_count() -> None:
             assert compare(Program(costs, "error", {"size": 7e9 + room}), solver)
 
 
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_the_run() -> None:
     program = realistic(60, 8, seed=7, share=0.4, quantities=2)
     assert len({solve(program).picks for _ in range(3)}) == 1
@@ -259,6 +264,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @EVERY_SOLVER
 def test_a_plan_that_greedy_does_not_find_is_found(solver: str) -> None:
     programs = [market_split(8, seed) for seed in range(20)]

@@ -58,6 +58,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mse", "adaquant", "adaquant-parallel", "adaround", "genie"])
 @pytest.mark.parametrize("net", NETS)
 def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_path: Path) -> None:
@@ -82,6 +83,7 @@ def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_pat
     assert list(tmp_path.rglob("*.samples")) == []
 
 
+@pytest.mark.slow
 def test_a_layer_called_twice_falls_back_and_says_so(tmp_path: Path) -> None:
     x = torch.randn(70, 6)
     intake = take_in(Shared(), samples=load_samples(x))
@@ -98,6 +100,7 @@ def chain(seed: int) -> nn.Sequential:
     ).eval()
 
 
+@pytest.mark.slow
 def test_error_is_measured_alike_for_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Made to find nothing, all methods leave the same weights: then every measured number has to be the same.
     x = torch.randn(100, 16)
@@ -123,6 +126,7 @@ def test_error_is_measured_alike_for_all_methods(tmp_path: Path, monkeypatch: py
     assert last > 1.5 * alone
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_finished_prefix(tmp_path: Path) -> None:
     module, x = chain(1), torch.randn(60, 16)
     intake = take_in(module, samples=load_samples(x))
@@ -156,6 +160,7 @@ def test_sequential_is_no_worse_than_parallel(tmp_path: Path) -> None:
     assert mean[2] < mean[0], table
 
 
+@pytest.mark.slow
 def test_sequential_uses_every_sample_of_the_quantized_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compress.calib import adaquant
 
@@ -194,6 +199,7 @@ def test_sequential_uses_every_sample_of_the_quantized_prefix(tmp_path: Path, mo
     assert bool((distance < 0.1 * difference).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adaquant", "adaquant-parallel", "mse"])
 def test_a_continued_walk_ends_in_the_same_place(method: str, tmp_path: Path) -> None:
     make, shapes = NETS["branches"]
@@ -220,6 +226,7 @@ def test_a_continued_walk_ends_in_the_same_place(method: str, tmp_path: Path) ->
     assert [name for name in wanted if not torch.equal(wanted[name], got[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["dead input", "dead channel"])
 def test_a_bias_that_outweighs_its_layer_survives(what: str, tmp_path: Path) -> None:
     # An accumulator's step of next to nothing would clip the bias, and nobody would see it: parity still holds.
@@ -238,6 +245,7 @@ def test_a_bias_that_outweighs_its_layer_survives(what: str, tmp_path: Path) -> 
         assert float((result.model.module(x) - wanted).norm() / wanted.norm()) < 0.02
 
 
+@pytest.mark.slow
 def test_overflow_names_the_layer_or_the_normalisation(tmp_path: Path) -> None:
     module, x = chain(0), torch.randn(70, 16)
     x[66] *= 1e38
@@ -245,6 +253,7 @@ def test_overflow_names_the_layer_or_the_normalisation(tmp_path: Path) -> None:
         calibrated(take_in(module, samples=load_samples(x)), x, tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_only_needs_no_data_and_measures_weights(tmp_path: Path) -> None:
     result = calibrated(take_in(chain(0), input_shape=(16,)), None, tmp_path)
     assert every(layer.output_error is None and layer.weight_error > 0 for layer in result.layers)

@@ -83,6 +83,7 @@ def test_one_sentence_and_nothing_written(forks: Forks, crowded: Path, case: str
     assert (crowded / "taken" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["missing file", "control flow", "NaN in the data"])
 def test_the_same_in_a_process_of_its_own(crowded: Path, case: str) -> None:
     # Warnings and logs of a fresh start, which a fork of a running program does not show.

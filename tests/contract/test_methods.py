@@ -153,6 +153,7 @@ def test_rows_of_one_class_solve_alike(family: type) -> None:
         assert got.grid is None or torch.equal(got.grid.scale, wanted.grid.scale)
 
 
+@pytest.mark.slow
 @METHOD
 @KIND
 def test_codes_and_scales_are_legal(name: str, kind: str) -> None:
@@ -250,6 +251,7 @@ def test_who_learns_the_grid_of_the_input(name: str) -> None:
     assert given == [name in LEARNING_GRIDS] * len(KINDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING_GRIDS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("offset", [1, 15])
@@ -304,6 +306,7 @@ def test_dead_channels_and_a_missing_bias(name: str) -> None:
 LEARNING = [name for name, each in SOLVERS.items() if each.needs_data and not isinstance(each, BlockMethod)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_data_make_it_better(name: str) -> None:
     """Were the optimisation switched off, the best iterate would hide it from every test above."""

@@ -141,6 +141,7 @@ def test_a_layer_left_float_really_stays_float(target: str, ignored: str, tmp_pa
 ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "leaky": F.leaky_relu, "gelu": F.gelu}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_a_linear_before_an_activation_is_integer(name: str, tmp_path: Path, export: Export) -> None:
     """ONNX Runtime merges some activations with a Gemm into a float kernel before it looks for integers."""
@@ -160,6 +161,7 @@ def test_a_linear_before_an_activation_is_integer(name: str, tmp_path: Path, exp
     assert kinds["b"] in (["Gemm"], ["FusedGemm"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", ["b", "e"])
 def test_a_float_layer_in_a_chain_stays_float(ignored: str, tmp_path: Path, export: Export) -> None:
     path = tmp_path / "model.onnx"
@@ -169,6 +171,7 @@ def test_a_float_layer_in_a_chain_stays_float(ignored: str, tmp_path: Path, expo
     assert every(kind in (["QLinearConv"], ["QGemm"]) for kind in kinds.values()), kinds
 
 
+@pytest.mark.slow
 def test_onnx_runtime_would_quantize_it_by_itself(tmp_path: Path, export: Export) -> None:
     """The reason for the pass; when this fails, ONNX Runtime has changed and the pass can go."""
     path = tmp_path / "model.onnx"
@@ -186,6 +189,7 @@ def test_onnx_runtime_would_quantize_it_by_itself(tmp_path: Path, export: Export
     assert layer_kinds(path, ("b",)) == {"b": ["QLinearConv"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 8])
 def test_weights_only_is_the_float_net_with_other_weights(bits: int, tmp_path: Path, export: Export) -> None:
     path, plain = tmp_path / "model.onnx", tmp_path / "float.onnx"
@@ -229,6 +233,7 @@ class Numbered(nn.Module):
         return self.conv_1(torch.relu(self.conv_1(torch.tanh(self.conv(x))))).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_names_with_numbers_are_not_taken_for_further_calls(tmp_path: Path, export: Export) -> None:
     path = tmp_path / "model.onnx"
     export(path, Numbered(), ignore=("conv",))
@@ -238,6 +243,7 @@ def test_names_with_numbers_are_not_taken_for_further_calls(tmp_path: Path, expo
     assert not misplaced_layers(found, {"conv": "float", "conv_1": "integer"})
 
 
+@pytest.mark.slow
 def test_float_linears_are_known_by_name_behind_a_transpose_and_before_a_scale(tmp_path: Path, export: Export) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -253,6 +259,7 @@ def test_float_linears_are_known_by_name_behind_a_transpose_and_before_a_scale(t
     assert layer_kinds(path, ("across", "head")) == {"across": ["FusedMatMul"], "head": ["FusedMatMul"]}
 
 
+@pytest.mark.slow
 def test_conv1d_and_linears_on_sequences_fuse(tmp_path: Path, export: Export) -> None:
     class Sequence(nn.Module):
         def __init__(self) -> None:

@@ -58,6 +58,7 @@ def plain(net: Net, x: Tensor) -> Tensor:
     return net.fc(torch.relu(net.b(torch.relu(net.a(x)))).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_eight_bits_are_stored_plainly(exported: Exported) -> None:
     model = exported(plain, bits=8)
     assert not model.functions
@@ -67,6 +68,7 @@ def test_eight_bits_are_stored_plainly(exported: Exported) -> None:
         assert codes.dtype == ir.DataType.INT8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int, exported: Exported) -> None:
     model = exported(plain, bits=bits, first_last_bits=bits)
@@ -102,6 +104,7 @@ PADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PADS))
 @pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
 def test_zero_padding_is_done_on_codes(name: str, target: str, exported: Exported) -> None:
@@ -121,11 +124,13 @@ def test_zero_padding_is_done_on_codes(name: str, target: str, exported: Exporte
         assert np.array_equal(fill.numpy(), zero.numpy())
 
 
+@pytest.mark.slow
 def test_a_reflected_pad_survives(exported: Exported) -> None:
     model = exported(lambda net, x: net.b(F.pad(torch.relu(net.a(x)), (1, 1, 1, 1), mode="reflect")))
     assert len(nodes(model, "Pad")) == 1
 
 
+@pytest.mark.slow
 def test_a_linear_on_three_dimensions_multiplies_codes(exported: Exported) -> None:
     model = exported(lambda net, x: torch.relu(net.fc(torch.relu(net.a(x)).flatten(2).permute(0, 2, 1))))
     (product,) = nodes(model, "MatMulIntegerToFloat")
@@ -136,6 +141,7 @@ def test_a_linear_on_three_dimensions_multiplies_codes(exported: Exported) -> No
     assert product.name == "fc"
 
 
+@pytest.mark.slow
 def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left(exported: Exported) -> None:
     model = exported(plain)
     assert [node.name for node in model.graph if node.op_type in ("Conv", "Gemm")] == ["a", "b", "fc"]
@@ -148,6 +154,7 @@ def test_names_are_those_of_layers_and_nothing_of_the_exporter_is_left(exported:
     assert not [name for name, value in model.graph.initializers.items() if not value.uses()]
 
 
+@pytest.mark.slow
 def test_a_shared_layers_calls_are_numbered_so_that_no_module_can_have_the_name(exported: Exported) -> None:
     model = exported(lambda net, x: net.b(torch.relu(net.b(torch.relu(net.a(x))))))
     assert [node.name for node in nodes(model, "Conv")] == ["a", "b", "b#1"]
@@ -167,6 +174,7 @@ class Attention(nn.Module):
         return self.head(scores.softmax(-1) @ self.k(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recurrent", [nn.RNN, nn.GRU, nn.LSTM])
 def test_linears_that_the_exporter_makes_of_a_recurrent_layer_are_not_the_models(recurrent: type[nn.Module]) -> None:
     class Reader(nn.Module):
@@ -197,12 +205,14 @@ def test_the_exporter_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.slow
 def test_a_product_of_activations_is_no_layer(compress_quickly: Callable[..., TracedModel]) -> None:
     model = build_onnx(compress_quickly(Attention(), torch.randint(0, 7, (16, 5)), bits=8))
     assert [layer_of(node) for node in nodes(model, "MatMul")] == [None, None]
     assert {layer_of(node) for node in nodes(model, "MatMulIntegerToFloat")} == {"q", "k", "head"}
 
 
+@pytest.mark.slow
 def test_a_float_layer_behind_a_grid_gets_the_grid_once_a_channel(exported: Exported) -> None:
     model = exported(lambda net, x: net.fc(torch.relu(net.b(torch.relu(net.a(x)))).mean((2, 3))), ignore=("b",))
     (convolution,) = (node for node in nodes(model, "Conv") if node.name == "b")

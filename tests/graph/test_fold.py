@@ -61,6 +61,7 @@ FOLDED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FOLDED))
 def test_function_stays(name: str) -> None:
     module, shape = FOLDED[name]
@@ -126,6 +127,7 @@ class Functional(nn.Module):
         return self.norm(nn.functional.conv2d(x, self.w))
 
 
+@pytest.mark.slow
 def test_a_shared_convolution_is_not_folded() -> None:
     traced = check_fold(Shared(), torch.randn(4, 3, 9, 9), left=2)
     assert "2 BatchNorms are not folded ('first', 'second'): the layer before it is called more than" in traced.notes[0]
@@ -136,6 +138,7 @@ def test_a_convolution_read_elsewhere_is_not_folded() -> None:
     assert "also read elsewhere" in traced.notes[0]
 
 
+@pytest.mark.slow
 def test_norms_that_stay_for_one_reason_are_one_note() -> None:
     blocks = [nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=i > 0), nn.Conv2d(3, 3, 1)) for i in range(6)]
     traced = check_fold(nn.Sequential(*blocks), torch.randn(4, 3, 9, 9), left=6)

@@ -20,6 +20,7 @@ def specs(module: nn.Module, x: Tensor) -> dict[str, LayerSpec]:
     return {spec.name: spec for spec in list_layers(traced_of(module, x))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "shape", "rows", "macs"),
     [
@@ -56,6 +57,7 @@ class SequenceFirst(nn.Module):
         return self.b(self.a(x.transpose(0, 1)).transpose(0, 1).reshape(-1, 5)).reshape(-1, 7, 4)
 
 
+@pytest.mark.slow
 def test_the_batch_may_be_in_any_dimension_and_stays_dynamic() -> None:
     traced = traced_of(SequenceFirst(), torch.randn(3, 7, 6))
     assert [(spec.rows, spec.macs) for spec in list_layers(traced)] == [(7, 7 * 30), (7, 7 * 20)]
@@ -77,6 +79,7 @@ class Mixed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_execution_order_kinds_and_activations() -> None:
     found = specs(Mixed(), torch.randn(2, 3, 6, 6))
     assert [(name, spec.kind) for name, spec in found.items()] == [
@@ -88,6 +91,7 @@ def test_execution_order_kinds_and_activations() -> None:
     assert "transposed convolutions" in str(found["up"].refusal)
 
 
+@pytest.mark.slow
 def test_a_shared_module_is_one_layer_with_two_calls() -> None:
     shared = specs(Mixed(), torch.randn(2, 3, 6, 6))["shared"]
     assert shared.calls == 2
@@ -108,6 +112,7 @@ class Tied(nn.Module):
         return self.b(torch.relu(self.a(x)))
 
 
+@pytest.mark.slow
 def test_tied_weights_are_listed_once() -> None:
     (spec,) = list_layers(traced_of(Tied(), torch.randn(2, 5)))
     assert spec.calls == 2
@@ -123,6 +128,7 @@ class Words(nn.Module):
         return self.head(self.words(x)) @ torch.ones(3, 3) + nn.functional.linear(x.float(), x.float()[:3, :]).sum()
 
 
+@pytest.mark.slow
 def test_embeddings_are_layers_and_computed_weights_refused_with_a_reason() -> None:
     traced = traced_of(Words(), torch.randint(0, 11, (4, 7)))
     found = {spec.name: spec for spec in list_layers(traced)}
@@ -134,6 +140,7 @@ def test_embeddings_are_layers_and_computed_weights_refused_with_a_reason() -> N
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "name"),
     [

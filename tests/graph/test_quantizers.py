@@ -80,6 +80,7 @@ def residual(net: Net, x: Tensor) -> Tensor:
     return net.fc(torch.relu(net.b(y) + y).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_residual() -> None:
     placed = Placed(residual)
     placed.check()
@@ -103,6 +104,7 @@ def test_every_layer_reads_a_grid_of_its_width() -> None:
         assert quantizer.args[3] == bits
 
 
+@pytest.mark.slow
 def test_narrow_layers_beside_an_add_of_eight_bits() -> None:
     placed = Placed(residual, {"a": 4, "b": 4, "fc": 4})
     placed.check()
@@ -139,6 +141,7 @@ MOVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MOVES))
 def test_values_that_only_move_keep_one_grid(name: str) -> None:
     placed = Placed(MOVES[name])
@@ -196,6 +199,7 @@ def test_a_relu_is_absorbed_only_where_it_reads_alone() -> None:
     assert placed.grid(reader.args[0]) != placed.grid(relu_input)
 
 
+@pytest.mark.slow
 def test_a_float_layer_gets_no_quantizer_of_its_own() -> None:
     placed = Placed(lambda net, x: net.c(torch.relu(net.b(torch.relu(net.a(x))))), {"a": 8, "c": 8})
     placed.check()
@@ -206,6 +210,7 @@ def test_without_integer_layers_nothing_is_placed() -> None:
     assert not Placed(residual, {}).quantizers
 
 
+@pytest.mark.slow
 def test_exclusive_means_that_only_layers_read_it() -> None:
     placed = Placed(lambda net, x: net.b(y := torch.relu(net.a(x))) + net.c(y))
     placed.check()
@@ -215,6 +220,7 @@ def test_exclusive_means_that_only_layers_read_it() -> None:
     assert not next(each for each in placed.quantizers if "b" in each.layers).exclusive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_zero_points_have_the_targets_type(dtype: torch.dtype) -> None:
     placed = Placed(residual, 8, dtype)

@@ -236,6 +236,7 @@ def test_a_relu_that_someone_else_reads_stays() -> None:
     assert len(traced.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)) == 1
 
 
+@pytest.mark.slow
 def test_input_quantizer_looks_through_zero_padding_only() -> None:
     traced = integer_model(nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3)), 3, 8, 8)
     (call,) = layer_calls(traced)["1"]

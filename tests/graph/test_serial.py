@@ -76,6 +76,7 @@ def test_a_tuple_of_one_becomes_its_tensor() -> None:
     assert torch.equal(got, torch.full((4, 3), 2.0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compressed_graph() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()

@@ -93,6 +93,7 @@ def in_small(x: Tensor, base: Any, deltas: DeltaRows, task: Tensor | None, bias:
 KERNELS = {"beside": beside, "in small": in_small, "merged": merged, "reference": delta_reference}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("dtype", DTYPES, sample=[torch.float16])
 @sweep("rows", [1, 5], sample=[5])
@@ -114,6 +115,7 @@ def test_one_delta_over_codes(kernel: str, device: str, lane_weight: Callable[..
     assert_near(KERNELS[kernel](x, weight, deltas.to(device), None), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["beside", "in small", "reference"])
 def test_every_row_has_its_own(kernel: str, device: str, lane_weight: Callable[..., Any], assert_near: Any) -> None:
     weight, exact = lane_weight(*SHAPE, 4, 32, device)

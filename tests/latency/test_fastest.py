@@ -88,6 +88,7 @@ def found(
 ALIKE = {"float": 100.0, "W4g32": 100.0, "W4g128": 100.0, "integer": 100.0, "dynamic": 100.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute", "option", "name"),
     [
@@ -107,6 +108,7 @@ def test_the_fastest_is_taken_and_says_by_how_much(
     assert str(choice.reason).count(" 100") == len(str(choice.reason).split(",")) - 1
 
 
+@pytest.mark.slow
 def test_of_formats_as_fast_the_one_that_changes_the_input_least(timed: Callable[[Times], object]) -> None:
     timed(lambda shape, compute: {"float": 104.0, "integer": 100.0}.get(compute, 102.0))
     assert found(net(), rows=7)["0"].format == "float-weights"
@@ -140,12 +142,14 @@ def test_without_data_nothing_needs_a_calibrated_range(timed: Callable[[Times], 
     assert "dynamic" in {compute for _, compute in asked}
 
 
+@pytest.mark.slow
 def test_widths_that_no_kernel_unpacks_are_not_offered(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
     asked = timed(lambda shape, compute: 10.0)
     found(net(), rows=7, bits=3)
     assert {compute for _, compute in asked} == {"float", "integer", "dynamic"}
 
 
+@pytest.mark.slow
 def test_times_are_kept(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
     timed(lambda shape, compute: 40.0 if compute == "integer" else 100.0)
     first = found(net(), rows=7)
@@ -154,6 +158,7 @@ def test_times_are_kept(timed: Callable[[Times], list[tuple[str, str]]]) -> None
     assert asked == []
 
 
+@pytest.mark.slow
 def test_refusals() -> None:
     with pytest.raises(InputError, match="--rows 0: a call has 1 row or more"):
         found(net(), rows=0)
@@ -170,6 +175,7 @@ def test_alike_in_everything_stays_on_floats(timed: Callable[[Times], object]) -
     assert {choice.reason for choice in choices.values()} == {f"fastest at 1 row (microseconds: {times})"}
 
 
+@pytest.mark.slow
 def test_the_reason_names_the_slowest_last(timed: Callable[[Times], object]) -> None:
     timed(lambda shape, compute: {"float": 80.0, "W4g32": 20.4, "integer": 41.0, "dynamic": 60.0}[compute])
     reason = found(net(), rows=7)["0"].reason
@@ -184,6 +190,7 @@ def test_each_linear_has_a_winner_of_its_own(timed: Callable[[Times], object]) -
     }
 
 
+@pytest.mark.slow
 def test_groups_wider_than_a_row_are_not_offered(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
     asked = timed(lambda shape, compute: 10.0)
     reasons = {name: str(choice.reason) for name, choice in found(Towers().eval(), rows=7).items()}
@@ -206,12 +213,14 @@ class Towers(nn.Module):
         return self.tiny(torch.relu(self.large(torch.cat([x, self.small(x)], -1))))
 
 
+@pytest.mark.slow
 def test_a_target_without_a_format_is_not_timed_in_it(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
     asked = timed(lambda shape, compute: 10.0)
     found(net(), rows=7, target=replace(CPU, formats=("float-weights", "dynamic")))
     assert {compute for _, compute in asked} == {"float", "dynamic"}
 
 
+@pytest.mark.slow
 def test_only_what_the_table_lacks_is_timed(timed: Callable[[Times], list[tuple[str, str]]]) -> None:
     timed(lambda shape, compute: 40.0 if compute == "dynamic" else 100.0)
     found(net(), rows=7)
@@ -224,6 +233,7 @@ def test_only_what_the_table_lacks_is_timed(timed: Callable[[Times], list[tuple[
     assert str(choices["0.0"].reason).startswith("fastest at 7 rows (microseconds: W4A8d 40, W4 100")
 
 
+@pytest.mark.slow
 def test_layers_that_are_no_linears_are_left_to_the_uniform_plan(timed: Callable[[Times], object]) -> None:
     timed(lambda shape, compute: 10.0 if compute in ("W8g32", "W8g128") else 20.0)
     module = nn.Sequential(
@@ -236,6 +246,7 @@ def test_layers_that_are_no_linears_are_left_to_the_uniform_plan(timed: Callable
     assert [(skip.layer, skip.reason) for skip in plan.skipped] == [("3", "named by --ignore")]
 
 
+@pytest.mark.slow
 def test_exported_and_proven_as_chosen(timed: Callable[[Times], object], tmp_path: Path) -> None:
     timed(lambda shape, compute: 10.0 if compute == ("dynamic" if shape.weight == (96, 64) else "W4g32") else 20.0)
     result = api.quantize(
@@ -271,6 +282,7 @@ def test_every_winner_is_exported_as_chosen(
     assert (nodes["0"], nodes["2"]) == (operator, operator)
 
 
+@pytest.mark.slow
 def test_measured_for_real() -> None:
     """Whichever wins on this machine: every way of each linear has a time, and the plan holds the fastest of them."""
     choices = found(net(), rows=7)

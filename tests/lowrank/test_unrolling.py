@@ -182,6 +182,7 @@ def strided() -> nn.Module:
     ).eval()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_family_with_spatial_layers_is_cut_as_it_was_measured(tmp_path: Path) -> None:
     x = torch.randn(129, 8, 8, 8)
     truncate(strided(), x, tmp_path / "out", unrolling="spatial", options=LowRankOptions(smallest=0.2))
@@ -198,6 +199,7 @@ def test_a_family_with_spatial_layers_is_cut_as_it_was_measured(tmp_path: Path) 
         assert module(x).shape == cut_output.shape
 
 
+@pytest.mark.slow
 def test_ranks_by_energy_and_by_threshold(tmp_path: Path) -> None:
     energies = {"a": torch.tensor([9.0, 4.0, 1.0, 0.0]), "b": torch.tensor([1.0, 1.0])}
     assert ranks_by_rule(energies, energy=0.9) == {"a": 2, "b": 2}

@@ -106,6 +106,7 @@ def test_without_a_kernel_weights_are_floats(artifact: Path) -> None:
         assert torch.equal(packed.module(ids), traced.module(ids))
 
 
+@pytest.mark.slow
 def test_integer_layers_keep_their_grids(compress_quickly: Callable[..., Any]) -> None:
     module = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 3))
     traced = compress_quickly(module.eval(), torch.randn(16, 2, 4, 4), bits=4)

@@ -113,6 +113,7 @@ def _relative(x: Tensor, y: Tensor) -> float:
     return float(((y - x).norm() / x.norm()).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _chains())
 def test_function_stays_and_ranges_meet(name: str) -> None:
     model, shape, pairs = _chains()[name]
@@ -138,6 +139,7 @@ def test_first_factor_is_the_papers() -> None:
     torch.testing.assert_close(traced.tensor("0.bias"), bias / factor)
 
 
+@pytest.mark.slow
 def test_statistics_follow_their_channels() -> None:
     model, shape, _ = _chains()["batch norm"]
     traced = _traced(model, shape)
@@ -189,6 +191,7 @@ class _Shuffle(nn.Module):
         return self.other(x.sigmoid()) if self.kind == "sigmoid" else (self.other(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -229,6 +232,7 @@ def test_dead_and_constant_channels() -> None:
     assert _relative(before, traced.module(fresh)) < 1e-5
 
 
+@pytest.mark.slow
 def test_replaced_relu6_is_said_and_measured() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3), nn.ReLU6())
     traced = _traced(model, (3, 8, 8))
@@ -256,6 +260,7 @@ def test_options_are_checked() -> None:
         apply_transform("equalise", traced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [1.01, float("nan")])
 @pytest.mark.parametrize("data", [True, False])
 def test_broken_contract_is_caught_and_undone(monkeypatch: pytest.MonkeyPatch, data: bool, damage: float) -> None:
@@ -274,6 +279,7 @@ def test_broken_contract_is_caught_and_undone(monkeypatch: pytest.MonkeyPatch, d
     assert traced.notes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_transform_keeps_its_contract(name: str) -> None:
     model, shape, _ = _chains()["depthwise"]

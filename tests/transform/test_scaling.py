@@ -108,6 +108,7 @@ def _tensors(traced: TracedModel) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -215,6 +216,7 @@ class Outliers(nn.Module):
         return x + self.b(gelu(self.a(self.norm(x))))
 
 
+@pytest.mark.slow
 def test_smoothquant_takes_the_harm_from_outliers() -> None:
     module, x, fresh = Outliers().eval(), torch.randn(64, LENGTH, 32), torch.randn(200, LENGTH, 32)
     errors = {}

@@ -89,6 +89,7 @@ def assert_same(one: Compressed, other: Compressed) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_without_a_change_it_is_genie_on_every_image_twice(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], unchanged: None, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_without_a_change_it_is_genie_on_every_image_twice(
         assert_same(done, once)
 
 
+@pytest.mark.slow
 def test_ends_are_learned_on_the_originals(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_ends_are_learned_on_the_originals(
     assert not torch.equal(packed[0][1], packed[1][1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes_wherever_it_was(
     intake: Intake,
     samples: Samples,
@@ -149,6 +152,7 @@ def test_a_killed_run_ends_in_the_same_bytes_wherever_it_was(
     assert sum("meta step 3 of 3" in each for each in said) == 2
 
 
+@pytest.mark.slow
 def test_a_transformation_that_changes_nothing_is_reported(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -158,6 +162,7 @@ def test_a_transformation_that_changes_nothing_is_reported(
         assert ("collapsed to the identity" in note and "0.9 are wanted" in note) is layer.startswith("layers"), note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restored", [True, False])
 def test_a_loss_that_is_not_finite_leaves_genie(
     restored: bool,
