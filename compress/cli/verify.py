@@ -24,9 +24,9 @@ def verify(
 
     Of any quantized ONNX file: which layers are exact on which processors, judged from their codes.
 
-    Examples: [bold]compress verify model-w4a8 --data test.npz[/]
+    Example: [bold]compress verify model-w4a8 --data test.npz[/]
 
-    [bold]compress verify quantized.onnx[/]
+    Example: [bold]compress verify quantized.onnx[/]
     """
     from rich.console import Console
 
