@@ -269,6 +269,7 @@ def test_every_winner_is_exported_as_chosen(
     assert (nodes["0"], nodes["2"]) == (operator, operator)
 
 
+@pytest.mark.slow
 def test_measured_for_real() -> None:
     """Whichever wins on this machine: every way of each linear has a time, and the plan holds the fastest of them."""
     choices = found(net(), rows=7)
