@@ -103,7 +103,13 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(table: Path | None, module: nn.Module | None = None, **options: Any) -> Plan:
-    settings = {"input_shape": (3, 8, 8), "sensitivity": "weight", "weight_widths": (4, 8), "method": "mse"}
+    settings = {
+        "input_shape": (3, 8, 8),
+        "sensitivity": "weight",
+        "weight_widths": (4, 8),
+        "method": "mse",
+        "bench": True,
+    }
     return api.allocate(
         module or net(), calib=torch.randn(8, 3, 8, 8), latency_table=str(table) if table else None,
         **{**settings, **options},
