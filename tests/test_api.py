@@ -22,6 +22,8 @@ from compress.realize import Result
 from compress.report.schema import Parity, Report
 from tests.every import every
 
+pytestmark = pytest.mark.slow  # each compresses a network from end to end
+
 FILES = {"model.onnx", "model.safetensors", "base.safetensors", "graph.json", "plan.json", "report.json"}
 
 
@@ -73,7 +75,6 @@ def onnx_outputs(file: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "with_data"), [*((bits, True) for bits in range(2, 9)), (2, False), (3, False), (8, False)]
 )
@@ -110,7 +111,6 @@ def test_every_width(bits: int, with_data: bool, tmp_path: Path) -> None:
     assert api.verify(folder, data=x).failures == ()
 
 
-@pytest.mark.slow
 def test_metadata_says_how_the_file_came_about(tmp_path: Path) -> None:
     result = quantize(tmp_path / "out", data(), bits=4)
     model = onnx.load(tmp_path / "out" / "model.onnx")
@@ -126,7 +126,6 @@ def test_metadata_says_how_the_file_came_about(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch stays free"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("with_data", [False, True], ids=["weights only", "with data"])
 def test_two_runs_give_the_same_bytes(with_data: bool, tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
@@ -136,7 +135,6 @@ def test_two_runs_give_the_same_bytes(with_data: bool, tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
-@pytest.mark.slow
 def test_another_seed_is_another_result(tmp_path: Path) -> None:
     for seed in (0, 1):
         quantize(tmp_path / str(seed), data(), bits=2, seed=seed)
@@ -144,7 +142,6 @@ def test_another_seed_is_another_result(tmp_path: Path) -> None:
     assert first != second
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "check"),
     [
@@ -174,7 +171,6 @@ def test_every_option(settings: dict[str, object], check: object, tmp_path: Path
         assert torch.equal(compress.load(tmp_path / "out")(data()), result.module(data()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     ["9", "11"],
@@ -183,7 +179,6 @@ def test_an_ignored_linear_among_integer_layers_stays_float(layer: str) -> None:
     assert quantize(None, data(), method="mse", ignore=(layer,)).report.parity.float_layers == 1
 
 
-@pytest.mark.slow
 def test_signed_activations_for_arm(tmp_path: Path) -> None:
     quantize(tmp_path / "out", data(), target="onnx-arm")
     model = onnx.load(tmp_path / "out" / "model.onnx")
@@ -193,7 +188,6 @@ def test_signed_activations_for_arm(tmp_path: Path) -> None:
     assert every(zero_point.dtype == np.int8 for zero_point in zero_points)
 
 
-@pytest.mark.slow
 def test_labelled_data_adds_the_metric() -> None:
     labels = net()(data()).argmax(1)
     metric = quantize(None, data(), eval_data=(data(), labels), bits=8).report.metric
@@ -204,7 +198,6 @@ def test_labelled_data_adds_the_metric() -> None:
     assert metric.won == 0
 
 
-@pytest.mark.slow
 def test_a_number_a_sample_is_measured_by_its_squared_error() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).eval()
     x = torch.randn(40, 4)
@@ -218,7 +211,6 @@ def test_a_number_a_sample_is_measured_by_its_squared_error() -> None:
     assert metric.agreement is None
 
 
-@pytest.mark.slow
 def test_without_out_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -229,7 +221,6 @@ def test_without_out_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.M
         assert result.module(data(3)).shape == (3, 3)
 
 
-@pytest.mark.slow
 def test_the_callers_module_stays_as_it_was() -> None:
     module = net().train()
     before = copy.deepcopy(module.state_dict())
@@ -243,7 +234,6 @@ def test_the_callers_module_stays_as_it_was() -> None:
         assert torch.equal(result.module(data()), wanted), "the result shares nothing with it"
 
 
-@pytest.mark.slow
 def test_progress_names_every_layer_and_ends_full() -> None:
     seen: list[tuple[str, int, int]] = []
     quantize(None, data(), method="mse", progress=lambda *step: seen.append(step))
@@ -252,7 +242,6 @@ def test_progress_names_every_layer_and_ends_full() -> None:
     assert {total for _, _, total in seen} == {5}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -319,7 +308,6 @@ def exported(tmp_path: Path) -> Path:
     return tmp_path / "net.pt2"
 
 
-@pytest.mark.slow
 def test_an_exported_program_brings_its_shape(exported: Path) -> None:
     result = api.quantize(exported, bits=8)
     assert "input shape 6, from the .pt2 file" in result.report.notes
@@ -330,7 +318,6 @@ def test_an_exported_program_brings_its_shape(exported: Path) -> None:
         api.quantize(exported, calib=torch.randn(8, 7))
 
 
-@pytest.mark.slow
 def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(*_: object) -> Parity:
         return Parity(
@@ -348,7 +335,6 @@ def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
 def test_what_another_model_with_the_same_weights_left_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +353,6 @@ def test_what_another_model_with_the_same_weights_left_is_refused(
     assert not any("continued" in note for note in result.report.notes)
 
 
-@pytest.mark.slow
 def test_preview_writes_nothing_and_names_what_will_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     seen = api.preview(net(), calib=data(), options=Options(bits=3))
@@ -377,7 +362,6 @@ def test_preview_writes_nothing_and_names_what_will_be_done(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_export_and_verify(tmp_path: Path) -> None:
     path = api.export(net(), tmp_path / "sub" / "float.onnx", input_shape=(1, 8, 8))
     with torch.no_grad():
@@ -400,7 +384,6 @@ def test_export_and_verify(tmp_path: Path) -> None:
     assert api.verify(tmp_path / "out", data=data()).failures != ()
 
 
-@pytest.mark.slow
 def test_inspect_lists_layers() -> None:
     found = api.inspect(net(), input_shape=(1, 8, 8))
     assert [(layer.name, layer.kind, layer.groups) for layer in found.layers] == [
