@@ -26,7 +26,7 @@ from compress.exporters.saturation import prove
 from compress.exporters.session import open_session, run_session
 from compress.graph.layers import layer_computes
 from compress.graph.traced import TracedModel
-from compress.layer_check import check_layers, guilty_layers, innocent_layers
+from compress.layer_check import check_layers, guilty_layers, innocent_layers, unseen_layers
 from compress.report.schema import Parity
 
 __all__ = ["Limits", "rounding_noise", "verify", "verify_or_raise"]
@@ -99,6 +99,8 @@ def verify(
         layers=check_layers(traced, lone_layers(path, graph, provider), _layer_batches(traced, inputs, worst)),
         notes=notes,
     )
+    if unseen := unseen_layers(parity.layers, computes):
+        parity = parity.model_copy(update={"notes": (*notes, unseen)})
     failures = _over(parity, limits)
     if failures and limits is not _FLOAT_LIMITS:
         noise = rounding_noise(traced, inputs, wanted)

@@ -22,7 +22,7 @@ from compress.graph.traced import TracedModel, first_output
 from compress.kernels.dynamic import dynamic_grid
 from compress.report.schema import LayerParity
 
-__all__ = ["check_layers", "guilty_layers", "innocent_layers"]
+__all__ = ["check_layers", "guilty_layers", "innocent_layers", "unseen_layers"]
 
 # Rounding explains one step. No sound kernel was further off: integers that end as codes by one step at most, those
 # that end as floats by 1e-4; kernels that saturate began at two.
@@ -62,6 +62,16 @@ def guilty_layers(layers: Sequence[LayerParity]) -> str | None:
     return f"run alone on PyTorch's own inputs, ONNX Runtime's kernel is off at {told}{more}"
 
 
+def unseen_layers(layers: Sequence[LayerParity], names: Iterable[str]) -> str | None:
+    """A sentence about those of ``names`` that no row is about; None without one."""
+    seen = {row.name.partition("#")[0] for row in layers}
+    unseen = [name for name in names if name not in seen]
+    if not unseen:
+        return None
+    more = f" and {len(unseen) - _NAMED} more" if len(unseen) > _NAMED else ""
+    return f"of {', '.join(unseen[:_NAMED])}{more} ONNX Runtime has no node that can be looked at alone"
+
+
 def innocent_layers(layers: Sequence[LayerParity]) -> str:
     """A sentence for a file that is off although no layer of it is."""
     if not layers:
@@ -95,16 +105,19 @@ class _Walk(fx.Interpreter):
             calls = self._calls.get(name, 0)
             self._calls[name] = calls + 1
             name += f"#{calls}" if calls else ""
-            if name in self._lone:
-                self.rows.append(self._compare(n, name, args, first_output(value)))
+            if name in self._lone and (row := self._compare(n, name, args, first_output(value))) is not None:
+                self.rows.append(row)
         return value
 
-    def _compare(self, call: fx.Node, name: str, args: tuple[Any, ...], y: Tensor) -> LayerParity:
+    def _compare(self, call: fx.Node, name: str, args: tuple[Any, ...], y: Tensor) -> LayerParity | None:
         layer = self._lone[name]
         if name not in self._sessions:
-            self._sessions[name] = layer.open()
+            padded = call.target is not torch.ops.aten.linear.default
+            self._sessions[name] = layer.open((args[4] if len(args) > 4 else [0]) if padded else None)
         x, grid = self._input(call, layer, args[0])
         got = layer.run(self._sessions[name], x, grid, y.shape)
+        if got is None:
+            return None
         room = 0.0
         if layer.writes is not None:
             wanted, high = self._written(call, layer.writes, y)

@@ -263,6 +263,18 @@ def test_layers_that_are_joined_to_others_are_not_blamed(
     assert [row.name for row in parity.layers] == ["zero", "padded", "joined", "bare", "plain"]
 
 
+def test_a_layer_that_cannot_be_looked_at_alone_is_told_of(
+    tmp_path: Path, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]
+) -> None:
+    traced, path, x = exported("float-linear")
+    model = onnx.load(path)
+    next(node for node in model.graph.node if node.name == "out").name = "another"
+    onnx.save(model, tmp_path / "renamed.onnx")
+    parity = verify(traced, tmp_path / "renamed.onnx", (x,), "noise")
+    assert parity.notes == ("of out ONNX Runtime has no node that can be looked at alone",)
+    assert [row.name for row in parity.layers] == ["q", "k", "v", "up", "down"]
+
+
 def test_a_difference_between_layers_is_said_to_be_there(
     tmp_path: Path, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]
 ) -> None:

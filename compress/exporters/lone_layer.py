@@ -8,6 +8,7 @@ residuals, scales); of these it is the file's own node, which ONNX Runtime then 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _WEIGHT = dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), 3)  # 1 of ot
 _BIAS = {"Conv": 2, "Gemm": 2, "QLinearConv": 8, "QGemm": 6}
 _BIAS |= {"MatMulIntegerToFloat": 6, "DynamicQuantizeMatMul": 4, "MatMulNBits": 5}
 _ALONE = {*_WEIGHT, "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits"}  # as the optimiser made them
+_CONVOLUTIONS = ("Conv", "QLinearConv")
 _FLAT = ("Gemm", "QGemm")
 _IN, _OUT = "lone_input", "lone_output"
 _IN_SCALE, _IN_ZERO_POINT = "lone_input_scale", "lone_input_zero_point"
@@ -86,12 +88,23 @@ class LoneLayer:
     provider: str
     model: onnx.ModelProto = field(repr=False)
 
-    def open(self) -> ort.InferenceSession:
-        """A session that runs the layer; on one thread, as there is one for each layer of a model."""
+    def open(self, padding: Sequence[int] | None = None) -> ort.InferenceSession:
+        """A session that runs the layer; on one thread, as there is one for each layer of a model.
+
+        Args:
+            padding: of a convolution in PyTorch, a number for each axis or one for all: what is padded before it may
+                have been put into its node, and is in its input already.
+        """
+        convolution = next((node for node in self.model.graph.node if node.op_type in _CONVOLUTIONS), None)
+        if convolution is not None and padding is not None:
+            pads = next((each for each in convolution.attribute if each.name == "pads"), None)
+            if pads is not None:
+                ends = list(padding) * (len(pads.ints) // (2 * len(padding)))
+                pads.ints[:] = [*ends, *ends]
         return open_session(self.model.SerializeToString(), self.level, threads=1, provider=self.provider)
 
-    def run(self, session: ort.InferenceSession, x: Tensor, grid: Grid | None, shape: torch.Size) -> Tensor:
-        """The layer's output [``shape``], in codes where it writes any.
+    def run(self, session: ort.InferenceSession, x: Tensor, grid: Grid | None, shape: torch.Size) -> Tensor | None:
+        """The layer's output [``shape``], in codes where it writes any; None where it has another shape.
 
         Args:
             session: of :meth:`open`.
@@ -113,7 +126,8 @@ class LoneLayer:
             }
         (result,) = session.run(None, feeds)
         found = torch.from_numpy(result)
-        return (found.movedim(-1, 1) if self.channels_last else found).reshape(shape)
+        found = found.movedim(-1, 1) if self.channels_last else found
+        return found.reshape(shape) if found.numel() == shape.numel() else None
 
 
 def lone_layers(path: Path, optimized: OptimizedGraph, provider: str) -> dict[str, LoneLayer]:
