@@ -25,7 +25,7 @@ from compress.report.schema import LayerParity
 __all__ = ["check_layers", "guilty_layers", "innocent_layers", "unseen_layers"]
 
 # Rounding explains one step. No sound kernel was further off: integers that end as codes by one step at most, those
-# that end as floats by 1e-4; kernels that saturate began at two.
+# that end as floats by 1e-4; kernels that saturate began at three.
 _ALLOWED_STEPS = 1.5
 _ONE_STEP = 1.001  # of differences computed in float32
 _TOP = 255
