@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +81,8 @@ def export_shared(model: ModelLike, source: Source, path: Path, shared: str, ove
         staged = Path(folder) / path.name
         there, linked = path.with_name(shared), staged.with_name(shared)
         if there.is_file():
-            os.link(there, linked)  # ONNX Runtime reads no data outside the model's folder
+            # A copy: ONNX Runtime reads no data outside the model's folder, and onnx none that has two names.
+            shutil.copyfile(there, linked)
         shares = write_shared(built, base, staged, shared)
         _prove(traced, intake, staged, path)
         # The graph last: what is there is whole.

@@ -319,7 +319,7 @@ def test_an_exported_program_brings_its_shape(exported: Path) -> None:
 
 
 def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failed(*_: object) -> Parity:
+    def failed(*_: object, **__: object) -> Parity:
         return Parity(
             samples=1, source="x", relative_l2_unoptimized=1, relative_l2_optimized=1, agreement_unoptimized=None,
             agreement_optimized=None, integer_layers=1, float_layers=0, failures=("layer 3 is off",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,9 @@ def test_error_falls_with_every_bit(taken: Intake, base: TracedModel, inputs: Te
         found = measured(taken, base, inputs, measure, trials, ResumeStore(tmp_path / measure, measure))
         for layer, losses in found.items():
             values = [losses[trial.key] for trial in trials]
-            assert values == sorted(values, reverse=True), (measure, layer, losses)
+            # Under what the base itself loses are the other layers' roundings, which may cancel a layer's own.
+            floor = losses.get("base", 0.0)
+            assert all(more <= max(less, floor) for less, more in pairwise(values)), (measure, layer, losses)
             assert values[-1] < 0.1 * values[0], (measure, layer, losses)
 
 
