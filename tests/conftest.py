@@ -44,9 +44,15 @@ def seed() -> None:
         # More threads change the order of sums, and on a busy machine they wait for each other: 60 times slower.
         torch.set_num_threads(1)
     translation = sys.modules.get("compress.exporters.translation")
-    if translation is not None and translation.operator_table.cache_info().currsize and not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()  # the table stays, and every collection during an export would walk it: a tenth of the time
+    if translation is not None and translation.operator_table.cache_info().currsize:
+        freeze_once()
+
+
+@functools.cache
+def freeze_once() -> None:
+    """Leave what is there out of collections: the exporter's table of operators stays, and each would walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure() -> None:

@@ -23,6 +23,7 @@ from torch._guards import detect_fake_mode
 from torch.export import Dim
 
 from compress.errors import InputError
+from compress.graph.composites import make_functional
 
 __all__ = [
     "ChannelStatistics",
@@ -237,9 +238,7 @@ def trace(
         assert first is not None
         raise first
     with _no_copy_warning():
-        graph, names_out, dropped = _flat(
-            program.run_decompositions({}).module(check_guards=False), _output_names(program)
-        )
+        graph, names_out, dropped = _flat(make_functional(program).module(check_guards=False), _output_names(program))
     traced = TracedModel(graph, example, batch, dynamic_length=length, output_names=names_out)
     if dropped:
         traced.notes.append(f"of what the model returns {', '.join(dropped)} is left out: only tensors are kept")
