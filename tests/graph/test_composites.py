@@ -27,7 +27,7 @@ class Composites(nn.Module):
         self.rows = nn.GRU(8, 8, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.reshape(len(x), 4, 8).contiguous()
+        x = x.reshape(x.shape[0], 4, 8).contiguous()
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
         parts = [each.unflatten(-1, (2, 4)).transpose(1, 2) for each in (q, k, v)]
         y = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
@@ -35,7 +35,7 @@ class Composites(nn.Module):
         y[:, 0] = 0
         y = torch.einsum("nld,nmd->nlm", y, y).matmul(y).clamp_(-3, 3)
         y = F.pad(F.silu(y, inplace=True), (0, 0, 0, 1)).to(torch.float64).to(torch.float32)
-        return self.rows(y)[0].flatten(1).selu().view_as(y.flatten(1))
+        return torch.selu_(self.rows(y)[0].flatten(1)).view_as(y.flatten(1))
 
 
 class Branches(nn.Module):
@@ -46,7 +46,7 @@ class Branches(nn.Module):
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: self.a(x).reshape(-1, 6), lambda x: self.b(x).selu(), (x,))
+        return torch.cond(x.sum() > 0, lambda x: self.a(x).reshape(-1, 6), lambda x: torch.selu(self.b(x)), (x,))
 
 
 MODELS = {
