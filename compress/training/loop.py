@@ -30,7 +30,7 @@ _EVALUATED = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; METHODS.md section 3(b) has the values that were published.
+    """How to train.
 
     Attributes:
         rate: learning rate at the start.

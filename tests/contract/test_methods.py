@@ -1,4 +1,4 @@
-"""What every row of compress.methods.METHODS promises (METHODS.md A1, A2); a new row is tested without a new test.
+"""What every row of compress.methods.METHODS promises; a new row is tested without a new test.
 
 Each problem is solved once, and every promise about its solution reads that one.
 """

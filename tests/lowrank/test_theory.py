@@ -1,4 +1,4 @@
-"""What ordered dropout converges to for linear maps, where the answer is known (METHODS.md 3(e), 1 to 3)."""
+"""What ordered dropout converges to for linear maps, where the answer is known."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_sources_of_the_published_code_and_twice(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_moved_most_is_a_better_mask_than_chance_and_than_biases(tmp_path: Path) -> None:
-    """METHODS.md, S3: 5 %, two seeds, one learning rate; benchmarks/sparse_digits.py has the whole table."""
+    """What is promised: 5 %, two seeds, one learning rate; benchmarks/sparse_digits.py has the whole table."""
     from benchmarks.lowrank import digits
     from benchmarks.sparse_digits import BASELINES, LOTTERY, fine_tuned, trained_base
 

@@ -1,4 +1,4 @@
-"""What the copies are for (METHODS.md M3): from a handful of images, outputs on others are closer to those on them."""
+"""What the copies are for: from a handful of images, outputs on others are closer to those on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses' identities (METHODS.md 2(e)1), and what they do not see."""
+"""The losses' identities, and what they do not see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient through the inner step (METHODS.md M2), against finite differences and a plain reference."""
+"""The gradient through the inner step, against finite differences and a plain reference."""
 
 from __future__ import annotations
 
