@@ -21,6 +21,7 @@ from compress.options import Options, Search, Settings, Source
 from compress.realize import Result
 from compress.report.schema import Parity, Report
 from tests.every import every
+from tests.sweep import sweep
 
 pytestmark = pytest.mark.slow  # each compresses a network from end to end
 
@@ -75,8 +76,10 @@ def onnx_outputs(file: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-@pytest.mark.parametrize(
-    ("bits", "with_data"), [*((bits, True) for bits in range(2, 9)), (2, False), (3, False), (8, False)]
+@sweep(
+    ("bits", "with_data"),
+    [*((bits, True) for bits in range(2, 9)), (2, False), (3, False), (8, False)],
+    sample=[(3, True), (8, False)],
 )
 def test_every_width(bits: int, with_data: bool, tmp_path: Path) -> None:
     act_bits = {2: 8, 3: 7, 4: 6, 5: 5, 6: 4, 7: None, 8: 8}[bits] if with_data else None

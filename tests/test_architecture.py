@@ -150,6 +150,7 @@ def test_every_part_has_a_row_in_the_table() -> None:
     )
 
 
+@pytest.mark.slow
 def test_imports_point_down() -> None:
     report(
         [
@@ -162,6 +163,7 @@ def test_imports_point_down() -> None:
     )
 
 
+@pytest.mark.slow
 def test_imports_form_no_cycle() -> None:
     graph = {module: {name for _, name in our_imports(path)} - {module} for module, path in MODULES.items()}
     try:
@@ -170,6 +172,7 @@ def test_imports_form_no_cycle() -> None:
         pytest.fail("modules import each other in a circle: " + " <- ".join(error.args[1]), pytrace=False)
 
 
+@pytest.mark.slow
 def test_methods_are_reached_through_their_table() -> None:
     table = parse(MODULES["compress.methods"])
     rows = {node.value for node in ast.walk(table) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -185,6 +188,7 @@ def test_methods_are_reached_through_their_table() -> None:
     )
 
 
+@pytest.mark.slow
 def test_triton_only_in_kernel_files() -> None:
     report(
         [
@@ -196,6 +200,7 @@ def test_triton_only_in_kernel_files() -> None:
     )
 
 
+@pytest.mark.slow
 def test_imports_are_absolute_and_full() -> None:
     report(
         [
@@ -243,6 +248,7 @@ def defined_names(tree: ast.Module) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_all_is_present_sorted_and_defined() -> None:
     problems = []
     for module, path in MODULES.items():
@@ -290,6 +296,7 @@ def test_changelog_starts_with_this_version() -> None:
     assert heading[1] == version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"]], ids=" ".join)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     run = subprocess.run(

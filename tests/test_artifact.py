@@ -54,6 +54,7 @@ def refused(folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_an_untouched_copy_loads(folder: Path) -> None:
     traced = load_artifact(folder)
     with torch.no_grad():
@@ -61,6 +62,7 @@ def test_an_untouched_copy_loads(folder: Path) -> None:
     assert sum_tensor_bytes(traced) == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["graph.json", "model.safetensors"])
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()

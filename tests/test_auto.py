@@ -34,6 +34,7 @@ def a_pass_takes_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(auto, "pass_seconds", lambda traced: 1 / auto.STEP_SAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "method", "iterations", "reason"),
     [
@@ -86,6 +87,7 @@ def test_an_unknown_method_is_told_of_all_and_of_auto(intake: Intake, samples: S
         auto.settle_method(intake, Options(method="magic"), samples)
 
 
+@pytest.mark.slow
 def test_the_report_says_it(samples: Samples) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5)).eval()

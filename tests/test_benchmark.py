@@ -141,6 +141,7 @@ def test_pairing_narrows_the_interval() -> None:
     assert unpaired.high - unpaired.low > 0.02
 
 
+@pytest.mark.slow
 def test_ratio_is_reproducible_in_pieces() -> None:
     # More rounds than are drawn at once.
     baseline, model = np.random.default_rng(0).normal(10, 1, (2, 3000))
@@ -189,6 +190,7 @@ def test_progress_names_each_stage(tmp_path: Path) -> None:
     assert ("timing, batch 1", 3, 3) in seen
 
 
+@pytest.mark.slow
 def test_imports_no_torch() -> None:
     code = "import sys, compress.benchmark, compress.cli.bench; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

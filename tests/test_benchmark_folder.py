@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.matrix
 def test_a_folder_beside_its_own_file(folder: Path) -> None:
     report = bench([folder / "model.onnx", folder], runs=3, batch_sizes=[1, 4], explain=True)
     assert [Path(row.model).name for row in report.rows] == ["model.onnx", "out"] * 2
@@ -44,6 +45,7 @@ def test_a_folder_beside_its_own_file(folder: Path) -> None:
     assert BenchReport.model_validate_json(report.model_dump_json()) == report
 
 
+@pytest.mark.slow
 def test_command_explains_for_a_gpu_that_is_not_here(folder: Path, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(command.bench)
@@ -111,6 +113,7 @@ def test_options_of_folders_without_one(folder: Path) -> None:
         bench([folder / "model.onnx"], runs=2, device="cuda", explain=True)
 
 
+@pytest.mark.slow
 def test_inputs_that_the_model_does_not_take(tmp_path: Path) -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:

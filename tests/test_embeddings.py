@@ -37,6 +37,7 @@ def compressed(module: nn.Module, out: Path, **settings: object) -> tuple[compre
     return result, onnx.load(out / "model.onnx").graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "ends"), [(8, 8), (4, 4), (3, 3)])
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 def test_the_file_looks_up_what_pytorch_looks_up(bits: int, ends: int, twice: bool, tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_the_file_looks_up_what_pytorch_looks_up(bits: int, ends: int, twice: bo
     assert np.linalg.norm(got - plain) / np.linalg.norm(plain) < (0.03 if bits == 8 else 0.5)
 
 
+@pytest.mark.slow
 def test_a_tables_codes_by_hand(tmp_path: Path) -> None:
     module = Bag(32)
     with torch.no_grad():  # a grid that holds every value exactly
@@ -114,12 +116,14 @@ class Summed(nn.Module):
         return self.head(self.words(ids))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_bare_parameter_is_a_table_too(tmp_path: Path) -> None:
     result, graph = compressed(Bare(), tmp_path / "out", bits=8)
     assert [row.name for row in result.report.layers] == ["table", "head"]
     assert "GatherBlockQuantized" in {node.op_type for node in graph.node}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "reason"),
     [(ReadTwice(32), "its table is read by something else, too"), (Summed(), "embeddings that are summed")],
@@ -131,6 +135,7 @@ def test_tables_that_are_more_than_looked_up_stay_float(module: nn.Module, reaso
     assert reason in plan.skipped[0].reason
 
 
+@pytest.mark.slow
 def test_ignored_tables_stay_float(tmp_path: Path) -> None:
     result, graph = compressed(Bag(32), tmp_path / "out", bits=8, ignore=("words",))
     assert result.report.plan.skipped[0].reason == "named by --ignore"

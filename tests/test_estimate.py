@@ -33,6 +33,7 @@ def estimated(monkeypatch: object, samples: int, **options: object) -> Estimate:
     return estimate(intake.traced, make_plan(intake, Options(**options), data), samples)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_time_follows_samples_and_iterations(monkeypatch: object) -> None:
     few, many = (estimated(monkeypatch, count, method="mse").seconds for count in (32, 320))
     assert many == few * 10
@@ -41,12 +42,14 @@ def test_time_follows_samples_and_iterations(monkeypatch: object) -> None:
     assert abs((long - few) / (short - few) - 2) < 1e-6
 
 
+@pytest.mark.slow
 def test_memory_holds_the_samples_and_little_more(monkeypatch: object) -> None:
     few, many = (estimated(monkeypatch, count).memory_bytes for count in (64, 640))
     assert many - few == 576 * 3 * 16 * 16 * 4
     assert few > 64 * 3 * 16 * 16 * 4
 
 
+@pytest.mark.slow
 def test_transformed_copies_cost_more_than_what_they_are_made_for(monkeypatch: object) -> None:
     genie, metaaug = (estimated(monkeypatch, 32, method=name).seconds for name in ("genie", "metaaug"))
     assert metaaug > 1.1 * genie

@@ -83,6 +83,7 @@ def images(count: int = 64) -> tuple[Tensor]:
     return (2 * torch.rand(count, *SHAPE),)
 
 
+@pytest.mark.slow
 def test_a_good_file_passes(whole: tuple[TracedModel, Path]) -> None:
     parity = verify(*whole, images(), "noise")
     assert parity.failures == ()
@@ -94,6 +95,7 @@ def test_a_good_file_passes(whole: tuple[TracedModel, Path]) -> None:
     verify_or_raise(parity, whole[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["first", "second", "third", "head"])
 def test_a_corrupted_weight_is_caught_and_its_layer_named(
     layer: str, whole: tuple[TracedModel, Path], tmp_path: Path
@@ -152,6 +154,7 @@ def test_a_renamed_layer_is_missed(whole: tuple[TracedModel, Path], tmp_path: Pa
     assert "layer third is planned integer, but the optimised graph has no node of that name" in failure
 
 
+@pytest.mark.slow
 def test_a_float_file_has_to_agree_to_rounding(tmp_path: Path, compress_quickly: Callable[..., TracedModel]) -> None:
     path = tmp_path / "model.onnx"
     traced = compress_quickly(Net(), None, SHAPE, bits=8)
@@ -186,6 +189,7 @@ def float_file(module: nn.Module, path: Path, *shape: int) -> TracedModel:
     return traced
 
 
+@pytest.mark.slow
 def test_every_output_is_compared(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     traced = float_file(Heads(), path, 6)
@@ -209,6 +213,7 @@ class Attention(nn.Module):
         return self.head(scores.softmax(-1) @ self.v(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["q", "k", "v", "head"])
 def test_layers_are_named_beside_products_of_activations(layer: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
@@ -243,6 +248,7 @@ def test_a_planted_pair_fails_on_any_machine(whole: tuple[TracedModel, Path], tm
     assert parity.proof.instruction_sets["AVX512-VNNI"]
 
 
+@pytest.mark.slow
 def test_seven_bits_are_proven(tmp_path: Path, compress_quickly: Callable[..., TracedModel]) -> None:
     traced = compress_quickly(Net(), *images(32), bits=7, first_last_bits=7)
     write_onnx(build_onnx(traced), tmp_path / "model.onnx", {})

@@ -69,6 +69,7 @@ def test_evaluation_samples_come_before_made_ones() -> None:
         gate_inputs(intake.traced, 0, None, load_samples(torch.zeros(4, 5)), intake=intake, ask="")
 
 
+@pytest.mark.slow
 def test_inputs_are_made_to_fit_batch_norm() -> None:
     net = normed()
     intake = take_in(net, input_shape=(1, 6, 6))
@@ -80,6 +81,7 @@ def test_inputs_are_made_to_fit_batch_norm() -> None:
     assert made < 0.5 * noise
 
 
+@pytest.mark.slow
 def test_large_models_are_judged_on_noise_and_the_note_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.gate_inputs._MOST_MACS", 1e5)
     intake = take_in(normed(), input_shape=(1, 6, 6))
@@ -90,6 +92,7 @@ def test_large_models_are_judged_on_noise_and_the_note_says_why(monkeypatch: pyt
     assert note.endswith("; give samples with --data")
 
 
+@pytest.mark.slow
 def test_without_anything_it_is_noise_and_the_report_says_so(tmp_path: Path) -> None:
     result = api.quantize(plain(), input_shape=(6,), bits=8, out=tmp_path / "out")
     (note,) = (note for note in result.report.notes if note.startswith("gate: "))
@@ -150,6 +153,7 @@ def test_our_page_is_of_many_kinds() -> None:
     assert any(letter.isdigit() for letter in whole)
 
 
+@pytest.mark.slow
 def test_the_worst_sample_is_named_in_report_and_text(
     tmp_path: Path, compress_quickly: Callable[..., TracedModel]
 ) -> None:
@@ -170,6 +174,7 @@ def test_the_worst_sample_is_named_in_report_and_text(
     assert any(f"furthest on sample {parity.worst_sample} (" in failure for failure in parity.failures)
 
 
+@pytest.mark.slow
 def test_one_row_is_compared_with_one_row(tmp_path: Path, compress_quickly: Callable[..., TracedModel]) -> None:
     traced = compress_quickly(plain(), None, (6,), bits=7, dynamic=True, first_last_bits=7)
     path = tmp_path / "model.onnx"

@@ -28,6 +28,7 @@ def planned(**settings: Any) -> dict[str, tuple[str, str, str]]:
     return {choice.layer: (str(choice.option), choice.method, choice.format) for choice in plan.choices}
 
 
+@pytest.mark.slow
 def test_groups_are_for_linears() -> None:
     assert planned(bits=4, group_size=32, first_last_bits=4) == {
         "0": ("W4", "hqq", "float-weights"),
@@ -36,6 +37,7 @@ def test_groups_are_for_linears() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 24), (4, 512)])
 def test_what_the_kernel_does_not_run_becomes_float_weights(bits: int, group: int) -> None:
     found = planned(bits=bits, group_size=group, first_last_bits=bits)
@@ -47,11 +49,13 @@ def test_what_the_kernel_does_not_run_becomes_float_weights(bits: int, group: in
     assert said in str(choice.reason)
 
 
+@pytest.mark.slow
 def test_data_brings_gptq_and_leaves_inputs_float() -> None:
     found = planned(bits=4, group_size=32, calib=torch.randn(20, 1, 6, 6))
     assert found["4"] == ("W4g32", "gptq", "matmul-nbits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -96,6 +100,7 @@ def weight_times(stored: QuantizedWeight) -> torch.Tensor:
     return stored.dequantize() * torch.arange(1.0, 6.0)[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 24)])
 def test_grids_of_groups_are_stored_once_a_group_even_where_no_kernel_reads_them(
     bits: int, group: int, tmp_path: Path

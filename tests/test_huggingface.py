@@ -150,6 +150,7 @@ def test_shards_and_half_precision(folders: dict[str, Path], tmp_path: Path) -> 
     assert {value.dtype for value in open_pretrained(tmp_path / "half").module.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_low_rank_reads_text(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     options = LowRankOptions(smallest=0.6, length=8)
     found = truncate(folders["bert-1"], text, tmp_path / "out", options=options).family
@@ -213,6 +214,7 @@ def test_compress_with_text(folders: dict[str, Path], text: Path, tmp_path: Path
     run_both(result, tokens(5, 23))
 
 
+@pytest.mark.slow
 def test_compress_with_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     calib = save_ids(tmp_path / "ids.npz", *tokens(40, 12))
     result = compress.quantize(folders["bert-1"], calib=calib, out=tmp_path / "out", bits=8, method="mse")

@@ -42,6 +42,7 @@ def floats(found: Plan) -> list[str]:
     return [choice.layer for choice in found.choices if choice.option.act_bits is None]
 
 
+@pytest.mark.slow
 def test_leading_layers_that_integers_slow_down_stay_float() -> None:
     found = plan("any")
     # The depthwise one of 16 channels is slower alone, and faster than the casts that it would take as floats.
@@ -52,12 +53,14 @@ def test_leading_layers_that_integers_slow_down_stay_float() -> None:
     assert found.choices == plan("avx2").choices
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_decides_nothing() -> None:
     assert floats(plan("vnni")) == []
     arm = plan("arm")
     assert (arm.target, floats(arm)) == ("onnx-arm", [])
 
 
+@pytest.mark.slow
 def test_a_depthwise_layer_among_integers_stays_float_only_where_that_pays_for_the_casts() -> None:
     module = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 1), nn.ReLU(),
@@ -69,6 +72,7 @@ def test_a_depthwise_layer_among_integers_stays_float_only_where_that_pays_for_t
     assert "0.75 of their speed" in str(found.choices[2].reason)
 
 
+@pytest.mark.slow
 def test_budgets_follow_the_same_figures() -> None:
     settings = {"sensitivity": "weight", "weight_widths": (4, 8), "method": "mse", "input_shape": (3, 8, 8)}
     for machine, expected in (("any", ["0", "2"]), ("vnni", [])):
@@ -76,6 +80,7 @@ def test_budgets_follow_the_same_figures() -> None:
         assert floats(found) == expected
 
 
+@pytest.mark.slow
 def test_refusals() -> None:
     with pytest.raises(InputError, match="--for sse2: known are avx2, vnni, arm and any"):
         plan("sse2")
@@ -85,6 +90,7 @@ def test_refusals() -> None:
     assert sets_of("any", "onnx-arm") == ("arm",)
 
 
+@pytest.mark.slow
 def test_kinds() -> None:
     specs = {layer.name: layer for layer in take_in(mobile(), input_shape=(3, 8, 8)).layers}
     kinds = ("conv of an image", "depthwise conv", "conv 1x1", "depthwise conv", "conv 1x1", "linear, one row")

@@ -161,6 +161,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layer", "fault"), PLANTED)
 def test_the_layer_with_one_wrong_number_is_named(
     kind: str,
@@ -246,6 +247,7 @@ class Odd(nn.Module):
         return self.plain((self.bare(x) + self.after).transpose(1, 2).transpose(1, 2)) * 0.125
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"bits": 5}, SOUND | {"dynamic": True}, {"bits": 4, "group_size": 32}],

@@ -12,6 +12,7 @@ import compress
 from compress.errors import InputError
 from compress.exporters.session import open_session, run_session
 from tests.every import every
+from tests.sweep import sweep
 
 
 class Second(nn.Module):
@@ -19,6 +20,7 @@ class Second(nn.Module):
         return x[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floats_become_float32_and_the_callers_module_stays(dtype: torch.dtype) -> None:
     module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4)).to(dtype).train()
@@ -28,7 +30,8 @@ def test_other_floats_become_float32_and_the_callers_module_stays(dtype: torch.d
     assert module.training
 
 
-@pytest.mark.parametrize("method", ["brecq", "genie", "metaaug"])
+@pytest.mark.slow
+@sweep("method", ["brecq", "genie", "metaaug"], sample=["genie"])
 def test_two_heads_on_one_value_are_learned_by_blocks(method: str) -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:
@@ -47,6 +50,7 @@ def test_two_heads_on_one_value_are_learned_by_blocks(method: str) -> None:
     assert every("reconstructed" in notes[name] for name in ("classes", "places"))
 
 
+@pytest.mark.slow
 def test_one_number_a_batch_beside_the_outputs_is_exported_with_them() -> None:
     class WithPenalty(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -59,6 +63,7 @@ def test_one_number_a_batch_beside_the_outputs_is_exported_with_them() -> None:
         compress.quantize(nn.Sequential(WithPenalty(16, 4), Second()), calib=torch.randn(80, 16), bits=8)
 
 
+@pytest.mark.slow
 def test_token_ids_and_several_inputs_are_exported_without_data(tmp_path: Path) -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
@@ -80,6 +85,7 @@ def test_token_ids_and_several_inputs_are_exported_without_data(tmp_path: Path) 
     compress.export(tmp_path / "pair.pt2", tmp_path / "pair.onnx")
 
 
+@pytest.mark.slow
 def test_a_dead_layer_is_quantized_like_others() -> None:
     module = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     with torch.no_grad():

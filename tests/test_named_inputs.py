@@ -48,6 +48,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "calib.npz"
 
 
+@pytest.mark.slow
 def test_two_inputs_by_position(file: Path, tmp_path: Path) -> None:
     module = Leading().eval()
     result = compress.quantize(module, calib=file, out=tmp_path / "out", bits=8, method="mse")
@@ -71,6 +72,7 @@ def test_two_inputs_by_position(file: Path, tmp_path: Path) -> None:
     assert (got - wanted).norm() <= 0.02 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "names"), [(Leading(), ()), (Between(), ("features", "token_ids"))], ids=["leading", "between"]
 )

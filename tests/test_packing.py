@@ -95,6 +95,7 @@ def test_codes_out_of_range_are_refused(code: int) -> None:
         pack(torch.tensor([0, code]), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "count"), [(3, 16), (4, 9), (4, 24)])
 def test_a_wrong_shape_is_refused(bits: int, count: int) -> None:
     packed = pack(random_codes(3, (9,)), 3) if bits == 4 else pack(random_codes(3, (17,)), 3)

@@ -78,6 +78,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_what_takes_long_fails(output: str) -> None:
     for name, sentence in FAILED.items():
         assert f"FAILED test_it.py::test_{name}" in output
@@ -85,6 +86,7 @@ def test_what_takes_long_fails(output: str) -> None:
         assert sentence in report.partition("\n_____")[0], name
 
 
+@pytest.mark.slow
 def test_fixtures_first_uses_and_what_is_marked_are_forgiven(output: str) -> None:
     for name in PASSED:
         assert f"PASSED test_it.py::test_{name}" in output

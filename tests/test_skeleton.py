@@ -132,7 +132,7 @@ QUICK = ("mixed", "three widths of one value")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLANS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.matrix) for name in PLANS]
 )
 def test_operators_and_size_are_those_of_the_calibrated_file(
     name: str, intake: Intake, samples: Samples, tmp_path: Path
@@ -147,6 +147,7 @@ def test_operators_and_size_are_those_of_the_calibrated_file(
     assert_as_large(skeleton, calibrated)
 
 
+@pytest.mark.slow
 def test_the_same_on_arm(intake: Intake, samples: Samples, tmp_path: Path) -> None:
     calibrated, skeleton, _ = both_files(intake, samples, PLANS["mixed"], tmp_path, "onnx-arm")
     assert_as_large(skeleton, calibrated)
@@ -155,6 +156,7 @@ def test_the_same_on_arm(intake: Intake, samples: Samples, tmp_path: Path) -> No
     assert "INT8" in kinds
 
 
+@pytest.mark.slow
 def test_initialisers_agree_one_by_one(mixed: tuple[Path, Path]) -> None:
     calibrated, skeleton = mixed
     shapes = [
@@ -171,6 +173,7 @@ def test_initialisers_agree_one_by_one(mixed: tuple[Path, Path]) -> None:
     assert operators[0] == operators[1]
 
 
+@pytest.mark.slow
 def test_the_skeleton_runs(mixed: tuple[Path, Path]) -> None:
     _, skeleton = mixed
     (output,) = run_session(open_session(skeleton, "ORT_ENABLE_ALL", threads=1), [(torch.randn(5, 2, 8, 8),)])
@@ -178,6 +181,7 @@ def test_the_skeleton_runs(mixed: tuple[Path, Path]) -> None:
     assert torch.isfinite(output).all()
 
 
+@pytest.mark.slow
 def test_the_float_model_is_left_alone(intake: Intake, tmp_path: Path) -> None:
     x = torch.randn(7, 2, 8, 8)
     graph = str(intake.traced.graph)

@@ -57,6 +57,7 @@ def test_scaling_multiplies_channels_and_leaves_the_codes() -> None:
     assert torch.equal(scaled.dequantize(), weight.dequantize() * factor.reshape(4, 1, 1))
 
 
+@pytest.mark.slow
 def test_a_weight_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         random_weight(4, (2, 2)).bits = 3  # type: ignore[misc]

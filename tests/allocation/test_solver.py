@@ -139,6 +139,7 @@ def test_objectives_other_than_error(solver: str) -> None:
     assert compare(replace(program, objective="error", budgets={"error": 0.3}), solver)
 
 
+@pytest.mark.slow
 @EVERY_SOLVER
 def test_time_out_reports_what_is_proven(solver: str) -> None:
     program = hard()
@@ -258,6 +259,7 @@ def test_the_answer_does_not_depend_on_the_run() -> None:
     assert len({solve(program).picks for _ in range(3)}) == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     program = realistic(60, 8, seed=7, share=0.4, quantities=2)
     assert {solve(program, solver=solver).solver for solver in SOLVERS} == set(SOLVERS)

@@ -73,6 +73,7 @@ def _run(model: onnx.ModelProto, file: Path, x: np.ndarray) -> np.ndarray:
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier", [0.0, 3000.0], ids=["calm", "outliers"])
 def test_a_layer_that_suffers_computes_in_floats(outlier: float, tmp_path: Path) -> None:
     linear = nn.Linear(64, 48)
@@ -166,6 +167,7 @@ def _distance(file: Path, module: nn.Module, x: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 def test_each_layer_decides_for_itself(tmp_path: Path) -> None:
     report = compress.quantize(
         Pair().eval(), calib=torch.randn(64, 9, 64), bits=4, group_size=32, first_last_bits=4, out=tmp_path / "out"
@@ -194,6 +196,7 @@ def test_each_layer_decides_for_itself(tmp_path: Path) -> None:
     assert _distance(tmp_path / "rounded.onnx", loaded, x) > 10 * decided, "level 4 would have hurt"
 
 
+@pytest.mark.slow
 def test_the_input_error_of_a_row_is_the_plain_one_and_8_bits_keep_their_level(tmp_path: Path) -> None:
     """Kernels for 8 bits are many times slower on floats."""
     module, x = nn.Sequential(nn.Linear(50, 40)).eval(), torch.randn(32, 50)
@@ -220,6 +223,7 @@ def test_the_input_error_of_a_row_is_the_plain_one_and_8_bits_keep_their_level(t
     assert _levels(tmp_path / "out" / "model.onnx") == {"0": 4}
 
 
+@pytest.mark.slow
 def test_only_block_kernels_round_inputs() -> None:
     module, x = nn.Sequential(nn.Linear(64, 48)).eval(), torch.randn(32, 64)
     x[:, 7] += 3000.0
@@ -241,6 +245,7 @@ class WildEnd(nn.Module):
         return self.last(torch.tanh(self.first(x)) * self.gain)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_layer_of_8_bits_that_suffers_badly_computes_in_floats_too() -> None:
     report = compress.quantize(WildEnd().eval(), calib=torch.randn(64, 9, 64), bits=4, group_size=32).report
     assert [choice.option.bits for choice in report.plan.choices] == [8, 8]

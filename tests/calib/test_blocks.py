@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def named(blocks: list[Block]) -> list[tuple[str, ...]]:
     return [block.layers for block in blocks]
 
 
+@pytest.mark.slow
 def test_a_residual_block_is_one_and_activations_and_pools_stay_with_what_they_follow() -> None:
     traced = traced_of(Residual(), 3, 8, 8)
     blocks = find_blocks(traced)
@@ -40,6 +42,7 @@ def test_a_residual_block_is_one_and_activations_and_pools_stay_with_what_they_f
     assert nodes[blocks[2].output].target is torch.ops.aten.linear.default
 
 
+@pytest.mark.slow
 def test_single_layers() -> None:
     blocks = find_blocks(traced_of(Residual(), 3, 8, 8), whole=False)
     assert named(blocks) == [("stem",), ("body.a",), ("body.b",), ("short",), ("head",)]
@@ -65,11 +68,13 @@ class Transformer(nn.Module):
         return x + self.down(F.gelu(self.up(self.two(x))))
 
 
+@pytest.mark.slow
 def test_a_transformers_halves_are_blocks() -> None:
     blocks = find_blocks(traced_of(Transformer(), 5, 6))
     assert named(blocks) == [("embed",), ("q", "k", "v", "out"), ("up", "down")]
 
 
+@pytest.mark.slow
 def test_a_chain_is_cut_behind_every_layer() -> None:
     chain = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
@@ -77,6 +82,7 @@ def test_a_chain_is_cut_behind_every_layer() -> None:
     assert named(find_blocks(traced_of(chain, 1, 10, 10))) == [("0",), ("3",), ("6",)]
 
 
+@pytest.mark.slow
 def test_an_embedding_of_the_samples_is_where_a_residual_begins() -> None:
     class Words(nn.Module):
         def __init__(self) -> None:
@@ -106,10 +112,12 @@ class Several(nn.Module):
         return self.early(x), self.late(torch.relu(self.body(x)))
 
 
+@pytest.mark.slow
 def test_between_several_outputs_every_layer_is_alone() -> None:
     assert named(find_blocks(traced_of(Several(), 1, 8, 8))) == [("stem",), ("early",), ("body",), ("late",)]
 
 
+@pytest.mark.slow
 def test_the_number_of_a_class_is_no_end_of_a_block() -> None:
     class Numbered(nn.Module):
         def __init__(self, both: bool) -> None:

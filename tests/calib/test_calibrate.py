@@ -18,6 +18,7 @@ from compress.options import Options
 from compress.planning import make_plan
 from tests.every import every
 from tests.models import FixedBatch, Masked, SequenceFirst, Shared, TwoInputs
+from tests.sweep import sweep
 
 
 def calibrated(
@@ -59,7 +60,7 @@ NETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mse", "adaquant", "adaquant-parallel", "adaround", "genie"])
+@sweep("method", ["mse", "adaquant", "adaquant-parallel", "adaround", "genie"], sample=["mse"])
 @pytest.mark.parametrize("net", NETS)
 def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_path: Path) -> None:
     make, shapes = NETS[net]
@@ -137,7 +138,7 @@ def test_the_error_is_that_of_the_finished_prefix(tmp_path: Path) -> None:
     assert measured == pytest.approx(float((got - wanted).square().sum() / wanted.square().sum()), rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_sequential_is_no_worse_than_parallel(tmp_path: Path) -> None:
     table = []
     for seed in range(5):
@@ -200,7 +201,7 @@ def test_sequential_uses_every_sample_of_the_quantized_prefix(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adaquant", "adaquant-parallel", "mse"])
+@sweep("method", ["adaquant", "adaquant-parallel", "mse"], sample=["adaquant"])
 def test_a_continued_walk_ends_in_the_same_place(method: str, tmp_path: Path) -> None:
     make, shapes = NETS["branches"]
     module, x = make(), torch.randn(70, *shapes[0])

@@ -28,6 +28,7 @@ def pair(outputs: int, shift: float) -> tuple[TracedModel, TracedModel, Tensor]:
     return float_model, model, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [1, 2, 5])
 def test_the_loss_falls_and_is_what_is_returned(outputs: int) -> None:
     float_model, model, x = pair(outputs, 0.2)
@@ -68,6 +69,7 @@ def test_few_samples(count: int) -> None:
     assert after <= before
 
 
+@pytest.mark.slow
 def test_same_seed_same_biases() -> None:
     results = []
     for _ in range(2):

@@ -77,6 +77,7 @@ def last(traced: TracedModel) -> str:
     return traced.outputs()[0].name
 
 
+@pytest.mark.slow
 def test_node_by_node_gives_what_the_whole_graph_gives(
     case: tuple[nn.Module, TracedModel, Tensor], tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_node_by_node_gives_what_the_whole_graph_gives(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_value_is_shown_before_and_after_it_is_passed(
     case: tuple[nn.Module, TracedModel, Tensor], tmp_path: Path
 ) -> None:
@@ -107,6 +109,7 @@ def test_a_value_is_shown_before_and_after_it_is_passed(
     frontier.close()
 
 
+@pytest.mark.slow
 def test_layer_inputs_have_as_many_rows_as_layer_outputs(
     case: tuple[nn.Module, TracedModel, Tensor], tmp_path: Path
 ) -> None:

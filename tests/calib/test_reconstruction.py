@@ -23,6 +23,7 @@ from compress.records import QuantOption, Split
 from tests.calib.test_tokens import samples as padded  # type: ignore[import-not-found]
 from tests.every import every
 from tests.models import Encoder, Residual
+from tests.sweep import sweep
 
 METHODS = ("adaround", "brecq", "qdrop", "genie")
 
@@ -70,6 +71,7 @@ def test_outputs_come_closer_than_rounding_leaves_them(
         assert after <= before
 
 
+@pytest.mark.slow
 def test_without_steps_it_is_rounding_to_nearest(intake: Intake, samples: Samples, tmp_path: Path) -> None:
     rounded = carried(intake, samples, "mse", ResumeStore(tmp_path / "a", "a"), bias_correction=False)
     done = carried(intake, samples, "genie", ResumeStore(tmp_path / "b", "b"), iterations=0)
@@ -108,6 +110,7 @@ def test_a_finished_block_is_not_learned_again_and_ends_in_the_same_bytes(
         assert torch.equal(tensor, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_the_start_and_says_so(
     intake: Intake, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_layer_done_by_two_thin_ones_is_learned_in_its_block(
     assert "nothing better" not in notes["body.a"]
 
 
+@pytest.mark.slow
 def test_inputs_whose_range_is_measured_as_it_runs(intake: Intake, samples: Samples, tmp_path: Path) -> None:
     store = ResumeStore(tmp_path / "a", "a")
     plan = make_plan(intake, Options(bits=3, dynamic=True, method="genie", iterations=20), samples)
@@ -229,7 +233,7 @@ class Outputs(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*METHODS, "metaaug"])
+@sweep("method", [*METHODS, "metaaug"], sample=["qdrop"])
 def test_no_output_is_forgotten(method: str, samples: Samples, tmp_path: Path) -> None:
     torch.manual_seed(2)
     intake = take_in(Outputs().eval(), samples=samples)

@@ -106,6 +106,7 @@ def divergence(wanted: Tensor, output: Tensor) -> float:
     return float((p * (p / q).log()).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["stem", "body", "head"])
 def test_kl_equals_the_whole_model_run_anew(
     layer: str, taken: Intake, base: TracedModel, inputs: Tensor, tmp_path: Path
@@ -121,6 +122,7 @@ def test_kl_equals_the_whole_model_run_anew(
     assert losses["mse W3A8"] > losses[BASE] >= 0.0
 
 
+@pytest.mark.slow
 def test_error_falls_with_every_bit(taken: Intake, base: TracedModel, inputs: Tensor, tmp_path: Path) -> None:
     trials = [Trial("mse", QuantOption(bits=bits, act_bits=bits)) for bits in (2, 4, 6, 8)]
     for measure in ("kl", "output", "gram", "weight"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +64,7 @@ def moments(model: TracedModel, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(1), values.std(1, correction=0)
 
 
+@pytest.mark.slow
 def test_an_unquantized_net_is_left_alone(tmp_path: Path) -> None:
     # Weights that lie on their grid: nothing was lost, nothing may move.
     x = torch.randn(100, 2, 6, 6)
@@ -81,6 +83,7 @@ def test_an_unquantized_net_is_left_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(model.run(iter([(x,)])), before, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_shifted_layer_is_put_right_and_its_codes_stay(tmp_path: Path) -> None:
     x = torch.randn(100, 2, 6, 6)
     float_model = folded(x)
@@ -111,6 +114,7 @@ def test_a_shifted_layer_is_put_right_and_its_codes_stay(tmp_path: Path) -> None
     assert list(tmp_path.rglob("*.samples")) == []
 
 
+@pytest.mark.slow
 def test_the_network_as_a_whole_gains(tmp_path: Path) -> None:
     x, held = torch.randn(200, 2, 6, 6).split(100)
     float_model = folded(x)
@@ -121,6 +125,7 @@ def test_the_network_as_a_whole_gains(tmp_path: Path) -> None:
     assert float((model.run(iter([(held,)])) - wanted).square().mean()) < before
 
 
+@pytest.mark.slow
 def test_a_dead_channel_keeps_its_scale_and_gets_its_mean(tmp_path: Path) -> None:
     x = torch.randn(70, 2, 6, 6)
     float_model = folded(x)
@@ -136,6 +141,7 @@ def test_a_dead_channel_keeps_its_scale_and_gets_its_mean(tmp_path: Path) -> Non
     assert bool(torch.isfinite(model.tensor("3.bias")).all())
 
 
+@pytest.mark.slow
 def test_a_factor_has_limits(tmp_path: Path) -> None:
     x = torch.randn(70, 2, 6, 6)
     float_model = folded(x)

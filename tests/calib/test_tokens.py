@@ -70,6 +70,7 @@ def call_of(traced: TracedModel, layer: str) -> fx.Node:
     return layer_calls(traced)[layer][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["qkv", "out", "inner", "last"])
 def test_observers_see_real_tokens_in_order(layer: str, tmp_path: Path) -> None:
     ids, mask = samples()
@@ -87,6 +88,7 @@ def test_observers_see_real_tokens_in_order(layer: str, tmp_path: Path) -> None:
     frontier.close()
 
 
+@pytest.mark.slow
 def test_methods_get_real_tokens_in_order(tmp_path: Path) -> None:
     ids, mask = samples()
     _, traced = prepared("tokens")
@@ -108,6 +110,7 @@ def test_methods_get_real_tokens_in_order(tmp_path: Path) -> None:
     frontier.close()
 
 
+@pytest.mark.slow
 def test_what_has_no_tokens_is_seen_whole(tmp_path: Path) -> None:
     """A sample's own value, and attention's scores [N, H, L, L]."""
     ids, mask = samples()
@@ -166,6 +169,7 @@ def test_select_real_leaves_other_shapes() -> None:
         assert select_real(other, mask) is other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "pooled"])
 def test_positions_take_no_room(kind: str, tmp_path: Path) -> None:
     inputs = samples()

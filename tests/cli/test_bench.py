@@ -38,6 +38,7 @@ def app() -> typer.Typer:
     return app
 
 
+@pytest.mark.slow
 def test_json_on_stdout_is_alone_there(tmp_path: Path, app: typer.Typer) -> None:
     arguments = [
         str(relu(tmp_path / "a.onnx")),
@@ -57,6 +58,7 @@ def test_json_on_stdout_is_alone_there(tmp_path: Path, app: typer.Typer) -> None
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_table_and_json_file(tmp_path: Path, app: typer.Typer) -> None:
     a, b, out = relu(tmp_path / "a.onnx"), relu(tmp_path / "b.onnx", "side"), tmp_path / "out.json"
     arguments = [str(a), str(b), "--dim", "side=4", "--runs", "3", "--json", str(out), "--no-memory"]
@@ -67,6 +69,7 @@ def test_table_and_json_file(tmp_path: Path, app: typer.Typer) -> None:
     assert len(BenchReport.model_validate_json(out.read_text()).rows) == 2
 
 
+@pytest.mark.slow
 def test_unwritable_json_is_refused_before_any_run(tmp_path: Path, app: typer.Typer) -> None:
     arguments = ["none.onnx", "--json", str(tmp_path / "no" / "out.json")]
     with pytest.raises(InputError, match=r"the folder .*no does not exist"):

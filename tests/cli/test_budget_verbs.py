@@ -52,6 +52,7 @@ def plan(forks: Forks, folder: Path) -> Path:
     return folder / "plan.json"
 
 
+@pytest.mark.slow
 def test_a_plan_holds_its_budget_and_its_certificate(plan: Path) -> None:
     stored = json.loads(plan.read_text())
     allocation = stored["allocation"]
@@ -62,6 +63,7 @@ def test_a_plan_holds_its_budget_and_its_certificate(plan: Path) -> None:
     assert len({choice["option"]["bits"] for choice in stored["choices"]}) > 1
 
 
+@pytest.mark.slow
 def test_apply_gives_what_quantize_with_the_budget_gives(forks: Forks, folder: Path, plan: Path) -> None:
     text = good(
         forks,
@@ -89,6 +91,7 @@ def test_apply_gives_what_quantize_with_the_budget_gives(forks: Forks, folder: P
     assert not (folder / ".at-once.plan.json").exists()
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_carried_out_as_edited(forks: Forks, folder: Path, plan: Path) -> None:
     content = json.loads(plan.read_text())
     layer = content["choices"][1]["layer"]
@@ -106,6 +109,7 @@ def test_an_edited_plan_is_carried_out_as_edited(forks: Forks, folder: Path, pla
     assert [row["layer"] for row in rows if row["changed"]] == [layer]
 
 
+@pytest.mark.slow
 def test_sweep_writes_a_front_of_plans(forks: Forks, folder: Path, plan: Path) -> None:
     text = good(forks, folder, "sweep", "model.pt", *DATA, *QUICK, "--points", 3, "-o", "front")
     assert "Front over size" in text
@@ -125,6 +129,7 @@ def test_sweep_writes_a_front_of_plans(forks: Forks, folder: Path, plan: Path) -
     assert (run.returncode, "needs at least 2" in run.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_dry_run_shows_the_plan_and_writes_nothing(forks: Forks, folder: Path, plan: Path) -> None:
     before = set(folder.iterdir())
     text = good(forks, folder, "quantize", "model.pt", *DATA, *QUICK, "--budget", "size=0.22x", "--dry-run")
@@ -133,6 +138,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(forks: Forks, folder: Path, p
     assert set(folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path) -> None:
     arguments = (
         "quantize",
@@ -162,6 +168,7 @@ def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path)
     assert "foreign.json was measured with processor another" in run.stderr
 
 
+@pytest.mark.slow
 def test_drop_is_kept_on_real_evaluations(forks: Forks, folder: Path, plan: Path) -> None:
     text = good(
         forks, folder, "quantize", "model.pt", *DATA, *QUICK, "--budget", "drop=100", "--eval", "test.npz", "-o", "drop"
@@ -193,6 +200,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     arguments, code, sentence = REFUSED[case]
@@ -205,6 +213,7 @@ def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     assert set(folder.iterdir()) == started
 
 
+@pytest.mark.slow
 def test_plans_that_do_not_fit_are_refused(forks: Forks, folder: Path, plan: Path) -> None:
     content = json.loads(plan.read_text())
     content["choices"][0]["layer"] = "nowhere"
@@ -224,7 +233,7 @@ def test_plans_that_do_not_fit_are_refused(forks: Forks, folder: Path, plan: Pat
     assert (run.returncode, "give them as --calib" in run.stderr.replace("\n", " ")) == (2, True)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_killed_run_keeps_its_sensitivities(forks: Forks, folder: Path, tmp_path: Path) -> None:
     arguments = ("allocate", "model.pt", *DATA, "--budget", "size=0.22x", "--sensitivity-iterations", 40)
     own = environment(folder) | {"COMPRESS_CACHE": str(tmp_path / "cache")}

@@ -30,6 +30,7 @@ def folder(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     more = ("--iterations", 20, "--looks", 0, "--model", "model.pt", "--allow-poor-model", "-o", "small")
     run = forks.run(folder, "distill", "train.npz", *ARGUMENTS, *more)
@@ -56,6 +57,7 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     assert json.loads(told.stdout)["provenance"] == report["provenance"]
 
 
+@pytest.mark.slow
 def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
     arguments = (
         "distill",
@@ -87,6 +89,7 @@ def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
     assert ", of 12 images held out from the experts; kept is 0" in unseen.stdout
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(forks: Forks, folder: Path) -> None:
     arguments = ("distill", "train.npz", *ARGUMENTS, "--dry-run", "-o", "dry", "--expert-folder", "dry-experts")
     run = forks.run(folder, *arguments)
@@ -100,6 +103,7 @@ def test_dry_run_writes_nothing(forks: Forks, folder: Path) -> None:
     assert json.loads(forks.run(folder, *arguments, "--json").stdout)["images"] == 48
 
 
+@pytest.mark.slow
 def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
     arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1500, "--looks", 0)
     process = subprocess.Popen(
@@ -123,6 +127,7 @@ def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
     assert "holds the state of another run; different: --seed (0 then, 1 now)" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,6 +150,7 @@ def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], messag
     assert not (folder / "refused").exists()
 
 
+@pytest.mark.slow
 def test_mtt_takes_asts_options_that_turn_parts_off(forks: Forks, folder: Path) -> None:
     off = ("--intermediate", "none", "--perturbation", 0, "--penalty", 0, "--no-balance", "--random")
     more = ("--method", "mtt", "--iterations", 1, "--looks", 0, "-o", "mtt")
@@ -152,6 +158,7 @@ def test_mtt_takes_asts_options_that_turn_parts_off(forks: Forks, folder: Path) 
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_trajectories_of_another_network(forks: Forks, folder: Path) -> None:
     arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1, "--looks", 0, "--expert-folder", "experts")
     assert forks.run(folder, *arguments, "-q", "-o", "first").returncode == 0

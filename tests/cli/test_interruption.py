@@ -74,7 +74,7 @@ def stop(folder: Path, out: str, finished: int, how: signal.Signals) -> tuple[in
     return process.returncode, said
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Forks) -> None:
     code, said = stop(folder, "out", 1, signal.SIGINT)
     assert code == 130, said

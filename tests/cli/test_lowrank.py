@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TRAIN = ("lowrank", "train", "model.pt", "--data", "train.npz", "--test", "train.npz", "--lr", 0.1, "--batch", 32)
 
 
+@pytest.mark.slow
 def test_from_training_to_a_quantized_member(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, *TRAIN, "--epochs", 12, "--smallest", 0.2, "-o", "small")
     assert run.returncode == 0, run.stderr
@@ -59,12 +60,14 @@ def test_from_training_to_a_quantized_member(forks: Forks, folder: Path) -> None
     assert report["metric"]["compressed_onnx"] > wanted["metric"] - 0.03
 
 
+@pytest.mark.slow
 def test_truncation_without_training(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "lowrank", "truncate", "model.pt", "--calib", "calib.npz", "-o", "cut", "-q")
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert (folder / "cut" / "family.pt").exists()
 
 
+@pytest.mark.slow
 def test_ranks_by_a_rule_instead_of_a_search(forks: Forks, folder: Path) -> None:
     cut = ("lowrank", "truncate", "model.pt", "--calib", "calib.npz", "-q")
     run = forks.run(folder, *cut, "--energy", 0.9, "--unrolling", "channel", "-o", "ruled")
@@ -99,6 +102,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     if not (folder / "small").exists():
@@ -112,6 +116,7 @@ def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     assert sorted(each.name for each in folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_latency_budget_is_measured_once_and_drawn(forks: Forks, folder: Path) -> None:
     arguments = ("--calib", "train.npz", "--test", "train.npz", "--smallest", 0.3, "--search", "program")
     assert forks.run(folder, "lowrank", "truncate", "model.pt", *arguments, "-o", "timed", "-q").returncode == 0
@@ -153,6 +158,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(forks: Forks, folder: Pat
     assert members[0] == members[1]
 
 
+@pytest.mark.slow
 def test_a_family_of_a_class_of_ones_own(forks: Forks, folder: Path) -> None:
     (folder / "own.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"

@@ -22,6 +22,7 @@ VERBS = ("quantize", "inspect", "export", "verify", "bench")
 FILES = {"model.onnx", "model.safetensors", "base.safetensors", "graph.json", "plan.json", "report.json"}
 
 
+@pytest.mark.slow
 def test_help_is_there_at_once_and_without_torch(compress: Run, tmp_path: Path) -> None:
     seconds = []
     for _ in range(3):
@@ -48,6 +49,7 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_with_an_example(compress: Run, tmp_path: Path, verb: str) -> None:
     run = compress(tmp_path, verb, "--help")
@@ -109,6 +111,7 @@ def test_quiet_is_quiet(quiet_run: subprocess.CompletedProcess[str], workplace: 
     assert (workplace / "quiet" / "model.onnx").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_dry_run_writes_nothing(forks: Forks, workplace: Path, as_json: bool) -> None:
     before = sorted(workplace.rglob("*"))
@@ -127,6 +130,7 @@ def test_dry_run_writes_nothing(forks: Forks, workplace: Path, as_json: bool) ->
         assert "Estimated: " in run.stdout
 
 
+@pytest.mark.slow
 def test_no_data_quantizes_the_weights_alone(forks: Forks, workplace: Path) -> None:
     shape = ("--input-shape", "1,8,8", "--dry-run")
     without, none = (

@@ -14,6 +14,7 @@ import torch
 from compress.cache import remembered
 from compress.cli.main import main
 from tests.cli.conftest import Forks, command, environment, populate  # type: ignore[import-not-found]
+from tests.sweep import sweep
 
 CASES = {
     "missing file": (("nothere.pt",), "There is no file nothere.pt; check the path."),
@@ -74,6 +75,7 @@ def assert_refused(run: subprocess.CompletedProcess[str], wanted: str) -> None:
     assert wanted in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_nothing_written(forks: Forks, crowded: Path, case: str) -> None:
     before = listing(crowded)
@@ -84,7 +86,7 @@ def test_one_sentence_and_nothing_written(forks: Forks, crowded: Path, case: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["missing file", "control flow", "NaN in the data"])
+@sweep("case", ["missing file", "control flow", "NaN in the data"], sample=["control flow"])
 def test_the_same_in_a_process_of_its_own(crowded: Path, case: str) -> None:
     # Warnings and logs of a fresh start, which a fork of a running program does not show.
     arguments, wanted = CASES[case]
@@ -94,6 +96,7 @@ def test_the_same_in_a_process_of_its_own(crowded: Path, case: str) -> None:
     assert_refused(run, wanted)
 
 
+@pytest.mark.slow
 def test_an_option_that_is_none(tmp_path: Path) -> None:
     run = subprocess.run(command("quantize", "model.pt", "--bit", "4"), cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2

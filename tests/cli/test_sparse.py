@@ -58,6 +58,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a)
 
 
+@pytest.mark.slow
 def test_train_says_what_came_of_it(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, *TRAIN, "one.npz", "--test", "one.npz", "--head", "5", "-o", "told.safetensors")
     assert run.returncode == 0, run.stderr
@@ -71,6 +72,7 @@ def test_train_says_what_came_of_it(forks: Forks, folder: Path) -> None:
     assert (folder / "told.safetensors").read_bytes() == (folder / "one.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_apply_and_revert(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "sparse", "apply", "base.pt", "plain.safetensors", "one.safetensors", "-o", "both.pt")
     assert run.returncode == 0, run.stderr
@@ -92,6 +94,7 @@ def test_apply_and_revert(forks: Forks, folder: Path) -> None:
     assert "both.pt.undo.safetensors is for another model: the hash there is" in run.stderr
 
 
+@pytest.mark.slow
 def test_overlap_is_warned_of(forks: Forks, folder: Path) -> None:
     arguments = (
         "sparse",
@@ -110,6 +113,7 @@ def test_overlap_is_warned_of(forks: Forks, folder: Path) -> None:
     assert "entries are in more than one delta" in run.stderr
 
 
+@pytest.mark.slow
 def test_composed_is_applied_together(forks: Forks, folder: Path) -> None:
     run = forks.run(
         folder, "sparse", "compose", "one.safetensors", "two.safetensors", "--weights", "1,0.5", "--head",
@@ -133,6 +137,7 @@ def test_composed_is_applied_together(forks: Forks, folder: Path) -> None:
     assert torch.equal(a["5.weight"], load_file(folder / "one.safetensors")["dense/5.weight"])
 
 
+@pytest.mark.slow
 def test_the_published_form_and_back(forks: Forks, folder: Path) -> None:
     run = forks.run(folder, "sparse", "compose", "one.safetensors", "-o", "pytorch_diff.bin")
     assert run.returncode == 0, run.stderr
@@ -143,6 +148,7 @@ def test_the_published_form_and_back(forks: Forks, folder: Path) -> None:
     assert same(state(folder / "published.pt"), state(folder / "ours.pt"))
 
 
+@pytest.mark.slow
 def test_several_sources(forks: Forks, folder: Path) -> None:
     language = ("sparse", "compose", "plain.safetensors", "--weights", "0.1", "-o", "language.safetensors", "-q")
     assert forks.run(folder, *language).returncode == 0
@@ -179,6 +185,7 @@ def test_weights_and_a_factory(forks: Forks, folder: Path) -> None:
     assert same(state(folder / "other.pt"), load_file(folder / "back.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_delta_is_merged_before_calibration(forks: Forks, folder: Path) -> None:
     merged = ("sparse", "merge", "base.pt", "one.safetensors", "-o", "merged.pt", "-q")
     assert forks.run(folder, *merged).returncode == 0
@@ -237,6 +244,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     whole = (folder / "one.safetensors").read_bytes()

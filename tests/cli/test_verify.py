@@ -100,6 +100,7 @@ def test_dynamic_files_are_judged(kind: QuantType, float_file: Path, tmp_path: P
     assert set(rows["DynamicQuantizeMatMul"].unproven) == (PAIRS if kind is QuantType.QInt8 else set())
 
 
+@pytest.mark.slow
 def test_the_command_says_which_layer_where_and_how_to_mend_it(forks: Forks, float_file: Path, tmp_path: Path) -> None:
     for name, reduce_range in (("wide", False), ("narrow", True)):
         quantize_static(
@@ -146,6 +147,7 @@ def test_codes_that_are_computed_are_told(forks: Forks, tmp_path: Path) -> None:
     assert "its weights are computed as the model runs. Codes that are computed" in run.stderr
 
 
+@pytest.mark.slow
 def test_what_is_no_onnx_file_is_refused(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a model")
     (tmp_path / "cut.onnx").write_bytes(b"\x08\x08\x12")

@@ -40,10 +40,14 @@ def unasked(workplace: Path) -> str:
         pytest.skip("torch's OpenMP library is not libgomp here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "spins"),
-    [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "1234"}, "1234")],
-    ids=["passive", "own policy", "own count"],
+    [
+        pytest.param({}, "0", id="passive"),
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000", id="own policy", marks=pytest.mark.matrix),
+        pytest.param({"GOMP_SPINCOUNT": "1234"}, "1234", id="own count", marks=pytest.mark.matrix),
+    ],
 )
 def test_threads_wait_asleep_unless_the_user_said_otherwise(
     own: dict[str, str], spins: str, workplace: Path, unasked: str
@@ -52,6 +56,7 @@ def test_threads_wait_asleep_unless_the_user_said_otherwise(
     assert spins_of(["-m", "compress", "inspect", "model.pt"], own, workplace) == spins
 
 
+@pytest.mark.slow
 def test_bench_measures_threads_as_users_have_them(
     workplace: Path, quiet_run: subprocess.CompletedProcess[str], unasked: str
 ) -> None:

@@ -172,6 +172,7 @@ def test_codes_and_scales_are_legal(name: str, kind: str) -> None:
         assert weight.symmetric or not each.option.symmetric
 
 
+@pytest.mark.slow
 @METHOD
 @KIND
 def test_never_worse_than_rounding_to_nearest(name: str, kind: str) -> None:

@@ -26,6 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("experts")
 
 
+@pytest.mark.slow
 def test_judged_on_what_no_expert_has_seen(tmp_path: Path, cache: Path) -> None:
     report = run(tmp_path / "held", cache, hold_out=0.2, expert_folder=cache / "held")
     assert report.judged == "12 images held out from the experts"
@@ -55,6 +56,7 @@ def test_judged_on_what_no_expert_has_seen(tmp_path: Path, cache: Path) -> None:
             run(tmp_path / "refused", cache, **change)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -95,6 +97,7 @@ def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_last_steps_on_the_model_alone(tmp_path: Path, cache: Path) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(
@@ -126,6 +129,7 @@ def test_last_steps_on_the_model_alone(tmp_path: Path, cache: Path) -> None:
     assert (real.iteration, real.fitted) == (0, None)
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_other_images(tmp_path: Path, cache: Path) -> None:
     data = arrays()
     x, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])

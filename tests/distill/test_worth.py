@@ -23,7 +23,7 @@ EXPERTS = ExpertSettings(count=3, epochs=10, batch=100)
 SETTINGS = DistillSettings(iterations=50, steps=10, last=6, gradients="unrolled", looks=0)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_distilled_digits_beat_real_ones(tmp_path: Path) -> None:
     """One image a class, five seeds: both leads are above two standard errors (measured: 11 and 6 of them)."""
     digits = load_digits()

@@ -95,8 +95,8 @@ def layer_kinds(path: Path, layers: tuple[str, ...]) -> dict[str, list[str]]:
         ("onnx-cpu", 3, 8),
         ("onnx-arm", 2, 2),
         # The same again at other widths, seconds each.
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("onnx-cpu", 8, 8), ("onnx-cpu", 4, 4)]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("onnx-arm", 8, 8), ("onnx-arm", 3, 8)]),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in [("onnx-cpu", 8, 8), ("onnx-cpu", 4, 4)]),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in [("onnx-arm", 8, 8), ("onnx-arm", 3, 8)]),
     ],
 )
 def test_everything_in_a_residual_net_becomes_integer(
@@ -120,8 +120,8 @@ def test_everything_in_a_residual_net_becomes_integer(
     ("target", "ignored"),
     [
         *(("onnx-cpu", layer) for layer in ("left", "deep", "fc")),
-        *(pytest.param("onnx-cpu", layer, marks=pytest.mark.slow) for layer in ("stem", "right", "down")),
-        *(pytest.param("onnx-arm", layer, marks=pytest.mark.slow) for layer in ("stem", "deep", "fc")),
+        *(pytest.param("onnx-cpu", layer, marks=pytest.mark.matrix) for layer in ("stem", "right", "down")),
+        *(pytest.param("onnx-arm", layer, marks=pytest.mark.matrix) for layer in ("stem", "deep", "fc")),
     ],
 )
 def test_a_layer_left_float_really_stays_float(target: str, ignored: str, tmp_path: Path, export: Export) -> None:

@@ -99,6 +99,7 @@ def check_numbers(run: Run, allowed: float) -> None:
         assert (got - wanted).norm() <= allowed * wanted.norm(), level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "bits"), [("static", 4), ("dynamic", 8)])
 def test_linears_are_integer_with_their_biases(inputs: str, bits: int, tmp_path: Path) -> None:
     run = quantize(Rows(), tmp_path, **settings_of(inputs, bits))
@@ -111,6 +112,7 @@ def test_linears_are_integer_with_their_biases(inputs: str, bits: int, tmp_path:
         assert every(run.kinds[layer] == ["QGemm"] for layer in "def"), run.kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "bits"), [("static", 8), ("dynamic", 4)])
 def test_products_of_computed_values_stay_float(inputs: str, bits: int, tmp_path: Path) -> None:
     run = quantize(Heads(), tmp_path, **settings_of(inputs, bits), bias_correction=False, smoothquant=False)
@@ -138,6 +140,7 @@ class Placed(nn.Module):
         return self.b(torch.tanh(self.a(x) + self.place))
 
 
+@pytest.mark.slow
 def test_what_is_added_to_positions_is_no_bias(tmp_path: Path) -> None:
     run = quantize(Placed(), tmp_path, **settings_of("dynamic", 8))
     check_numbers(run, 0.03)
@@ -147,6 +150,7 @@ def test_what_is_added_to_positions_is_no_bias(tmp_path: Path) -> None:
     assert add.op_type == "Add"
 
 
+@pytest.mark.slow
 def test_weights_alone_stay_packed(tmp_path: Path) -> None:
     run = quantize(Rows(), tmp_path, bits=4, group_size=32, input_shape=(ROWS, WIDTH))
     assert every(run.kinds[layer] == ["MatMulNBits"] for layer in "abcdef"), run.kinds

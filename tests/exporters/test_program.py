@@ -15,6 +15,7 @@ from compress.exporters.onnx import build_onnx
 from compress.exporters.program import to_program, traced_program
 from compress.graph.serial import graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel, trace
+from tests.sweep import sweep
 
 
 class Pooled(nn.Module):
@@ -81,7 +82,7 @@ def compressed(compress_quickly: Callable[..., TracedModel]) -> Callable[[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@sweep("name", CASES, sample=["pooled to a point"])
 def test_the_file_is_that_of_a_graph_traced_again(
     name: str, compressed: Callable[[str], TracedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def test_the_graph_stays_as_it_was() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.slow
 def test_a_graph_from_a_file_is_traced() -> None:
     traced = trace(nn.Linear(8, 4), (torch.randn(2, 8),))
     tensors = {name: tensor.detach() for name, tensor in traced.module.state_dict().items()}

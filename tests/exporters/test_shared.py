@@ -49,6 +49,7 @@ def run(path: Path, x: Tensor, optimized: Path | None = None) -> np.ndarray:
     return np.asarray(ort.InferenceSession(str(path), options).run(None, {"input_1": x.numpy()})[0])
 
 
+@pytest.mark.slow
 def test_tasks_share_the_bases_tensors(tmp_path: Path) -> None:
     base, x = net(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     given = {"input_shape": (3, 8, 8)}

@@ -81,6 +81,7 @@ def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int, ex
     assert not any(name.endswith(".weight") for name in model.graph.initializers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
 def test_narrow_codes_are_clipped_to_their_range(target: str, exported: Exported) -> None:
     model = exported(plain, act_bits=4, target=target)

@@ -33,6 +33,7 @@ def _bytes(traced: TracedModel) -> bytes:
     return ir.to_proto(build_onnx(traced)).SerializeToString()
 
 
+@pytest.mark.slow
 def test_the_table_is_built_once_and_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
     table = operator_table()
     assert table is not None, "torch no longer takes a table: see compress/exporters/translation.py"

@@ -99,6 +99,7 @@ def test_heads_that_share_keys_and_values(groups: int, causal: bool) -> None:
     same(traced, module, torch.randn(3, 5, 8), torch.randn(3, 5, 8))
 
 
+@pytest.mark.slow
 def test_values_without_heads() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

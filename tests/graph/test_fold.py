@@ -133,6 +133,7 @@ def test_a_shared_convolution_is_not_folded() -> None:
     assert "2 BatchNorms are not folded ('first', 'second'): the layer before it is called more than" in traced.notes[0]
 
 
+@pytest.mark.slow
 def test_a_convolution_read_elsewhere_is_not_folded() -> None:
     traced = check_fold(ReadTwice(), torch.randn(4, 3, 9, 9), left=1)
     assert "also read elsewhere" in traced.notes[0]

@@ -192,6 +192,7 @@ def absorbed(
     return not left, before, traced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "scale", "zero", "bits", "goes"),
     [

@@ -37,6 +37,7 @@ def check(module: nn.Module, x: Tensor) -> tuple[TracedModel, Counter[str]]:
 IMAGE = torch.randn(4, 3, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "gone"),
     [

@@ -42,6 +42,7 @@ def factors(model: TracedModel, layer: str, rank: int) -> tuple[Tensor, Tensor]:
     return thin.down, thin.up.flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "rank"), [("wide", 8), ("line", 6), ("head", 5)])
 def test_at_full_rank_the_model_computes_the_same(traced: TracedModel, layer: str, rank: int) -> None:
     x = torch.randn(3, 3, 9, 9)
@@ -57,6 +58,7 @@ def test_at_full_rank_the_model_computes_the_same(traced: TracedModel, layer: st
     assert not any(spec.refusal for spec in specs.values())
 
 
+@pytest.mark.slow
 def test_below_it_the_two_are_the_low_rank_map(traced: TracedModel) -> None:
     x = torch.randn(3, 3, 9, 9)
     down, up = factors(traced, "wide", 3)
@@ -66,6 +68,7 @@ def test_below_it_the_two_are_the_low_rank_map(traced: TracedModel) -> None:
     torch.testing.assert_close(traced.module(x), dense.module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_still_computes_the_whole_layer(traced: TracedModel) -> None:
     x = torch.randn(3, 3, 9, 9)
     wanted = traced.module(x)
@@ -81,6 +84,7 @@ def test_the_reference_still_computes_the_whole_layer(traced: TracedModel) -> No
         torch.testing.assert_close(reference.tensor(f"{part}.weight"), changed.tensor(f"{part}.weight"))
 
 
+@pytest.mark.slow
 def test_a_branch_is_added_and_the_rest_makes_up_for_it(traced: TracedModel) -> None:
     x = torch.randn(3, 3, 9, 9)
     wanted = traced.module(x)

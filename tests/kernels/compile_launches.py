@@ -1,7 +1,8 @@
 """Compile every kernel for GPUs that are not there. A program of its own: triton is imported without its interpreter.
 
 Launchers are called as always, with tensors on the CPU and the device's properties made up; what they would launch is
-compiled instead. ``python compile_launches.py ARCHITECTURE...`` prints a JSON list, a row for each launch.
+compiled instead. ``python compile_launches.py ARCHITECTURE [BITS]`` prints a JSON list, a row for each launch; with BITS
+those of packed weights of that width alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -108,15 +110,14 @@ def weight_of(bits: int, group_size: int = 128) -> LaneWeight:
     )
 
 
-def compile_all(architecture: int) -> list[dict[str, Any]]:
-    """Every kernel, at the widths and types that take different code."""
-    launch._properties = lambda device: (divmod(architecture, 10), 132)  # type: ignore[assignment,return-value]
+PACKED = {4: torch.float16, 3: torch.bfloat16, 8: torch.float32}
+
+
+def compile_packed(architecture: int, widths: Iterable[int]) -> list[dict[str, Any]]:
+    """The kernels that read packed weights, with a low-rank branch."""
     rows = []
-    packed = {4: torch.float16, 3: torch.bfloat16, 8: torch.float32}
-    if architecture == 89:
-        # Triton's own stages give Ada the programs of Ampere, and no other takes as long to compile as this one.
-        del packed[3]
-    for bits, dtype in packed.items():
+    for bits in widths:
+        dtype = PACKED[bits]
         recorder = Recorder(architecture, f"{bits} bits {dtype}")
         JITFunction.run = recorder.method()
         weight = weight_of(bits)
@@ -125,6 +126,13 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         packed_dot(torch.zeros(16, INPUTS, dtype=dtype), weight, None, branch, tile=TILE)
         unpack_weight(weight, dtype)
         rows += recorder.rows
+    return rows
+
+
+def compile_all(architecture: int) -> list[dict[str, Any]]:
+    """Every kernel, at the widths and types that take different code."""
+    # Triton's own stages give Ada the programs of Ampere, and no other takes as long to compile as 3 bits.
+    rows = compile_packed(architecture, [bits for bits in PACKED if (architecture, bits) != (89, 3)])
     recorder = Recorder(architecture, "4 bits, one scale a row")
     JITFunction.run = recorder.method()
     weight = weight_of(4, INPUTS)
@@ -165,4 +173,6 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([row for architecture in sys.argv[1:] for row in compile_all(int(architecture))]))
+    gpu, *widths_asked = map(int, sys.argv[1:])
+    launch._properties = lambda device: (divmod(gpu, 10), 132)  # type: ignore[assignment,return-value]
+    print(json.dumps(compile_packed(gpu, widths_asked) if widths_asked else compile_all(gpu)))

@@ -29,6 +29,7 @@ for name in {[*modules, "benchmarks.kernels", "benchmarks.kernel_tuning"]}:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long_keeps_what_it_said(tmp_path: Path) -> None:
     def python(program: str) -> list[str]:
         return [sys.executable, "-c", program]

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.sweep import sweep
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,15 +35,21 @@ def rows_of(program: str, cache: Path, *arguments: str) -> list[dict[str, Any]]:
     return list(json.loads(run.stdout))
 
 
+PACKED = {"packed_gemv_fwd_kernel", "packed_dot_fwd_kernel", "packed_unpack_fwd_kernel", "partial_sums_fwd_kernel"}
+
+
 @pytest.mark.slow
-@sweep("architecture", ARCHITECTURES, sample=[90])
+def test_packed_weights_compile(tmp_path: Path) -> None:
+    rows = rows_of("compile_launches.py", tmp_path, "90", "4")
+    assert {row["kernel"] for row in rows} == PACKED
+    check(rows, 90)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture: int, tmp_path: Path) -> None:
     rows = rows_of("compile_launches.py", tmp_path, str(architecture))
-    assert {row["kernel"] for row in rows} == {
-        "packed_gemv_fwd_kernel",
-        "packed_dot_fwd_kernel",
-        "packed_unpack_fwd_kernel",
-        "partial_sums_fwd_kernel",
+    assert {row["kernel"] for row in rows} == PACKED | {
         "thin_gemv_fwd_kernel",
         "thin_dot_fwd_kernel",
         "delta_gemv_fwd_kernel",
@@ -55,6 +59,11 @@ def test_every_kernel_compiles(architecture: int, tmp_path: Path) -> None:
         "row_ranges_fwd_kernel",
         "quantize_rows_fwd_kernel",
     }
+    check(rows, architecture)
+
+
+def check(rows: list[dict[str, Any]], architecture: int) -> None:
+    """They are programs for that GPU that it can run."""
     for row in rows:
         assert row["target"].startswith(f"sm_{architecture}"), row
         assert row["cubin_bytes"] > 0, row
@@ -66,7 +75,7 @@ def test_every_kernel_compiles(architecture: int, tmp_path: Path) -> None:
         assert not row["flushes_subnormals"], row
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_own_tiles_fit_into_shared_memory(tmp_path: Path) -> None:
     rows = rows_of("compile_tiles.py", tmp_path)
     assert {row["architecture"] for row in rows} == set(ARCHITECTURES)

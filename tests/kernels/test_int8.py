@@ -62,6 +62,7 @@ def dot_in_small(*arguments: Any) -> Any:
 KERNELS = {"fused": fused_in_splits, "dot": dot_in_small, "reference": int8_reference}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("kind", GRIDS, sample=["token"])
 def test_every_grid(kernel: str, kind: str, device: str, assert_near: Any) -> None:
@@ -139,6 +140,7 @@ def test_the_largest_sums_fit(kernel: Any, zero: int, value: float, device: str)
     assert torch.equal(got, torch.full((1, 2), -128 * value * MOST_INPUTS, device=device))
 
 
+@pytest.mark.slow
 @sweep("rows", [1, 17, 70, 200], sample=[17])
 def test_own_tile(rows: int, device: str, assert_near: Any) -> None:
     weight, exact = random_int8(70, 600, 8, device)
@@ -148,6 +150,7 @@ def test_own_tile(rows: int, device: str, assert_near: Any) -> None:
     assert_near(int8_dot(x, grid, weight), ((codes - zero).double() * scale) @ exact.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("kind", GRIDS, sample=["a row", "token"])
 @sweep("odd", ["nan", "inf", "-inf"], sample=["nan"])

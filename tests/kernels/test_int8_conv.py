@@ -79,6 +79,7 @@ def test_every_shape(kernel: str, name: str, device: str, assert_near: Any) -> N
     assert_near(KERNELS[kernel](x, weight, bias, problem), exactly(x, exact, bias, problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("dtype", [torch.float16, torch.bfloat16], sample=[torch.float16])
 def test_every_dtype_and_order(kernel: str, dtype: torch.dtype, device: str, assert_near: Any) -> None:

@@ -50,6 +50,7 @@ def test_a_launch_enters_its_own_gpu(
     assert current == [0]
 
 
+@pytest.mark.slow
 def test_every_launch_is_in_such_a_function() -> None:
     launches = 0
     for path in Path(launch.__file__).parent.glob("*.py"):

@@ -25,6 +25,7 @@ def dot_in_splits(*arguments: Any) -> Any:
 KERNELS = {"gemv": (lowrank_gemv, 2), "dot": (lowrank_dot, 5), "splits": (dot_in_splits, 18)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
 @sweep("dtype", [torch.float32, torch.float16, torch.bfloat16], sample=[torch.float16])
 @sweep("rank", [1, 21, 40], sample=[21])
@@ -47,6 +48,7 @@ def test_operator(device: str, assert_near: Any) -> None:
     assert lowrank_linear(x[:0], up, down, None, 5).shape == (0, 3, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 3, 5])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gradients(rank: int, with_bias: bool) -> None:
@@ -66,6 +68,7 @@ def test_gradients(rank: int, with_bias: bool) -> None:
     assert torch.autograd.gradgradcheck(lowrank_linear, (x, up, down, bias, rank))
 
 
+@pytest.mark.slow
 def test_gradients_of_what_is_asked_for() -> None:
     x, up, down = torch.randn(3, 7).bfloat16(), torch.randn(4, 5).bfloat16(), torch.randn(5, 7).bfloat16()
     bias = torch.zeros(4, requires_grad=True)

@@ -36,6 +36,7 @@ def dot_in_splits(*arguments: Any) -> Any:
 KERNELS = {"gemv": (gemv_in_small, 2), "dot": (dot_in_splits, 5), "unpack": (packed_unpack, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("bits", BITS, sample=[3])
 @sweep("group_size", GROUPS, sample=[32])
@@ -49,6 +50,7 @@ def test_every_width_and_group(
     assert_near(run(x, weight), x.double() @ exact.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep(("bits", "group_size"), [(2, 16), (3, 256), (4, 16), (8, 256)], sample=[(4, 16)])
 def test_smallest_and_largest_group(

@@ -117,6 +117,7 @@ def test_of_formats_as_fast_the_one_that_changes_the_input_least(timed: Callable
     assert found(net(), rows=8)["0"].format == "matmul-nbits"
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_widest_layer_and_others_have_fewer_in_proportion(
     timed: Callable[[Times], list[tuple[str, str]]],
 ) -> None:

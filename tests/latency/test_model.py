@@ -174,6 +174,7 @@ class Residual(nn.Module):
         return torch.cat([self.fc(x), self.aux(torch.tanh(x))], 1)
 
 
+@pytest.mark.slow
 def test_places_in_a_residual_net() -> None:
     places = layer_places(take_in(Residual(), input_shape=(3, 8, 8)).traced, 5)
     assert list(places) == ["stem", "left", "right", "down", "fc", "aux"]

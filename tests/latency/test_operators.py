@@ -55,6 +55,7 @@ def silent(label: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
+@pytest.mark.slow
 def test_shapes_say_what_time_depends_on(shapes: dict[str, Shape]) -> None:
     plain, strided, signal = shapes["plain"], shapes["strided"], shapes["signal"]
     assert (plain.kind, plain.weight, plain.input) == ("conv2d", (16, 3, 3, 3), (2, 3, 8, 8))
@@ -65,6 +66,7 @@ def test_shapes_say_what_time_depends_on(shapes: dict[str, Shape]) -> None:
     assert shapes["fc"].input == (2, 9)
 
 
+@pytest.mark.slow
 def test_equal_shapes_share_a_signature_and_others_do_not(shapes: dict[str, Shape]) -> None:
     assert shapes["fc"].signature == shapes["same"].signature
     # The activation behind it is fused, and part of its time.
@@ -96,6 +98,7 @@ def test_everything_in_a_shape_is_in_its_signature(changes: dict[str, object], s
     assert replace(base, **changes).signature != base.signature  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_batch_is_part_of_the_shape() -> None:
     traced = take_in(Everything(), input_shape=(3, 8, 8)).traced
     (call,) = layer_calls(traced)["plain"]

@@ -21,6 +21,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
 
 
+@pytest.mark.slow
 def test_a_layer_that_no_rank_makes_cheaper_is_kept_dense_and_named(tmp_path: Path) -> None:
     done = decompose(net())
     assert done.dense == {"2": "two layers of rank 1 would cost no less"}

@@ -53,6 +53,7 @@ def loaded(folder: Path) -> ElasticModel:
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_size_computes_what_the_extracted_member_does(folder: Path, x: Tensor, wanted: list[Tensor]) -> None:
     model = loaded(folder)
@@ -72,6 +73,7 @@ def test_every_size_computes_what_the_extracted_member_does(folder: Path, x: Ten
     assert not torch.allclose(wanted[0], wanted[-1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_views_share_the_weights_and_run_at_once(folder: Path, x: Tensor, wanted: list[Tensor]) -> None:
     model = loaded(folder)
@@ -91,6 +93,7 @@ def test_views_share_the_weights_and_run_at_once(folder: Path, x: Tensor, wanted
     torch.testing.assert_close(model(x), wanted[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_all_members_move_together(folder: Path, x: Tensor, wanted: list[Tensor]) -> None:
     model = loaded(folder).double()

@@ -52,6 +52,7 @@ def chosen(folder: Path, *texts: str, timer: Any = None) -> FamilyMember:
     return choose_member(family, family_budgets(texts, family), timer)
 
 
+@pytest.mark.slow
 def test_budgets_of_what_is_known_without_measuring(made: Path) -> None:
     _, family = read_family(made)
     for limit in (1.0, 0.6, 0.3):
@@ -70,6 +71,7 @@ def test_budgets_of_what_is_known_without_measuring(made: Path) -> None:
     assert both.weights <= 0.5 * family.dense_weights
 
 
+@pytest.mark.slow
 def test_budgets_that_nothing_keeps_say_what_is_reachable(made: Path) -> None:
     _, family = read_family(made)
     least = family.members[-1]
@@ -122,6 +124,7 @@ def test_a_latency_budget_is_met_by_bisection_and_timed_once(folder: Path) -> No
         chosen(folder, "latency=1us,drop=30", timer=again)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_transformer_on_token_ids(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -138,6 +141,7 @@ def test_a_transformer_on_token_ids(tmp_path: Path) -> None:
     assert MemberTimer(tmp_path / "out", found, family).times([len(family.members) - 1])
 
 
+@pytest.mark.slow
 def test_members_are_really_timed(folder: Path) -> None:
     module, family = read_family(folder)
     timer = MemberTimer(folder, module, family)

@@ -66,7 +66,7 @@ def test_reproducing_its_inputs_gives_the_principal_components() -> None:
         assert float(torch.linalg.svdvals(ours.T @ vectors[:, :rank]).min()) > 0.999
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_uneven_inputs_give_the_weighted_optimum_and_so_does_the_closed_form() -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(5, 7, generator=generator)

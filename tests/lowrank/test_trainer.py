@@ -80,6 +80,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Maestr
     return out, trainer, callback, watch
 
 
+@pytest.mark.slow
 def test_it_learns_and_ranks_shrink_with_the_optimizer(trained: Any) -> None:
     _, trainer, callback, watch = trained
     losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
@@ -100,6 +101,7 @@ def test_it_learns_and_ranks_shrink_with_the_optimizer(trained: Any) -> None:
     assert watch.after == {None}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_weights(trained: Any, tmp_path: Path) -> None:
     out, trainer, callback, _ = trained
     checkpoint = sorted(out.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))[1]
@@ -112,6 +114,7 @@ def test_a_resumed_run_ends_in_the_same_weights(trained: Any, tmp_path: Path) ->
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_ordinary(trained: Any) -> None:
     _, trainer, callback, _ = trained
     model = trainer.model.eval()
@@ -123,6 +126,7 @@ def test_what_comes_out_is_ordinary(trained: Any) -> None:
         torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, tmp_path: Path) -> None:
     found = []
@@ -161,6 +165,7 @@ def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, t
         torch.testing.assert_close(found[1][name] - found[0][name], wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     model = classifier()
     callback = MaestroCallback(model, penalty=0.0)
@@ -206,6 +211,7 @@ def test_refusals(trained: Any, tmp_path: Path) -> None:
         MaestroCallback(classifier(), resume=broken, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_refusals_as_training_begins(trained: Any, tmp_path: Path) -> None:
     checkpoint = next(iter(trained[0].glob("checkpoint-*")))
     model = classifier()

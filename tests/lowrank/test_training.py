@@ -65,6 +65,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         fit(normed_mlp(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
 
 
+@pytest.mark.slow
 def test_overwrite_goes_on_with_the_same_run_and_throws_another_away(tmp_path: Path) -> None:
     given = (data().inputs[0], data().labels)
 
@@ -176,6 +177,7 @@ def test_refused_recipes(settings: dict[str, Any], sentence: str) -> None:
         Recipe(**settings).check()
 
 
+@pytest.mark.slow
 def test_maestro_trains_a_family_that_shrinks(tmp_path: Path) -> None:
     samples = data(512)
     result = train_lowrank(

@@ -85,6 +85,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_member_is_cut_out_as_it_was_measured(family: Path) -> None:
     x = torch.randn(160, 2, 8, 8, generator=torch.Generator().manual_seed(7))
     for share in (1.0, 0.6, 0.3):
@@ -102,6 +103,7 @@ def test_a_member_is_cut_out_as_it_was_measured(family: Path) -> None:
         assert sum(each.numel() for each in module.parameters()) == member.weights
 
 
+@pytest.mark.slow
 def test_what_is_reported_of_a_member_is_what_it_does(tmp_path: Path) -> None:
     x = torch.randn(160, 2, 8, 8)
     module = net()
@@ -117,6 +119,7 @@ def test_what_is_reported_of_a_member_is_what_it_does(tmp_path: Path) -> None:
     assert evaluate(plain, TrainingData((x,), labels)) == pytest.approx(members.members[0].metric)
 
 
+@pytest.mark.slow
 def test_refusals(family: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no family\.pt"):
         read_family(tmp_path)
@@ -160,6 +163,7 @@ def test_arrays_called_like_parameters_are_the_inputs(tmp_path: Path) -> None:
         truncate(Both(), samples | {"labels": torch.arange(64) % 8}, tmp_path / "labels")
 
 
+@pytest.mark.slow
 def test_ordering_by_data_beats_ordering_by_weights(tmp_path: Path) -> None:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 6)).eval()

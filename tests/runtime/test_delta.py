@@ -111,6 +111,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "transforms"),
     [(images, ()), (images, ("equalize",)), (words, ()), (words, ("smoothquant",))],
@@ -160,6 +161,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_added_is_not_rounded_to_the_base(artifact: Path) -> None:
     """As much as in floats, of every tensor, in codes or not: to within what is rounded in the base."""
     net, x = words()
@@ -188,6 +190,7 @@ def test_what_is_added_is_not_rounded_to_the_base(artifact: Path) -> None:
         assert torch.equal(compress.load(artifact)(x), base.module(x))
 
 
+@pytest.mark.slow
 def test_on_gpus_codes_stay_packed_beside_the_delta(artifact: Path) -> None:
     from compress.deltas import open_deltas
 
@@ -250,6 +253,7 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
         (artifact / BASE_FILE).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_tied_weight_is_found_by_the_name_that_tracing_takes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Language(40, 16), torch.randint(0, 40, (64, 6))

@@ -41,6 +41,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_on_the_cpu_the_reference_runs(artifact: Path) -> None:
     rows = {row.layer: row for row in explain(load_artifact(artifact), (torch.zeros(3, 9, dtype=torch.int64),))}
     assert list(rows) == ["table", "first", "conv", "head"]
@@ -53,6 +54,7 @@ def test_on_the_cpu_the_reference_runs(artifact: Path) -> None:
     assert (rows["head"].kernel, rows["head"].refused) == ("torch", ("its weight is stored as floats",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "kernel"), [(1, "packed_gemv"), (16, "packed_dot"), (300, "packed_unpack")])
 def test_of_a_gpu_that_is_not_here(artifact: Path, batch: int, kernel: str) -> None:
     packed = packed_for_gpu(load_artifact(artifact), HOPPER)

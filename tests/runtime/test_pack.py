@@ -66,12 +66,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_on_the_cpu_the_artifacts_own_graph_runs(artifact: Path) -> None:
     ids = torch.randint(0, 40, (3, 9))
     with torch.no_grad():
         assert torch.equal(compress.load(artifact, device="cpu")(ids), load_artifact(artifact).module(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_packed_graph_computes_the_same(artifact: Path, dtype: torch.dtype | None) -> None:
     traced = load_artifact(artifact)
@@ -138,6 +140,7 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_convolutions_pass_bytes_on(compress_quickly: Callable[..., Any]) -> None:
     torch.manual_seed(1)
     traced = compress_quickly(Residual().eval(), torch.randn(16, 3, 8, 8), bits=4)
@@ -184,6 +187,7 @@ def test_dynamic_layers_multiply_bytes(compress_quickly: Callable[..., Any]) -> 
     assert [(row.layer, row.kernel, row.bits) for row in rows] == [("0", "int8_fused", 8), ("2", "int8_fused", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["factors", "branch"])
 @pytest.mark.parametrize("bits", [None, 8], ids=["float", "8 bits"])
 def test_thin_layers_are_fused(form: Any, bits: int | None) -> None:
@@ -231,6 +235,7 @@ def test_dtypes_that_are_none(artifact: Path) -> None:
         compress.load(artifact, dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_it_compiles_whole(artifact: Path) -> None:
     module = packed_for_gpu(load_artifact(artifact), HOPPER).module
     ids = torch.randint(0, 40, (3, 9))

@@ -37,6 +37,7 @@ def every_plan(allocator: Allocator) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sizes), np.array(sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_the_best_plan_of_all(allocator: Allocator, seed: int) -> None:
     allocator.errors = made_up_errors(allocator.space, seed)
@@ -55,6 +56,7 @@ def test_the_best_plan_of_all(allocator: Allocator, seed: int) -> None:
         assert other.predicted["size"] == pytest.approx(smallest)
 
 
+@pytest.mark.slow
 def test_a_width_is_paid_once(allocator: Allocator) -> None:
     sizes, _ = every_plan(allocator)
     best, answer = allocator._solve("size", {})
@@ -66,6 +68,7 @@ def test_a_width_is_paid_once(allocator: Allocator) -> None:
     assert best.paid == sum(allocator.costs.shared[width] for width in used)
 
 
+@pytest.mark.slow
 def test_grouped_layers_get_the_same_way(allocator: Allocator, intake: Intake) -> None:
     space = space_of(intake, weight_widths=(2, 3, 4, 8), grouped=True)
     grouped = Allocator(intake.traced, space, allocator.costs, CPU, Search(), silent)
@@ -76,6 +79,7 @@ def test_grouped_layers_get_the_same_way(allocator: Allocator, intake: Intake) -
         assert ways["left"] == ways["right"]
 
 
+@pytest.mark.slow
 def test_out_of_reach_is_known_without_errors(allocator: Allocator) -> None:
     allocator.errors = None
     sizes, _ = every_plan_sizes(allocator)
@@ -98,6 +102,7 @@ def every_plan_sizes(allocator: Allocator) -> tuple[np.ndarray, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_budgets_that_exclude_each_other(allocator: Allocator) -> None:
     least = allocator.smallest("bops", {})
     assert least is not None

@@ -19,6 +19,7 @@ def priced(intake: Intake, **changes: object) -> tuple[Space, Costs]:
     return space, measure_costs(intake, space, CPU, Search(), timed=False, progress=silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floats", [False, True])
 def test_sizes_of_mixed_plans(intake: Intake, tmp_path: Path, floats: bool) -> None:
     space, costs = priced(intake, weight_widths=(2, 3, 5, 8), act_widths=(4, 8), floats=floats)
@@ -30,6 +31,7 @@ def test_sizes_of_mixed_plans(intake: Intake, tmp_path: Path, floats: bool) -> N
         assert predicted_size(costs, ways) == pytest.approx(size, rel=0.12 if floats else 0.05), ways
 
 
+@pytest.mark.slow
 def test_the_float_model_is_priced_exactly(intake: Intake, tmp_path: Path) -> None:
     space, costs = priced(intake, floats=True)
     ways = dict.fromkeys(space.ways, FLOAT)
@@ -37,6 +39,7 @@ def test_the_float_model_is_priced_exactly(intake: Intake, tmp_path: Path) -> No
     assert predicted_size(costs, ways) == costs.float_totals["size"] == file.stat().st_size
 
 
+@pytest.mark.slow
 def test_bit_operations_by_hand(intake: Intake) -> None:
     _, costs = priced(intake, weight_widths=(3,), act_widths=(4,), floats=True)
     macs = {"stem": 8 * 27 * 64, "body": 32 * 72 * 64, "deep": 48 * 288 * 64, "left": 240, "right": 240}
@@ -47,6 +50,7 @@ def test_bit_operations_by_hand(intake: Intake) -> None:
         assert found == {narrow: macs[layer] * narrow[0] * narrow[1], (32, 32): macs[layer] * 1024}
 
 
+@pytest.mark.slow
 def test_skipped_layers_are_paid_by_every_plan(intake: Intake) -> None:
     _, costs = priced(intake, ignore=("deep",))
     assert costs.fixed["bops"] == 48 * 288 * 64 * 1024

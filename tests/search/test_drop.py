@@ -36,6 +36,7 @@ def ends(allocator: Allocator) -> tuple[float, float]:
     return allocator.find({}).predicted["error"], allocator.find({}, "size").predicted["error"]
 
 
+@pytest.mark.slow
 def test_the_smallest_plan_is_taken_where_it_keeps_the_drop(prepared: Prepared) -> None:
     evaluate = Scale(1.0)
     plan, tried = search_drop(limited(prepared, 100.0), evaluate)
@@ -44,6 +45,7 @@ def test_the_smallest_plan_is_taken_where_it_keeps_the_drop(prepared: Prepared) 
     assert plan.allocation.predicted["size"] == prepared.allocator.find({}, "size").predicted["size"]
 
 
+@pytest.mark.slow
 def test_between_the_ends(prepared: Prepared) -> None:
     least, most = ends(prepared.allocator)
     allowed = (least * most) ** 0.5
@@ -60,6 +62,7 @@ def test_between_the_ends(prepared: Prepared) -> None:
     assert next(each.value for each in kept if each.plan == plan) <= best + 0.1 * whole
 
 
+@pytest.mark.slow
 def test_a_plan_met_twice_does_not_end_the_search(prepared: Prepared) -> None:
     """Whatever the drop allowed, the answer is not much larger than the smallest plan that keeps it."""
     least, most = ends(prepared.allocator)

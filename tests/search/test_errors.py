@@ -30,6 +30,7 @@ def measured(
     return {layer: {way.widths: error for way, error in ways.items()} for layer, ways in found.items()}, note
 
 
+@pytest.mark.slow
 def test_narrow_widths_hurt_more_and_float_not_at_all(intake: Intake, samples: Samples) -> None:
     found, note = measured(intake, space_of(intake, weight_widths=(2, 4, 8), floats=True), samples)
     assert note == "sensitivity output: 15 of 15 measured in this run"
@@ -40,6 +41,7 @@ def test_narrow_widths_hurt_more_and_float_not_at_all(intake: Intake, samples: S
         assert in_order[0] > 3 * in_order[-1] >= 3 * SMALLEST_ERROR
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept(intake: Intake, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = measured(intake, space_of(intake, weight_widths=(2, 8)), samples)
     more, note = measured(intake, space_of(intake, weight_widths=(2, 4, 8)), samples)
@@ -95,6 +97,7 @@ def test_the_measure_that_fits(samples: Samples) -> None:
     assert decide_measure(Options(), samples) == "output"
 
 
+@pytest.mark.slow
 def test_several_methods_are_ways_to_choose_from(intake: Intake, samples: Samples) -> None:
     options = Options(method="mse,minmax", budgets=("size=0.5x",), search=Search(weight_widths=(4,)))
     prepared = prepare(intake, options, samples, silent)
@@ -103,6 +106,7 @@ def test_several_methods_are_ways_to_choose_from(intake: Intake, samples: Sample
         make_plan(intake, Options(method="mse,minmax"), samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["gram", "kl"])
 def test_layers_without_a_bias(measure: str) -> None:
     data = load_samples(torch.randn(20, 1, 6, 6))

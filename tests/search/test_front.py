@@ -15,6 +15,7 @@ from tests.every import every
 from tests.search.conftest import silent  # type: ignore[import-not-found]
 
 
+@pytest.mark.slow
 def test_sizes_rise_and_errors_fall(prepared: Prepared) -> None:
     front, plans = sweep_front(prepared, "size", 8, silent)
     assert len(front.points) == len(plans) >= 4
@@ -31,6 +32,7 @@ def test_sizes_rise_and_errors_fall(prepared: Prepared) -> None:
     assert any(point.greedy_error is not None for point in front.points)
 
 
+@pytest.mark.slow
 def test_bit_operations_can_be_swept_inside_a_size(prepared: Prepared) -> None:
     free = prepared.allocator.find({}, "size").measured["size"]
     budgets = (Budget(quantity="size", limit=1.4 * free),)

@@ -76,6 +76,7 @@ def test_ranks_are_ways_on_floats_and_on_integers(intake: Intake, space: Space) 
     assert [choice.layer for choice in thin.choices("deep")] == ["deep.down", "deep.up"]
 
 
+@pytest.mark.slow
 def test_predicted_sizes_are_the_files(intake: Intake, space: Space, costs: Costs, tmp_path: Path) -> None:
     for number, bits in enumerate((None, 4, 8)):
         ways = {
@@ -86,6 +87,7 @@ def test_predicted_sizes_are_the_files(intake: Intake, space: Space, costs: Cost
         assert predicted_size(costs, ways) == pytest.approx(file.stat().st_size, rel=0.05)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_model_with_the_layer_cut(intake: Intake, space: Space, samples: Samples) -> None:
     options = Options(search=Search(sensitivity="gram"))
     frame = begin_plan(intake, options, samples)
@@ -110,6 +112,7 @@ def test_errors_are_those_of_the_model_with_the_layer_cut(intake: Intake, space:
     )
 
 
+@pytest.mark.slow
 def test_more_ways_never_make_a_plan_worse(intake: Intake, space: Space, costs: Costs, samples: Samples) -> None:
     options = Options(search=Search(sensitivity="gram"))
     errors, _ = measure_errors(intake, options, begin_plan(intake, options, samples), space, "gram", samples, silent)
@@ -146,6 +149,7 @@ def plan_with(intake: Intake, samples: Samples, splits: tuple[Split, ...], optio
     return begin_plan(intake, Options(), samples).model_copy(update={"choices": tuple(choices), "splits": splits})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [None, QuantOption(bits=8, act_bits=8)], ids=str)
 def test_a_plan_with_ranks_is_carried_out_and_proven(
     intake: Intake, samples: Samples, option: QuantOption | None, tmp_path: Path
@@ -177,6 +181,7 @@ def linears() -> tuple[Intake, Samples]:
     return take_in(module.eval(), samples=samples), samples
 
 
+@pytest.mark.slow
 def test_a_branch_corrects_few_bits(linears: tuple[Intake, Samples], tmp_path: Path) -> None:
     intake, samples = linears
     space = space_of(intake, weight_widths=(2, 4, 8), ranks=(0.5,), floats=True)
@@ -211,6 +216,7 @@ def test_a_branch_corrects_few_bits(linears: tuple[Intake, Samples], tmp_path: P
     assert float((found - wanted).norm()) < 0.97 * float((worse - wanted).norm())
 
 
+@pytest.mark.slow
 def test_the_second_factor_makes_up_for_what_came_before(
     intake: Intake, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:

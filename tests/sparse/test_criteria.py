@@ -62,6 +62,7 @@ def test_n_of_every_m_with_ties_to_the_lower_index() -> None:
         top_n_of_m(chunks_of(torch.tensor([1.0, float("nan")])), 1, 2)
 
 
+@pytest.mark.slow
 def test_a_pattern_goes_through_the_same_door(tmp_path: Path) -> None:
     result = train(tmp_path / "pattern.safetensors", options={"density": None, "pattern": (1, 8)})
     assert result.delta.k == (32 * 8 + 32 + 32 * 32 + 32) // 8
@@ -72,6 +73,7 @@ def test_a_pattern_goes_through_the_same_door(tmp_path: Path) -> None:
             SparseFineTuner(normed_mlp(), **wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_criteria_by_gradient_learn_from_the_command(tmp_path: Path) -> None:
     result = train(tmp_path / "snip.safetensors", options={"criterion": "snip"})
     assert result.full is None
@@ -80,6 +82,7 @@ def test_criteria_by_gradient_learn_from_the_command(tmp_path: Path) -> None:
     assert result.sparse > result.base + 0.15
 
 
+@pytest.mark.slow
 def test_every_round_adds_a_part_of_the_entries(tmp_path: Path) -> None:
     module, data = normed_mlp(), labelled()
     start = {name: each.detach().clone() for name, each in module.named_parameters()}
@@ -132,6 +135,7 @@ def _interrupt(done: int, total: int, loss: float) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_the_command_says_which_epoch_was_best(tmp_path: Path) -> None:
     result = train(tmp_path / "task.safetensors", dev=arrays())
     assert any(note.startswith("sparse phase: of 12 epochs number ") for note in result.notes)

@@ -52,6 +52,7 @@ def train(folder: Path, out: Path, data: str = "two", **given: object) -> Sparse
     return train_sparse(folder / "bert", path, out, test=path, options=options, recipe=RECIPE, **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: Path) -> None:
     result = train(folder, tmp_path / "task.safetensors", sparse_epochs=10, sparse_rate=2e-2)
     assert result.sparse is not None
@@ -75,6 +76,7 @@ def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: P
     assert every(torch.equal(each, after[name]) for name, each in before.items())
 
 
+@pytest.mark.slow
 def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
     """The share of a second text's words that are of one kind, from a head of one output."""
     generator = torch.Generator().manual_seed(0)
@@ -112,6 +114,7 @@ def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
     assert evaluate(loaded.module, TrainingData.of(samples)) == pytest.approx(result.sparse, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_path: Path) -> None:
     deltas = [tmp_path / f"{name}.safetensors" for name in ("two", "three")]
     for each in deltas:
@@ -127,6 +130,7 @@ def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_pat
     assert "classifier.bias, classifier.weight is new and untrained, as no delta's head was taken" in done.notes
 
 
+@pytest.mark.slow
 def test_a_compressed_encoder_takes_a_delta_with_a_head_beneath_one(folder: Path, tmp_path: Path) -> None:
     delta = tmp_path / "task.safetensors"
     train(folder, delta, sparse_epochs=1, sparse_rate=2e-2)
@@ -148,6 +152,7 @@ def test_a_compressed_encoder_takes_a_delta_with_a_head_beneath_one(folder: Path
         compress.quantize(bert(1), out=tmp_path / "never", classes=2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_dropout_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     train(folder, tmp_path / "whole.safetensors", sparse_epochs=2)
 
@@ -173,6 +178,7 @@ def test_batches_end_with_their_longest_text() -> None:
     assert len(labels) == 2
 
 
+@pytest.mark.slow
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "never.safetensors"
     (tmp_path / "plain.txt").write_text("w1 w2\n")

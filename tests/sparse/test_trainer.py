@@ -52,6 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, 
     return out, model, callback
 
 
+@pytest.mark.slow
 def test_k_entries_move_and_no_bit_of_the_rest(trained: Any, tmp_path: Path) -> None:
     _, model, callback = trained
     moved = 0
@@ -78,6 +79,7 @@ def test_k_entries_move_and_no_bit_of_the_rest(trained: Any, tmp_path: Path) -> 
     assert not any(each._backward_hooks for each in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["full", "sparse"])
 def test_a_resumed_phase_ends_in_the_same_weights(phase: str, trained: Any, tmp_path: Path) -> None:
     out, _, callback = trained
@@ -92,6 +94,7 @@ def test_a_resumed_phase_ends_in_the_same_weights(phase: str, trained: Any, tmp_
         assert every(torch.equal(index, callback.tuner.mask[name]) for name, index in resumed.tuner.mask.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, tmp_path: Path) -> None:
     found = []
@@ -125,6 +128,7 @@ def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, t
         )
 
 
+@pytest.mark.slow
 def test_refusals(trained: Any, tmp_path: Path) -> None:
     checkpoint = next(iter((trained[0] / "sparse").glob("checkpoint-*")))
     with pytest.raises(InputError, match=r"has no sparse\.safetensors: its run had no SparseCallback"):
@@ -149,6 +153,7 @@ def test_refusals(trained: Any, tmp_path: Path) -> None:
         run(tmp_path, callback, model, save_strategy="no")
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     model = classifier()
     callback = SparseCallback(model, **SETTINGS)

@@ -43,6 +43,7 @@ def train(out: Path, base: nn.Module | None = None, data: Any = None, **given: A
     return train_sparse(base or normed_mlp(), data or arrays(), out, options=SparseOptions(**options), **given)
 
 
+@pytest.mark.slow
 def test_classes_are_learned_by_few_entries(tmp_path: Path) -> None:
     base = normed_mlp()
     result = train(tmp_path / "task.safetensors", base)
@@ -57,6 +58,7 @@ def test_classes_are_learned_by_few_entries(tmp_path: Path) -> None:
     assert evaluate(base, labelled()) == result.sparse
 
 
+@pytest.mark.slow
 def test_numbers_are_learned(tmp_path: Path) -> None:
     x = arrays()["x"]
     numbers, base = {"x": x, "y": x[:, 0] * 2}, normed_mlp()
@@ -68,6 +70,7 @@ def test_numbers_are_learned(tmp_path: Path) -> None:
     assert result.sparse < 0.7 * result.base
 
 
+@pytest.mark.slow
 def test_baselines_skip_the_full_phase(tmp_path: Path) -> None:
     result = train(tmp_path / "random.safetensors", options={"criterion": "random"})
     assert result.full is None
@@ -76,6 +79,7 @@ def test_baselines_skip_the_full_phase(tmp_path: Path) -> None:
     assert train(tmp_path / "head.safetensors", options={"k": 0, "density": None}).delta.k == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0.4, 0.9])
 def test_a_killed_run_goes_on_to_the_same_bytes(at: float, tmp_path: Path) -> None:
     train(tmp_path / "whole.safetensors")
@@ -100,6 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: float, tmp_path: Path) -> No
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "killed.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_task_learned_on_a_source_is_a_difference_to_the_base(tmp_path: Path) -> None:
     base = normed_mlp()
     train(tmp_path / "language.safetensors", base, data=arrays(-1.0))
@@ -112,6 +117,7 @@ def test_a_task_learned_on_a_source_is_a_difference_to_the_base(tmp_path: Path) 
     assert abs(accuracy - result.sparse) < 0.01
 
 
+@pytest.mark.slow
 def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "language.safetensors", sparse_epochs=1)
     read = list[object]()
@@ -126,6 +132,7 @@ def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read == [source]
 
 
+@pytest.mark.slow
 def test_sources_of_the_published_code_and_twice(tmp_path: Path) -> None:
     base = normed_mlp()
     train(tmp_path / "language.safetensors", base, data=arrays(-1.0), options={"values": "fp32"})
@@ -139,7 +146,7 @@ def test_sources_of_the_published_code_and_twice(tmp_path: Path) -> None:
         train(tmp_path / "never.safetensors", options={"sources": (tmp_path / "pytorch_diff.bin",) * 2})
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_moved_most_is_a_better_mask_than_chance_and_than_biases(tmp_path: Path) -> None:
     """What is promised: 5 %, two seeds, one learning rate; benchmarks/sparse_digits.py has the whole table."""
     from benchmarks.lowrank import digits

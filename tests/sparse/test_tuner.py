@@ -193,6 +193,7 @@ def test_other_criteria_through_the_same_door() -> None:
     assert tuner.mask["weight"].tolist() == [2, 3]
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_published_one_and_shrinks_changes() -> None:
     changes = []
     for weight in (0.0, 0.1, 1.0, 10.0):

@@ -65,6 +65,7 @@ def rounded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_codes_and_scales_are_those_of_rounding(llama: Path, rounded: Path) -> None:
     found = stored(rounded)
     weights = {name: value for name, value in stored(llama).items() if name.split(".")[-2] in LINEARS}
@@ -118,6 +119,7 @@ def test_config_report_and_plan(llama: Path, rounded: Path) -> None:
     assert not (rounded.parent / ".out.work").exists()
 
 
+@pytest.mark.slow
 def test_gptq_errs_less_than_rounding(llama: Path, ids: Path, tmp_path: Path) -> None:
     report = compress.stream(llama, tmp_path / "out", calib=ids, bits=3, group_size=GROUP)
     assert report.method == "gptq"
@@ -133,6 +135,7 @@ def test_gptq_errs_less_than_rounding(llama: Path, ids: Path, tmp_path: Path) ->
     assert distances[0] < distances[1]
 
 
+@pytest.mark.slow
 def test_logits_of_the_stored_model(llama: Path, tmp_path: Path) -> None:
     wanted = logits(llama, {name: value.float() for name, value in stored(llama).items()})
     distances = {}
@@ -242,6 +245,7 @@ def test_options_and_data_that_cannot_be(settings: dict[str, Any], sentence: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "calib",
     [np.zeros(8, np.int64), np.zeros((4, 8), np.float32), {"attention_mask": np.ones((4, 8), np.int64)}],

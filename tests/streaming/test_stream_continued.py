@@ -22,6 +22,7 @@ def stream(model: Path, out: Path, **settings: Any) -> StreamReport:
     return compress.stream(model, out, **{"bits": 4, "group_size": GROUP, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_data", [False, True], ids=["weights only", "with data"])
 def test_stopped_and_continued_to_the_same_bytes(with_data: bool, llama: Path, ids: Path, tmp_path: Path) -> None:
     calib = ids if with_data else None
@@ -48,6 +49,7 @@ def test_stopped_and_continued_to_the_same_bytes(with_data: bool, llama: Path, i
     assert stored["continued"] == 1
 
 
+@pytest.mark.slow
 def test_a_block_at_a_time(llama: Path, ids: Path, tmp_path: Path) -> None:
     stream(llama, tmp_path / "whole", calib=ids)
     for number in range(3):
@@ -59,12 +61,14 @@ def test_a_block_at_a_time(llama: Path, ids: Path, tmp_path: Path) -> None:
     assert weight_files(tmp_path / "many") == weight_files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(llama: Path, ids: Path, tmp_path: Path) -> None:
     for name in "ab":
         stream(llama, tmp_path / name, calib=ids, bits=3)
     assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
@@ -91,6 +95,7 @@ def test_another_run_is_refused_by_name(
     assert stream(llama, tmp_path / "out", calib=ids).continued == 1
 
 
+@pytest.mark.slow
 def test_overwrite_throws_another_run_away(llama: Path, ids: Path, tmp_path: Path) -> None:
     stream(llama, tmp_path / "out", calib=ids, blocks=2)
     assert stream(llama, tmp_path / "out", bits=3, overwrite=True).continued == 0
@@ -107,6 +112,7 @@ def test_another_model_is_refused(own_llama: Path, tmp_path: Path) -> None:
         stream(own_llama, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_error_in_the_middle_keeps_what_is_finished(own_llama: Path, llama: Path, tmp_path: Path) -> None:
     """Here one of whoever is shown the progress; a full disk or Ctrl-C comes to the same."""
 

@@ -15,7 +15,6 @@ pytest.importorskip("transformers")
 
 from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
 from tests.streaming.conftest import save_llama, weight_files  # type: ignore[import-not-found]
-from tests.sweep import sweep
 
 BLOCKS = 8
 SAME = ("config.json", "model.safetensors.index.json", "plan.json")
@@ -64,8 +63,8 @@ def run_and_kill(folder: Path, seconds: float) -> None:
     assert process.wait() in (0, -9)
 
 
-@pytest.mark.slow
-@sweep("kills", ["one", "random"], sample=["one"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("kills", ["one", "random"])
 def test_killed_and_continued(kills: str, folder: Path, forks: Forks) -> None:
     run = forks.run(folder, *arguments("whole"))
     assert run.returncode == 0, run.stderr

@@ -292,6 +292,7 @@ def test_every_transform_keeps_its_contract(name: str) -> None:
     assert set(PREPARATIONS) <= set(TRANSFORMS)
 
 
+@pytest.mark.slow
 def test_reshape_repeats_channels() -> None:
     traced = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)), (torch.randn(2, 3, 8, 8),))
     (move,) = [node for node in traced.graph.nodes if node.name in ("view", "flatten")]

@@ -18,6 +18,7 @@ from compress.graph.traced import TracedModel, trace
 from compress.records import QuantOption
 from compress.transform.table import apply_transform
 from tests.every import every
+from tests.sweep import sweep
 
 LENGTH, WIDTH = 6, 16
 OPTIONS = {
@@ -109,7 +110,7 @@ def _tensors(traced: TracedModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("post", [False, True])
+@sweep("post", [False, True], sample=[True])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_the_function_stays(name: str, norm: type[nn.Module], post: bool) -> None:
@@ -119,6 +120,7 @@ def test_the_function_stays(name: str, norm: type[nn.Module], post: bool) -> Non
     assert scaled.sentences[-1].startswith(f"{name} changed the outputs by")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_norm_takes_the_factor_of_its_readers(name: str, norm: type[nn.Module]) -> None:
@@ -129,6 +131,7 @@ def test_a_norm_takes_the_factor_of_its_readers(name: str, norm: type[nn.Module]
     scaled.check_function()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_one_factor_for_all_readers(name: str) -> None:
     scaled = Scaled(name, "qkv")
@@ -140,6 +143,7 @@ def test_one_factor_for_all_readers(name: str) -> None:
         torch.testing.assert_close(found, factor.expand(WIDTH, -1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_the_value_projection_takes_it_through_attention(name: str) -> None:
     scaled = Scaled(name, "o")
@@ -156,6 +160,7 @@ def test_the_ungated_half_takes_it(name: str) -> None:
     scaled.check_function()
 
 
+@pytest.mark.slow
 def test_smoothquant_multiplies_where_a_residual_reads_the_norm_too() -> None:
     scaled = Scaled("smoothquant", "qkv", post=True)
     (factor,) = scaled.changed - {"q.weight", "k.weight", "v.weight"}

@@ -77,7 +77,7 @@ def trained() -> Trained:
     return Trained(net, images[:1000], images[1000:])
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_gap_between_images_learned_on_and_others_is_smaller_than_genies(trained: Trained, tmp_path: Path) -> None:
     errors: dict[str, list[Tensor]] = {"genie": [], "metaaug": []}
     for seed in range(SEEDS):

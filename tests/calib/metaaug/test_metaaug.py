@@ -190,6 +190,7 @@ def test_a_loss_that_is_not_finite_leaves_genie(
         assert_same(done, carried(intake, samples, "genie", tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_images_that_teach_nothing_leave_genie(
     intake: Intake, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -203,12 +204,14 @@ def test_images_that_teach_nothing_leave_genie(
         assert_same(done, carried(intake, load_samples(x), "genie", tmp_path / f"{name}-genie", iterations=3))
 
 
+@pytest.mark.slow
 def test_fewer_images_than_a_batch(intake: Intake, settings: Callable[[MetaAug], None], tmp_path: Path) -> None:
     few = load_samples(torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(3)))
     done = carried(intake, few, "metaaug", tmp_path / "a", iterations=3)
     assert "without" not in notes(done)["layers.0"]
 
 
+@pytest.mark.slow
 def test_a_block_whose_output_is_constant(
     settings: Callable[[MetaAug], None], tmp_path: Path, samples: Samples
 ) -> None:
@@ -220,6 +223,7 @@ def test_a_block_whose_output_is_constant(
     assert "without transformed copies: its output is the same for all samples" in notes(done)["layers.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"dynamic": True, "act_bits": None}, {"act_bits": None}], ids=str)
 def test_inputs_that_have_no_grid_or_one_of_their_own(
     changes: dict[str, object], intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
@@ -228,6 +232,7 @@ def test_inputs_that_have_no_grid_or_one_of_their_own(
     assert "without" not in notes(done)["layers.0"]
 
 
+@pytest.mark.slow
 def test_a_graph_that_begins_and_ends_with_a_block_and_returns_maps(
     settings: Callable[[MetaAug], None], tmp_path: Path, samples: Samples
 ) -> None:
@@ -245,6 +250,7 @@ def test_a_graph_that_begins_and_ends_with_a_block_and_returns_maps(
     assert "without" not in notes(done)["up"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 16])
 def test_a_batch_that_the_graph_fixes(
     batch: int, settings: Callable[[MetaAug], None], tmp_path: Path, samples: Samples
@@ -261,6 +267,7 @@ def test_a_batch_that_the_graph_fixes(
     assert ("without transformed copies: 1 samples in a batch are fewer than" in note) is (batch == 1)
 
 
+@pytest.mark.slow
 def test_the_published_settings_run(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -290,6 +297,7 @@ def test_without_steps_nothing_is_transformed(
     assert said == []
 
 
+@pytest.mark.slow
 def test_time_left_counts_from_where_the_block_begins(
     intake: Intake,
     samples: Samples,

@@ -22,6 +22,7 @@ from compress.errors import InputError
 from compress.intake import take_in
 from compress.options import Options
 from compress.planning import make_plan
+from tests.sweep import sweep
 
 QUICK = MetaAug(steps=3, warm_up=20, rate=2e-2)
 WORDS, LENGTH, WIDTH = 30, 6, 8
@@ -75,6 +76,7 @@ def assert_same(one: Compressed, other: Compressed) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_embeddings_are_transformed_and_their_blocks_learned_on_both(
     quick: Callable[[MetaAug], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_embeddings_are_transformed_and_their_blocks_learned_on_both(
     assert not torch.equal(*scales)
 
 
+@pytest.mark.slow
 def test_without_a_change_it_is_genie_on_every_text_twice(
     quick: Callable[[MetaAug], None], unchanged: None, tmp_path: Path
 ) -> None:
@@ -106,7 +109,8 @@ def test_without_a_change_it_is_genie_on_every_text_twice(
     assert_same(done, carried(twice, "genie", tmp_path / "b"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tags", [False, True])
+@pytest.mark.slow
+@sweep("tags", [False, True], sample=[True])
 def test_what_stands_at_padding_is_not_looked_at(quick: Callable[[MetaAug], None], tmp_path: Path, tags: bool) -> None:
     quick(QUICK)
     one, other = (carried(texts(padding), "metaaug", tmp_path / str(padding), tags) for padding in (0, 7))
