@@ -1,8 +1,8 @@
 """Compile every kernel for GPUs that are not there. A program of its own: triton is imported without its interpreter.
 
 Launchers are called as always, with tensors on the CPU and the device's properties made up; what they would launch is
-compiled instead. ``python compile_launches.py ARCHITECTURE [BITS]`` prints a JSON list, a row for each launch; with BITS
-those of packed weights of that width alone.
+compiled instead. ``python compile_launches.py ARCHITECTURE [BITS]`` prints a JSON list, a row for each launch; with
+BITS those of packed weights of that width alone.
 """
 
 from __future__ import annotations
