@@ -56,7 +56,7 @@ def test_threads_wait_asleep_unless_the_user_said_otherwise(
     assert spins_of(["-m", "compress", "inspect", "model.pt"], own, workplace) == spins
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_bench_measures_threads_as_users_have_them(
     workplace: Path, quiet_run: subprocess.CompletedProcess[str], unasked: str
 ) -> None:

@@ -16,6 +16,7 @@ from compress.exporters.onnx import build_onnx
 from compress.graph.composites import make_functional
 from compress.graph.traced import export_program, trace
 from tests.models import Residual
+from tests.sweep import sweep
 
 
 class Composites(nn.Module):
@@ -68,7 +69,7 @@ def texts(program: ExportedProgram) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@sweep("name", MODELS, sample=["composites", "branches"])
 def test_the_graph_is_torchs_own(name: str) -> None:
     program = program_of(name)
     wanted, got = program.run_decompositions({}), make_functional(program)
@@ -78,7 +79,7 @@ def test_the_graph_is_torchs_own(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["convolutions", "composites", "transformer"])
+@sweep("name", ["convolutions", "composites", "transformer"], sample=["composites"])
 def test_the_file_is_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shape = MODELS[name]
     traced = trace(make().eval(), (torch.randn(2, *shape),))

@@ -31,7 +31,7 @@ def trained(start: Tensor, inputs: Tensor, wanted: Tensor, steps: int, rate: flo
     return layer.requires_grad_(False)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_uniform_inputs_give_the_svd() -> None:
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.linalg.qr(torch.randn(n, 3, generator=generator))[0] for n in (6, 9))

@@ -37,7 +37,7 @@ def every_plan(allocator: Allocator) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sizes), np.array(sums)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(2))
 def test_the_best_plan_of_all(allocator: Allocator, seed: int) -> None:
     allocator.errors = made_up_errors(allocator.space, seed)

@@ -130,7 +130,7 @@ def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_pat
     assert "classifier.bias, classifier.weight is new and untrained, as no delta's head was taken" in done.notes
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_compressed_encoder_takes_a_delta_with_a_head_beneath_one(folder: Path, tmp_path: Path) -> None:
     delta = tmp_path / "task.safetensors"
     train(folder, delta, sparse_epochs=1, sparse_rate=2e-2)

@@ -99,7 +99,7 @@ def test_embeddings_are_transformed_and_their_blocks_learned_on_both(
     assert not torch.equal(*scales)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_without_a_change_it_is_genie_on_every_text_twice(
     quick: Callable[[MetaAug], None], unchanged: None, tmp_path: Path
 ) -> None:
