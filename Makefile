@@ -14,7 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 CODE := compress kernels calib tests benchmarks examples
 # One thread a worker, commands that tests start included: two workers of two threads wait for each other.
 # Workers take the files in the order of tests/conftest.py, not those with most tests first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Compiled modules are kept, whatever the environment says: each of the processes that tests start would compile them.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
