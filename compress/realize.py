@@ -12,7 +12,7 @@ import torch
 
 from compress.allocation.budgets import format_value
 from compress.allocation.ranks import layers_of
-from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact, tensors_digest
+from compress.artifact import ONNX_FILE, REPORT_FILE, save_artifact, tensors_digest
 from compress.calib.output_loss import output_loss
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
@@ -24,6 +24,7 @@ from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.options import Options
 from compress.progress import Progress, Tally, silent
+from compress.publication import new_folder
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report

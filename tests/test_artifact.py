@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress import api
-from compress.artifact import check_folder, load_artifact, load_plan, new_folder, sum_tensor_bytes
+from compress.artifact import load_artifact, load_plan, sum_tensor_bytes
 from compress.errors import InputError
+from compress.publication import check_folder, new_folder
 from tests.sweep import sweep
 
 
