@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from compress.digests import REPORT_VERSION, check_digests
 from compress.errors import InputError
 from compress.factory import one_line
 from compress.graph.serial import check_version, graph_to_json, json_to_graph
@@ -74,7 +75,7 @@ def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     content = save({str(name): tensor for name, tensor in tensors.items()}, {"format": "pt"})
     (folder / _TENSORS).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    graph = graph_to_json(traced) | {_DIGEST: digest}
+    graph = graph_to_json(traced) | {_DIGEST: digest, "report": REPORT_VERSION}
     (folder / _GRAPH).write_text(json.dumps(graph | {_GRAPH_DIGEST: _graph_digest(graph)}))
     save_plan(plan, folder / _PLAN)
 
@@ -102,6 +103,7 @@ def load_artifact(folder: Path) -> TracedModel:
             f"{folder / _TENSORS} is damaged, or not the file that {_GRAPH} was written with: its SHA-256 is "
             f"{digest[:12]}, not {str(stored.get(_DIGEST))[:12]}; compress the model again"
         )
+    check_digests(folder, "report" in stored)
     try:
         tensors: dict[str, Tensor] = load_file(_existing(folder, _TENSORS))
     except SafetensorError as error:

@@ -17,6 +17,7 @@ from compress.calib.output_loss import output_loss
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
 from compress.compression import apply_plan, plan_fingerprint, plan_parts
+from compress.digests import file_digests
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise
 from compress.gate_inputs import GATE_SAMPLES, gate_inputs
@@ -132,6 +133,7 @@ def realize(
                     write_onnx(files.content, partial / ONNX_FILE, _metadata(plan, parity, report))
                     save_artifact(partial, compressed.model, plan)
                     write_base(compare_base(intake.original, float_graph), partial, tensors_digest(partial))
+                    report = report.model_copy(update={"files": file_digests(partial)})
                     (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return Result(report, folder, compressed.model.module)
 
