@@ -62,7 +62,10 @@ def locked(path: Path) -> Iterator[None]:
 def _make(folder: Path) -> list[Path]:
     """Make ``folder`` and those around it; the ones that were not there, the innermost first."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
     return missing
 
 

@@ -66,6 +66,8 @@ def claim(path: Path) -> Iterator[None]:
             yield
         except BaseException:
             _kept.extend(_work_of(path))
+            with contextlib.suppress(OSError):  # there is something to go on with
+                _beside(path, "work").rmdir()
             raise
 
 
@@ -138,7 +140,8 @@ def new_file(path: Path, remedy: str = _ANOTHER) -> Iterator[Path]:
             os.replace(temporary, path)
             _to_disk(path.parent, whole=False)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder could not even be made
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

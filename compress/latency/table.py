@@ -95,7 +95,7 @@ class LatencyTable(Record):
 
     def save(self, path: Path) -> None:
         """Write to ``path``, whole or not at all."""
-        with new_file(path) as temporary:
+        with new_file(path, "name a folder that can be written in COMPRESS_CACHE") as temporary:
             temporary.write_text(self.text())
 
 

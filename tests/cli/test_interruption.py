@@ -99,7 +99,8 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
 
     code, _ = stop(folder, "out", 4, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("out", ".out"))) == [".out.work"]
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith(("out", ".out")))
+    assert left == [".out.lock", ".out.work"], "the lock is nobody's any more"
     finished = len(list((folder / ".out.work").glob("*.safetensors")))
     assert 4 <= finished < LAYERS
 
@@ -115,6 +116,30 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
     assert "what is done to the layers" in refused.stderr
     assert "the model" not in refused.stderr
     assert "continued" not in finish(forks, folder, "other", "--method", "mse", "--overwrite")
+
+
+@pytest.mark.slow
+def test_a_second_run_is_told_who_has_the_place(folder: Path, forks: Forks) -> None:
+    first = subprocess.Popen(
+        command(*arguments("out")),
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / ".out.work" / "fingerprint").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    second = forks.run(folder, *arguments("out", "--overwrite"))
+    assert second.returncode == 2, second.stderr
+    assert f"out is being written by another run: process {first.pid}, since " in second.stderr
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 0, said
+    for name in SAME:
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".out")] == []
 
 
 @pytest.mark.slow
