@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compress.errors import InputError
+from compress.publication import new_file
 
 __all__ = ["ResumeStore", "open_store"]
 
@@ -116,14 +117,16 @@ class ResumeStore:
     def save(self, name: str, tensors: dict[str, Tensor], strings: dict[str, str]) -> None:
         """Save under ``name``, whole or not at all."""
         path = self._path(name)
-        temporary = path.with_suffix(".partial")
-        # Through Python's own file, whose errors say which file and why.
-        temporary.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, strings))
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            # Through Python's own file, whose errors say which file and why.
+            temporary.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, strings))
 
-    def move(self, name: str, destination: Path) -> None:
-        """Take what was saved under ``name`` out, as the file ``destination``."""
-        os.replace(self._path(name), destination)
+    def link(self, name: str, destination: Path) -> None:
+        """Give what was saved under ``name`` the further name ``destination``, or copy it where that cannot be."""
+        try:
+            os.link(self._path(name), destination)
+        except OSError:
+            shutil.copyfile(self._path(name), destination)
 
     def has(self, name: str) -> bool:
         """Whether ``name`` was saved."""

@@ -17,7 +17,7 @@ import torch
 
 from compress.allocation.diff import PlanDiff, diff_plans
 from compress.allocation.review import review_plan
-from compress.artifact import ONNX_FILE, check_folder, check_free, load_artifact, load_plan, save_plan
+from compress.artifact import ONNX_FILE, load_artifact, load_plan, save_plan
 from compress.auto import settle_method
 from compress.cache import remembered
 from compress.compression import plan_fingerprint
@@ -31,9 +31,10 @@ from compress.onnxfile import export_shared, export_whole, prove_file
 from compress.options import Options, Settings, check_unused, gather
 from compress.planning import make_plan
 from compress.progress import Progress, silent
+from compress.publication import check_folder, check_free, claims
 from compress.realize import Result, realize_work
 from compress.records import Front, LayerSpec, Plan
-from compress.report.front import check_front_folder, write_front
+from compress.report.front import FRONT, write_front
 from compress.report.schema import Parity, Proof
 from compress.runtime.device import check_device
 from compress.runtime.load import load_on
@@ -72,6 +73,7 @@ class Preview:
     estimate: Estimate
 
 
+@claims("out")
 def quantize(
     model: ModelLike,
     *,
@@ -114,6 +116,7 @@ def quantize(
     return result
 
 
+@claims("out")
 def allocate(
     model: ModelLike,
     *,
@@ -143,6 +146,7 @@ def allocate(
     return plan
 
 
+@claims("out")
 def apply(
     plan: Plan | str | Path,
     model: ModelLike,
@@ -180,6 +184,7 @@ def apply(
     return realize_work(work, reviewed, options, folder, overwrite, progress, tuple(notes))
 
 
+@claims("out")
 def sweep(
     model: ModelLike,
     *,
@@ -207,7 +212,7 @@ def sweep(
     check_points(points)
     folder = Path(out) if out is not None else None
     if folder is not None:
-        check_front_folder(folder, overwrite)
+        check_folder(folder, overwrite, *FRONT)
     work = open_work(model, calib, eval_data, options, source, progress or silent)
     options, _ = settle_method(work.intake, options, work.samples)
     report_progress = progress or silent
@@ -220,7 +225,7 @@ def sweep(
 
     front, plans = sweep_front(prepared, over, points, report_progress, carry_out if measure else None)
     if folder is not None:
-        write_front(folder, front, plans)
+        write_front(folder, front, plans, overwrite)
     return front, plans
 
 
@@ -299,6 +304,7 @@ def load(
     return loaded.module
 
 
+@claims("out")
 def export(
     model: ModelLike,
     out: str | Path,

@@ -1,4 +1,4 @@
-"""The folder a run leaves: tensors in safetensors, everything else in JSON; written whole or not at all.
+"""The folder a run leaves: tensors in safetensors, everything else in JSON.
 
 ======================  =============================================================================================
 ``model.onnx``          for ONNX Runtime
@@ -16,10 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,22 +24,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from compress.digests import REPORT_VERSION, check_digests
 from compress.errors import InputError
 from compress.factory import one_line
 from compress.graph.serial import check_version, graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
 from compress.lookalike import lookalike
+from compress.publication import new_file
 from compress.records import SCHEMA_VERSION, Plan
 
 __all__ = [
     "ONNX_FILE",
     "REPORT_FILE",
-    "check_folder",
-    "check_free",
     "load_artifact",
     "load_plan",
-    "new_folder",
     "save_artifact",
     "save_plan",
     "sum_tensor_bytes",
@@ -70,56 +65,6 @@ _DAMAGE = (
 )
 
 
-@contextmanager
-def new_folder(path: Path, overwrite: bool, sign: str = _PLAN, verb: str = "compress quantize") -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name when the block ends well, and goes when it does not.
-
-    Raises:
-        InputError: as :func:`check_folder`, or the disk is full or not writable.
-    """
-    check_folder(path, overwrite, sign, verb)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            _to_disk(file)
-        if path.exists():
-            _remove(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse an output that exists already, before any work is done."""
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
-
-
-def check_folder(path: Path, overwrite: bool, sign: str = _PLAN, verb: str = "compress quantize") -> None:
-    """Like :func:`check_free`, and refuse to replace what is not a folder of ours: it may hold anything.
-
-    Args:
-        sign: a file that every folder of ``verb`` holds.
-
-    Raises:
-        InputError: ``path`` exists and ``overwrite`` is not set, or it is no folder of ``verb``, and not empty; or
-            it is the current folder or one around it.
-    """
-    check_free(path, overwrite)
-    if path.exists() and not (path.is_dir() and ((path / sign).is_file() or not any(path.iterdir()))):
-        raise InputError(f"{path} is not a folder that `{verb}` has written, so --overwrite leaves it alone")
-    # It would be taken away from under whoever stands in it.
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise InputError(f"--out {path} is the current folder or one around it; give a new folder's name")
-
-
 def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     """Write tensors, graph and plan into ``folder``."""
     register_operators()
@@ -130,7 +75,7 @@ def save_artifact(folder: Path, traced: TracedModel, plan: Plan) -> None:
     content = save({str(name): tensor for name, tensor in tensors.items()}, {"format": "pt"})
     (folder / _TENSORS).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    graph = graph_to_json(traced) | {_DIGEST: digest}
+    graph = graph_to_json(traced) | {_DIGEST: digest, "report": REPORT_VERSION}
     (folder / _GRAPH).write_text(json.dumps(graph | {_GRAPH_DIGEST: _graph_digest(graph)}))
     save_plan(plan, folder / _PLAN)
 
@@ -158,6 +103,7 @@ def load_artifact(folder: Path) -> TracedModel:
             f"{folder / _TENSORS} is damaged, or not the file that {_GRAPH} was written with: its SHA-256 is "
             f"{digest[:12]}, not {str(stored.get(_DIGEST))[:12]}; compress the model again"
         )
+    check_digests(folder, "report" in stored)
     try:
         tensors: dict[str, Tensor] = load_file(_existing(folder, _TENSORS))
     except SafetensorError as error:
@@ -180,19 +126,13 @@ def tensors_digest(folder: Path) -> str:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write ``plan`` to the file ``path``, whole or not at all, and the times that decided beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     times = _times_of(path)
-    if plan.latency_table is None:
-        times.unlink(missing_ok=True)  # of a plan that is replaced
-    else:
-        _write(times, plan.latency_table)
-    _write(path, plan.model_dump_json(indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    times.unlink(missing_ok=True)  # of a plan that is replaced: either can be carried out without
+    with new_file(path) as temporary:
+        temporary.write_text(plan.model_dump_json(indent=2))
+    if plan.latency_table is not None:
+        with new_file(times) as temporary:
+            temporary.write_text(plan.latency_table)
 
 
 def _times_of(path: Path) -> Path:
@@ -270,15 +210,3 @@ def _graph_digest(graph: dict[str, object]) -> str:
     """SHA-256 of what a graph's file says, in any spacing, but for this hash itself."""
     said = {name: value for name, value in graph.items() if name != _GRAPH_DIGEST}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _to_disk(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

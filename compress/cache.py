@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from compress.publication import new_file
+
 __all__ = ["cache_folder", "digest", "remembered"]
 
 
@@ -31,8 +33,6 @@ def remembered(kind: str, key: object, measure: Callable[[], float]) -> float:
         except (ValueError, KeyError, TypeError):
             pass  # cut short when the machine went down: measured again
     value = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps({"key": key, "value": value}))
-    os.replace(temporary, path)
+    with new_file(path, "name a folder that can be written in COMPRESS_CACHE") as temporary:
+        temporary.write_text(json.dumps({"key": key, "value": value}))
     return value

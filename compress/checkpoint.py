@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,10 +144,8 @@ def fingerprint(module: torch.nn.Module) -> str:
 def _kind(file: Path) -> str:
     """ "torch", "safetensors" or "pt2", by suffix and by the first bytes."""
     if file.is_dir():
-        raise InputError(
-            f"{file} is a folder without a config.json, so no Hugging Face model; give one, or a .pt, .pth, .pt2 or "
-            ".safetensors file."
-        )
+        which = "a .pt, .pth, .pt2 or .safetensors file"
+        raise InputError(f"{file} is a folder without a config.json, so no Hugging Face model; give one, or {which}.")
     if not file.exists():
         raise InputError(f"There is no file {file}; check the path.")
     if file.stat().st_size == 0:
@@ -170,7 +169,9 @@ def _kind(file: Path) -> str:
             # A cut archive of torch.export still ends in a whole one, that of its example inputs.
             if min((entry.header_offset for entry in archive.infolist()), default=0) > 0:
                 raise zipfile.BadZipFile("its list of members is cut off")
-    except (zipfile.BadZipFile, OSError, ValueError, UnicodeDecodeError) as error:
+            if (wrong := archive.testzip()) is not None:  # torch itself does not look
+                raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise InputError(f"{file} is truncated or damaged ({one_line(error)}); save or download it again.") from error
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         raise InputError(

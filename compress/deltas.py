@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.artifact import check_free
 from compress.checkpoint import LoadedModel, fingerprint, load_model
 from compress.errors import InputError
 from compress.huggingface import is_classifier, is_pretrained, without_head
 from compress.modelfile import check_target, save_like
+from compress.publication import check_free, claims
 from compress.records import Record
 from compress.sparse.application import Applied, apply_deltas, choose_head, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
@@ -175,6 +175,7 @@ def add_deltas(base: LoadedModel, deltas: Sequence[str | os.PathLike[str]]) -> L
     return replace(base, fingerprint=fingerprint(base.module), notes=(*base.notes, *notes, *done.overlap.warning()))
 
 
+@claims("out")
 def apply(
     base: Path,
     deltas: Sequence[Path],
@@ -207,20 +208,19 @@ def apply(
     loaded, done, notes = load_with_deltas(
         loaded, deltas, weights, head=head, heads=heads, any_base=any_base, hashed=undo
     )
-    if undo:  # before the model: one that cannot be taken back is not to be there, not even for a moment
+    if undo:  # with the model: one that cannot be taken back is not to be there, not even for a moment
         record = done.undo(loaded.module)
         if loaded.head:
             record = replace(record, before=replace(record.before, notes={_NEW_HEAD: ", ".join(loaded.head)}))
-        write_undo(record, undo_path(out))
-    try:
-        save_like(loaded, base, out, factory=factory, overwrite=overwrite)
-    except InputError:
-        if undo:
-            undo_path(out).unlink(missing_ok=True)
-        raise
+
+        def beside(folder: Path) -> None:
+            write_undo(record, folder / undo_path(out).name)
+
+    save_like(loaded, base, out, factory=factory, overwrite=overwrite, beside=beside if undo else None)
     return Composed(done.before.k, tuple(done.before.dense), done.overlap, (*loaded.notes, *notes))
 
 
+@claims("out")
 def restore(
     model: Path,
     out: Path,
@@ -257,6 +257,7 @@ def restore(
     return record.before.k
 
 
+@claims("out")
 def compose(
     deltas: Sequence[Path],
     out: Path,

@@ -7,19 +7,18 @@ sentence-transformers' ``modules.json`` names. Weights of other frameworks stay 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_model
 
-from compress.artifact import check_free
 from compress.checkpoint import LoadedModel
 from compress.errors import InputError
 from compress.factory import one_line
 from compress.huggingface import is_pretrained, save_pretrained
+from compress.publication import check_free, new_files
 
 __all__ = ["check_target", "save_like"]
 
@@ -48,42 +47,36 @@ def check_target(origin: Path, out: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out}: a {out.suffix} file is an export; write a .pt or .safetensors file first")
 
 
-def save_like(loaded: LoadedModel, origin: Path, out: Path, *, factory: str | None, overwrite: bool) -> None:
+def save_like(
+    loaded: LoadedModel,
+    origin: Path,
+    out: Path,
+    *,
+    factory: str | None,
+    overwrite: bool,
+    beside: Callable[[Path], object] | None = None,
+) -> None:
     """Write ``loaded``'s module to ``out`` in the form of ``origin``, which it was read from, whole or not at all.
+
+    Args:
+        beside: writes more files, which belong to it, into a folder from which they get beside ``out``, all or none.
 
     Raises:
         InputError: see :func:`check_target`; or there is no room.
     """
     check_target(origin, out, overwrite)
-    temporary, former = (out.with_name(f".{out.name}.{word}") for word in ("partial", "former"))
     module = loaded.module
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with new_files(out) as folder:
+        if beside is not None:
+            beside(folder)
         if is_pretrained(origin):
-            shutil.rmtree(temporary, ignore_errors=True)
-            save_pretrained(module, temporary)
-            _copy_beside(origin, temporary, with_config=not loaded.head)  # a new head has changed it
-            if out.exists():
-                shutil.rmtree(former, ignore_errors=True)
-                os.replace(out, former)
+            save_pretrained(module, folder / out.name)
+            _copy_beside(origin, folder / out.name, with_config=not loaded.head)  # a new head has changed it
         elif out.suffix == ".safetensors":
-            temporary.touch()
-            mode = temporary.stat().st_mode  # safetensors gives its files to their owner alone
-            save_model(module, str(temporary))
-            temporary.chmod(mode)
+            save_model(module, str(folder / out.name))
         else:
             # Whoever names a factory has a class of his own, which a file must not bring along.
-            torch.save(module.state_dict() if factory else module, temporary)
-        os.replace(temporary, out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own writer raises the second
-        raise InputError(f"cannot write {out}: {one_line(error)}; free some space or choose another --out") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
-        if former.exists() and not out.exists():
-            os.replace(former, out)
-        shutil.rmtree(former, ignore_errors=True)
+            torch.save(module.state_dict() if factory else module, folder / out.name)
 
 
 def _copy_beside(origin: Path, folder: Path, *, with_config: bool) -> None:

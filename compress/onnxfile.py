@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from compress.artifact import check_free, load_artifact
+from compress.artifact import load_artifact
 from compress.deltas import add_deltas
 from compress.errors import InputError
 from compress.exporters.onnx import build_onnx, write_onnx
@@ -22,6 +21,7 @@ from compress.huggingface import is_pretrained
 from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.kernels.table import register_operators
 from compress.options import Source
+from compress.publication import check_free, new_files
 from compress.report.schema import Proof
 
 __all__ = ["export_shared", "export_whole", "prove_file"]
@@ -54,12 +54,10 @@ def export_whole(model: ModelLike, source: Source, path: Path) -> None:
         GateError: the file does not compute what the graph does.
     """
     traced, intake = _graph_of(model, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
-        staged = Path(folder) / path.name
+    with new_files(path) as folder:
+        staged = folder / path.name
         write_onnx(build_onnx(traced), staged, {})
         _prove(traced, intake, staged, path)
-        staged.replace(path)
 
 
 def export_shared(model: ModelLike, source: Source, path: Path, shared: str, overwrite: bool) -> Shares:
@@ -76,24 +74,17 @@ def export_shared(model: ModelLike, source: Source, path: Path, shared: str, ove
     traced, intake = _graph_of(model, source)
     built = build_onnx(traced)
     base = build_onnx(_graph_of(model, replace(source, deltas=()))[0]) if source.deltas else built
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".compress-") as folder:
-        staged = Path(folder) / path.name
+    with new_files(path) as folder:
+        staged = folder / path.name
         there, linked = path.with_name(shared), staged.with_name(shared)
         if there.is_file():
             # A copy: ONNX Runtime reads no data outside the model's folder, and onnx none that has two names.
             shutil.copyfile(there, linked)
         shares = write_shared(built, base, staged, shared)
         _prove(traced, intake, staged, path)
-        # The graph last: what is there is whole.
-        if not there.exists():
-            linked.replace(there)
-        own = staged.with_name(data.name)
-        if own.exists():
-            own.replace(data)
-        else:
-            data.unlink(missing_ok=True)
-        staged.replace(path)
+        if there.exists():
+            linked.unlink()
+        staged.with_name(data.name).touch()  # none of its own: an older one is to go
     return shares
 
 

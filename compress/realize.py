@@ -12,11 +12,12 @@ import torch
 
 from compress.allocation.budgets import format_value
 from compress.allocation.ranks import layers_of
-from compress.artifact import ONNX_FILE, REPORT_FILE, new_folder, save_artifact, tensors_digest
+from compress.artifact import ONNX_FILE, REPORT_FILE, save_artifact, tensors_digest
 from compress.calib.output_loss import output_loss
 from compress.calib.resume import open_store
 from compress.calib.samples import Samples
 from compress.compression import apply_plan, plan_fingerprint, plan_parts
+from compress.digests import file_digests
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.gate import verify, verify_or_raise
 from compress.gate_inputs import GATE_SAMPLES, gate_inputs
@@ -24,6 +25,7 @@ from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.options import Options
 from compress.progress import Progress, Tally, silent
+from compress.publication import new_folder
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
 from compress.report.schema import Parity, Report
@@ -131,6 +133,7 @@ def realize(
                     write_onnx(files.content, partial / ONNX_FILE, _metadata(plan, parity, report))
                     save_artifact(partial, compressed.model, plan)
                     write_base(compare_base(intake.original, float_graph), partial, tensors_digest(partial))
+                    report = report.model_copy(update={"files": file_digests(partial)})
                     (partial / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return Result(report, folder, compressed.model.module)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress import api
-from compress.artifact import check_folder, load_artifact, load_plan, new_folder, sum_tensor_bytes
+from compress.artifact import load_artifact, load_plan, sum_tensor_bytes
+from compress.benchmark import bench
 from compress.errors import InputError
+from compress.publication import check_folder, new_folder
 from tests.sweep import sweep
 
 
@@ -36,6 +39,10 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
+# Of folders that were made old.
+pytestmark = pytest.mark.filterwarnings("ignore:.*from before reports had hashes:UserWarning")
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
@@ -43,8 +50,11 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_old_graph(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the graph of a folder from before graphs were hashed: nothing but the graph itself can tell."""
-    edit_json(folder / "graph.json", lambda content: (content.pop("graph_sha256"), change(content)))
+    """Change the graph of a folder from before anything was hashed: nothing but the graph itself can tell."""
+    edit_json(
+        folder / "graph.json", lambda content: (content.pop("graph_sha256"), content.pop("report"), change(content))
+    )
+    (folder / "report.json").unlink()
 
 
 def refused(folder: Path) -> str:
@@ -148,10 +158,49 @@ def test_a_folder_from_before_graphs_were_hashed_loads(folder: Path) -> None:
     assert torch.equal(load_artifact(folder).module(torch.ones(1, 2, 4, 4)), wanted)
 
 
-def test_a_graph_in_another_spacing_is_the_same(folder: Path) -> None:
-    content = json.loads((folder / "graph.json").read_text())
-    (folder / "graph.json").write_text(json.dumps(content, indent=1))
+HASHED = ["base.safetensors", "graph.json", "model.onnx", "model.safetensors"]
+
+
+def test_the_report_has_a_hash_of_every_file_but_the_plans(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["schema_version"] == 2
+    assert report["files"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED}
+    (folder / "plan.json").write_text(json.dumps(json.loads((folder / "plan.json").read_text())))  # the user's to edit
     load_artifact(folder)
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_one_flipped_bit_in_any_file_is_found_by_every_verb(folder: Path, name: str, tmp_path: Path) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    for verb in (
+        api.load,
+        api.verify,
+        lambda each: api.export(each, tmp_path / "out.onnx"),
+        lambda each: bench([each]),
+    ):
+        with pytest.raises(InputError, match=rf"{re.escape(name)} is (damaged|not JSON)"):
+            verb(folder)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_folder_that_was_written_with_hashes_is_refused_without(folder: Path) -> None:
+    edit_json(folder / "report.json", lambda content: content.pop("files"))
+    assert "has no hashes of its files in report.json, with which it was written" in refused(folder)
+    (folder / "report.json").unlink()
+    assert "has no hashes of its files" in refused(folder)
+
+
+def test_a_file_that_has_a_hash_is_missed(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+    assert "holds no model.onnx, which report.json has a hash of" in refused(folder)
+
+
+def test_an_older_folder_is_read_with_a_warning(folder: Path) -> None:
+    edit_old_graph(folder, lambda content: None)
+    with pytest.warns(UserWarning, match="from before reports had hashes: whether its files are damaged is not known"):
+        load_artifact(folder)
 
 
 @pytest.mark.parametrize("target", ["os.system", "aten.nothing.default", "builtins.eval", "aten.__class__.x", "torch"])
@@ -178,7 +227,8 @@ def mutate(value: Any, dice: random.Random) -> Any:
 @sweep("times", [50, 500], sample=[50])
 def test_a_tampered_graph_is_refused_or_runs_but_never_breaks(times: int, folder: Path) -> None:
     content = json.loads((folder / "graph.json").read_text())
-    del content["graph_sha256"]
+    del content["graph_sha256"], content["report"]
+    (folder / "report.json").unlink()
     dice, refusals, broken = random.Random(times), 0, []
     for _ in range(times):
         tampered = mutate(content, dice)

@@ -11,6 +11,7 @@ from compress.cli.inputs import Allow, Factory, For, InputShape, shape
 from compress.cli.progress import ProgressBar
 from compress.errors import InputError
 from compress.options import Source
+from compress.publication import new_file
 from compress.targets import choose_target, find_target
 
 if TYPE_CHECKING:
@@ -134,10 +135,8 @@ def bench(
         return
     print_report(report, Console())
     if json is not None:
-        try:
-            json.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--json {json}: cannot be written: {error.strerror}") from error
+        with new_file(json, "name another file in --json") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _write_kit(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -24,11 +29,11 @@ from compress.cli.stream import stream
 from compress.cli.sweep import sweep
 from compress.cli.verify import verify
 from compress.errors import CompressError
+from compress.publication import kept
 
 __all__ = ["app", "main"]
 
-_INTERRUPTED = 130
-_STOPPED = "stopped; what is finished is kept, and the same command continues with it"
+_KEPT = "; what is finished is kept, and the same command continues with it"
 # How long an OpenMP thread that has nothing to do spins before it sleeps, as torch's libgomp is told.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -74,21 +79,42 @@ app.add_typer(sparse, name="sparse")
 
 def main() -> None:
     """Run the command line; a :class:`CompressError` becomes its sentence on stderr and its exit code."""
+    with _listening() as asked:
+        try:
+            app()
+        except BaseException as error:
+            # Whatever it has become on its way: typer makes an exit of it, and imports that it breaks off other errors.
+            if asked or isinstance(error, KeyboardInterrupt):
+                _stop(asked[0] if asked else signal.SIGINT)
+            if isinstance(error, CompressError):
+                _complain(str(error))
+                sys.exit(error.exit_code)
+            if isinstance(error, OSError):
+                where = f"{error.filename}: " if error.filename else ""
+                _complain(f"{where}{error.strerror or error}{_remedy(error)}")
+                sys.exit(2)
+            raise
+
+
+@contextmanager
+def _listening() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; those that came. One that is ignored, as nohup has it, stays so."""
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    heard = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM) if main}
+    heard = {each: before for each, before in heard.items() if before != signal.SIG_IGN}
+    for each in heard:
+        signal.signal(each, stop)
     try:
-        app()
-    except CompressError as error:
-        _complain(str(error))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _stop()
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}{_remedy(error)}")
-        sys.exit(2)
-    except SystemExit as error:
-        if error.code == _INTERRUPTED:  # typer has caught Ctrl-C
-            _stop()
-        raise
+        yield came
+    finally:
+        for each, before in heard.items():
+            signal.signal(each, before)
 
 
 def _remedy(error: OSError) -> str:
@@ -100,12 +126,12 @@ def _remedy(error: OSError) -> str:
     return "; free some space, or choose another place with --out and TMPDIR" if error.errno in _NO_SPACE else ""
 
 
-def _stop() -> NoReturn:
-    _complain(_STOPPED)
+def _stop(number: int) -> NoReturn:
+    _complain(f"stopped{_KEPT if kept() else ''}")
     # An interrupt that once left exec() of a string (dataclasses do that) would end the process by the signal, whatever
     # exit code is asked for, until another exec() of a string clears CPython's flag.
     exec("")
-    sys.exit(_INTERRUPTED)
+    sys.exit(128 + number)
 
 
 def _complain(sentence: str) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from compress.artifact import check_folder, new_folder
 from compress.calib.distilled import Normalisation
 from compress.distill.neighbours import Neighbours
 from compress.distill.sheet import write_sheet
 from compress.distill.standardisation import Standardisation
 from compress.errors import InputError
 from compress.machine import Environment
+from compress.publication import check_folder, new_folder
 from compress.records import Record
 
 __all__ = ["REPORT_FILE", "SET_FILE", "DistillReport", "Fitted", "refuse_existing", "work_folder", "write_folder"]

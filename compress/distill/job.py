@@ -23,12 +23,14 @@ from compress.distill.sheet import write_sheet
 from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.progress import Progress, silent
+from compress.publication import claims
 
 __all__ = ["DistillOptions", "distill"]
 
 _JUDGED = 1000
 
 
+@claims("out")
 def distill(
     data: object,
     out: Path,

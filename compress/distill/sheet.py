@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+
+from compress.publication import new_file
 
 __all__ = ["write_sheet"]
 
@@ -31,7 +32,5 @@ def write_sheet(path: Path, images: Tensor, each: int, low: float, high: float) 
     for number, tile in enumerate(tiles):
         down, across = (number // each) * (height + _GAP), (number % each) * (width + _GAP)
         sheet[down : down + height, across : across + width] = tile
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    PIL.Image.fromarray(sheet).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        PIL.Image.fromarray(sheet).save(temporary, format="PNG")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compress.errors import InputError
+from compress.publication import new_file
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -20,16 +20,11 @@ _STRINGS = "strings"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], strings: Mapping[str, str]) -> None:
     """Write ``path``; a reader sees the file before or the one after."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # One entry: the format's own order of several changes from process to process.
     told = {_STRINGS: json.dumps(dict(strings), sort_keys=True)}
-    try:
+    with new_file(path) as temporary:
         # Through Python's own file, whose errors are OSErrors that say why.
         temporary.write_bytes(save({name: each.contiguous() for name, each in tensors.items()}, told))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from compress.exporters.tidy import LAYER_SCOPE, tidy
 from compress.exporters.translation import translate
 from compress.graph.layers import LAYER_KINDS, is_stored
 from compress.graph.traced import TracedModel
+from compress.publication import new_file
 
 __all__ = ["build_onnx", "write_onnx"]
 
@@ -80,6 +80,5 @@ def write_onnx(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None
     """Write ``model`` with ``metadata`` (keys get the prefix ``compress.``) to ``path``, whole or not at all."""
     for key, value in metadata.items():
         model.metadata_props[f"compress.{key}"] = value
-    temporary = path.with_name(f".{path.name}.partial")
-    ir.save(model, temporary)
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        ir.save(model, temporary)

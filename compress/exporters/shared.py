@@ -25,6 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from compress.errors import InputError
+from compress.publication import new_file
 
 __all__ = ["Shares", "check_name", "write_shared"]
 
@@ -124,13 +125,9 @@ def _write_base(slots: Mapping[str, _Slot], path: Path) -> None:
                 "tensors; choose another name, or another folder"
             )
         return
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with new_file(path) as temporary, open(temporary, "wb") as file:
         for part in _parts(slots):
             file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _parts(slots: Mapping[str, _Slot]) -> Iterator[bytes]:

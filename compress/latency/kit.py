@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from compress.allocation.ranks import SHARES, thin_ranks
-from compress.artifact import check_folder, new_folder
 from compress.cache import digest
 from compress.deltas import add_deltas
 from compress.errors import InputError
@@ -28,6 +27,7 @@ from compress.latency.operators import Shape, Variant, default_variants, export_
 from compress.machine import TELLING_FLAGS
 from compress.options import Source
 from compress.progress import Progress, silent
+from compress.publication import check_folder, claims, new_folder
 from compress.records import Choice, LayerSpec, QuantOption
 from compress.skeleton import write_skeleton
 from compress.targets import Target
@@ -41,6 +41,7 @@ _INTEGER = QuantOption(bits=8, act_bits=8)
 _VERB = "compress bench --kit"
 
 
+@claims("folder")
 def write_kit(
     model: ModelLike,
     folder: Path,

@@ -7,7 +7,6 @@ exception: it holds all that a plan for another machine needs, and nothing is ev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from pydantic import Field, ValidationError
 from compress.cache import cache_folder, digest
 from compress.errors import InputError
 from compress.machine import Environment, describe_environment
+from compress.publication import new_file
 from compress.records import Record
 
 __all__ = ["LatencyTable", "ModelTime", "Operator", "check_complete", "conditions", "open_table"]
@@ -95,10 +95,8 @@ class LatencyTable(Record):
 
     def save(self, path: Path) -> None:
         """Write to ``path``, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        temporary.write_text(self.text())
-        os.replace(temporary, path)
+        with new_file(path, "name a folder that can be written in COMPRESS_CACHE") as temporary:
+            temporary.write_text(self.text())
 
 
 def open_table(path: Path | None, provider: str, threads: int) -> tuple[LatencyTable, Path]:

@@ -7,42 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import check_free, save_plan
-from compress.errors import InputError
+from compress.artifact import save_plan
+from compress.publication import new_folder
 from compress.records import Front, FrontPoint, Plan
 
-__all__ = ["check_front_folder", "write_front"]
+__all__ = ["FRONT", "write_front"]
 
 _TABLE = "front.csv"
 _ALL = "front.json"
+# What compress.publication knows its folders by.
+FRONT = (_ALL, "compress sweep")
 _UNITS = {"size": (1e3, "kB"), "latency": (1e3, "ms"), "bops": (1e9, "G bit operations")}
 
 
-def check_front_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that exists, or with ``overwrite`` one that no front was written to.
+def write_front(folder: Path, front: Front, plans: Sequence[Plan], overwrite: bool) -> None:
+    """Write ``folder`` with ``front.csv``, ``front.json``, ``front.png``, ``front.svg`` and the plans.
 
     Raises:
-        InputError: with the remedy.
+        InputError: see :func:`~compress.publication.new_folder`.
     """
-    check_free(folder, overwrite)
-    if folder.exists() and not (folder.is_dir() and ((folder / _ALL).is_file() or not any(folder.iterdir()))):
-        raise InputError(f"{folder} is not a folder that `compress sweep` has written, so --overwrite leaves it alone")
-
-
-def write_front(folder: Path, front: Front, plans: Sequence[Plan]) -> None:
-    """Write ``front.csv``, ``front.json``, ``front.png``, ``front.svg`` and the plans into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("plan-*.json"):
-        old.unlink()
-    for point, plan in zip(front.points, plans, strict=True):
-        save_plan(plan, folder / point.plan)
-    rows = [_row(point) for point in front.points]
-    with open(folder / _TABLE, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / _ALL).write_text(front.model_dump_json(indent=2))
-    _plot(folder, front)
+    with new_folder(folder, overwrite, *FRONT) as partial:
+        for point, plan in zip(front.points, plans, strict=True):
+            save_plan(plan, partial / point.plan)
+        rows = [_row(point) for point in front.points]
+        with open(partial / _TABLE, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        (partial / _ALL).write_text(front.model_dump_json(indent=2))
+        _plot(partial, front)
 
 
 def _row(point: FrontPoint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report: what was done to each layer, what it cost and what it gained; ``report.json``, schema version 1.
+"""The report: what was done to each layer, what it cost and what it gained; ``report.json``, schema version 2.
 
 Units are in the names: ``_bytes``, ``_ms``, ``_seconds``. Errors are relative squared errors (0 is exact, 1 is as large
 as the signal). ``None`` means not measured, and ``notes`` say why where it is not obvious.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from compress.digests import REPORT_VERSION
 from compress.machine import Environment
 from compress.records import SCHEMA_VERSION, Plan, Record
 
@@ -157,7 +158,7 @@ class Parity(Record):
 class Report(Record):
     """Everything about one run of `compress quantize`."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = REPORT_VERSION
     plan: Plan
     layers: tuple[LayerRow, ...]
     size: Size
@@ -171,6 +172,9 @@ class Report(Record):
     )
     calibration_seconds: float
     peak_memory_bytes: int
+    files: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of what lies beside report.json, but for the plan: it finds damage"
+    )
     notes: tuple[str, ...] = ()
     environment: Environment
 

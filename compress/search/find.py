@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from compress.errors import InputError
 from compress.intake import Intake
 from compress.options import Options
 from compress.progress import Progress
+from compress.publication import new_file
 from compress.records import Plan
 from compress.search.drop import search_drop
 from compress.search.prepare import prepare
@@ -68,11 +68,9 @@ def find_plan(
             "the budgets leave every layer float: nothing would be compressed. Lower a budget, or leave out --floats"
         )
     if pending is not None:
-        pending.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pending.with_name(f"{pending.name}.partial")
         content = {"key": key, "plan": plan.model_dump(mode="json"), "latency": plan.latency_table}
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, pending)
+        with new_file(pending) as temporary:
+            temporary.write_text(json.dumps(content))
     return plan, notes
 
 

@@ -53,6 +53,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import InputError
+from compress.publication import new_file
 from compress.records import Record
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.gaps import decode, encode
@@ -167,19 +168,9 @@ def _write(path: Path, kind: str, delta: SparseDelta, values: str, base: str | N
         version=_VERSION, kind=kind, base=base, without=delta.without, model=model, k=delta.k, values=values,
         tensors=table, notes=delta.notes,
     ).model_dump_json()  # fmt: skip
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors gives its files to their owner alone
+    with new_file(path) as temporary:
         # One string: safetensors writes several in any order, and the same delta is to be the same bytes.
         save_file(tensors, temporary, {_HEADER: f"{content_digest(header, tensors)} {header}"})
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}; free some space or choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -28,6 +28,7 @@ from compress.checkpoint import read_safely
 from compress.errors import InputError
 from compress.factory import one_line
 from compress.lookalike import lookalike
+from compress.publication import new_file
 from compress.sparse.delta import SparseDelta, SparseTensor
 
 __all__ = ["REFERENCE_FILE", "read_reference", "write_reference"]
@@ -110,15 +111,8 @@ def write_reference(delta: SparseDelta, path: str | os.PathLike[str]) -> Path:
         steps = np.diff(index, prepend=np.int64(0)).tolist()
         diffs[name] = {"size": torch.Size(each.shape), "index_steps": steps, "values": values}
     file = Path(path)
-    temporary = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(file) as temporary:
         torch.save({"diffs": diffs, "abs": delta.dense}, temporary)
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        raise InputError(f"cannot write {file}: {one_line(error)}; free some space or choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return file
 
 

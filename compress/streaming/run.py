@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.artifact import check_folder, new_folder
 from compress.benchmark_alone import peak_bytes
 from compress.cache import digest
 from compress.calib.resume import ResumeStore, open_store
@@ -25,6 +24,7 @@ from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.methods import METHODS
 from compress.progress import Progress, Tally, silent
+from compress.publication import check_folder, claims, new_folder
 from compress.records import Choice, Plan, QuantOption
 from compress.registry import resolve
 from compress.report.schema import StreamedLayer, StreamReport
@@ -44,6 +44,7 @@ class _EnoughError(Exception):
     """As many blocks as were asked for are done."""
 
 
+@claims("out")
 def stream(
     model: str | Path,
     out: str | Path,
@@ -231,7 +232,7 @@ def _write(folder: Path, job: _Job, store: ResumeStore, report: StreamReport) ->
     save_file(others, folder / names[0], {"format": "pt"})
     index = dict.fromkeys(others, names[0])
     for number in range(model.count):
-        store.move(f"block{number}", folder / names[number + 1])
+        store.link(f"block{number}", folder / names[number + 1])
         index |= dict.fromkeys(_names(folder / names[number + 1]), names[number + 1])
     size = sum((folder / name).stat().st_size for name in names)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1))

@@ -24,6 +24,7 @@ from compress.calib.tokens import select_real
 from compress.calib.walk import TensorRows
 from compress.methods import METHODS
 from compress.problem import Effort, LayerProblem, Method, Solution
+from compress.publication import writing
 from compress.records import QuantOption
 from compress.registry import resolve
 from compress.streaming.blocks import BlockModel
@@ -90,7 +91,7 @@ class BlockWalk:
                 same = self.kwargs[-1] if self.kwargs and _equal(self.kwargs[-1], kwargs) else kwargs
                 self.kwargs.append(same)
                 if first:
-                    save_file({"hidden": hidden.contiguous()}, folder / f"{number}.safetensors")
+                    _save(folder / f"{number}.safetensors", hidden)
         if not first:
             shutil.rmtree(self._hidden(0))
         return done
@@ -118,7 +119,7 @@ class BlockWalk:
             with _folder(self._hidden(number + 1)) as folder:
                 for position, hidden in self._hiddens(number):
                     result = model.run(hidden, self.kwargs[position])
-                    save_file({"hidden": result.contiguous()}, folder / f"{position}.safetensors")
+                    _save(folder / f"{position}.safetensors", result)
         # What the next block reads is there before this one counts as done.
         self.store.save(f"block{number}", tensors, {})
         shutil.rmtree(self._hidden(number), ignore_errors=True)
@@ -216,6 +217,11 @@ class _folder:
         if kind is None:
             shutil.rmtree(self.path, ignore_errors=True)
             os.replace(self.partial, self.path)
+
+
+def _save(path: Path, hidden: Tensor) -> None:
+    with writing(path):
+        save_file({"hidden": hidden.contiguous()}, path)
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:

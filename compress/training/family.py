@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.artifact import check_folder, check_free, new_folder
 from compress.checkpoint import load_model
 from compress.errors import InputError
 from compress.lowrank.decompose import decomposed_layers, extract
 from compress.lowrank.norms import set_norm_statistics
 from compress.lowrank.truncate import Member
 from compress.machine import Environment
+from compress.publication import check_folder, check_free, new_file, new_folder
 from compress.records import Record
 
 __all__ = [
@@ -215,10 +214,8 @@ def save_module(module: nn.Module, path: Path, *, overwrite: bool) -> None:
         InputError: the file is there already.
     """
     check_file(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    torch.save(module, temporary)
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        torch.save(module, temporary)
 
 
 def plot(family: Family, path: Path, costs: Sequence[float], axis: str, *, dense: float | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from compress.cache import digest
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.publication import new_file
 from compress.training.data import TrainingData
 
 __all__ = ["Companion", "Epoch", "Recipe", "best_epoch", "criterion_of", "evaluate", "fit"]
@@ -339,13 +339,11 @@ def _read(checkpoint: Path, run: str, discard: bool) -> dict[str, Any] | None:
 
 
 def _write(checkpoint: Path, state: _State, recipe: Recipe, fingerprint: str) -> None:
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     content = asdict(state)
     content["history"] = [{**asdict(each), "notes": list(each.notes)} for each in state.history]
     content["run"] = _run(recipe, fingerprint)
-    temporary = checkpoint.with_name(f".{checkpoint.name}.partial")
-    torch.save(content, temporary)
-    os.replace(temporary, checkpoint)
+    with new_file(checkpoint) as temporary:
+        torch.save(content, temporary)
 
 
 def _run(recipe: Recipe, fingerprint: str) -> str:

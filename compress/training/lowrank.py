@@ -20,6 +20,7 @@ from compress.lowrank.decompose import Decomposition, decompose
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.truncate import ranks_by_rule
 from compress.progress import Progress, silent
+from compress.publication import claims
 from compress.shapes import find_input_shape
 from compress.training.data import TrainingData
 from compress.training.family import Family, refuse_existing, write_family
@@ -55,6 +56,7 @@ class _Start:
         return replace(self, dense=self.dense.counted(self.module))
 
 
+@claims("out")
 def train_lowrank(
     model: ModelLike,
     data: object,
@@ -108,6 +110,7 @@ def train_lowrank(
     return LowRankResult(family, tuple(history), stopped)
 
 
+@claims("out")
 def truncate(
     model: ModelLike,
     data: object,

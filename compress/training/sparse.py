@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.artifact import check_free
 from compress.calib.samples import Samples
 from compress.checkpoint import LoadedModel, load_model
 from compress.deltas import REFERENCE_SUFFIX, open_deltas, unbound
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.progress import Progress, silent
+from compress.publication import check_free, claims
 from compress.sparse.application import apply_deltas, check_base, revert
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.delta import CLASSES, SparseDelta
@@ -112,6 +112,7 @@ class SparseResult:
         return CLASSES in self.delta.notes
 
 
+@claims("out")
 def train_sparse(
     model: ModelLike,
     data: object,

@@ -37,6 +37,7 @@ from compress.training.callback import PenaltyCallback
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+from compress.publication import new_file
 
 __all__ = ["SparseCallback"]
 
@@ -122,9 +123,9 @@ class SparseCallback(PenaltyCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         mask = self.tuner.mask
         header = {"step": state.global_step, "start": self._start, "k": self.tuner.k, "sparse": mask is not None}
-        temporary = folder / f".{_FILE}.partial"
-        save_file({name: each.cpu() for name, each in (mask or {}).items()}, temporary, {_HEADER: json.dumps(header)})
-        os.replace(temporary, folder / _FILE)
+        with new_file(folder / _FILE) as temporary:
+            told = {_HEADER: json.dumps(header)}
+            save_file({name: each.cpu() for name, each in (mask or {}).items()}, temporary, told)
 
     def _end(self) -> None:
         if self._open:

@@ -7,7 +7,6 @@ so that a folder can be carried from one device to the next and no member is mea
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from compress.latency.table import conditions
 from compress.lowrank.decompose import decomposed_layers
 from compress.machine import describe_environment
 from compress.progress import Progress, silent
+from compress.publication import new_file
 from compress.records import Record
 from compress.training.family import Family, cut
 
@@ -159,9 +159,8 @@ class MemberTimer:
         table = table.model_copy(update={"members_us": dict(sorted({**table.members_us, **new}.items()))})
         others = [each for each in self._times.tables if each.conditions != self._conditions]
         self._times = self._times.model_copy(update={"tables": (*others, table)})
-        temporary = self.folder / f".{TIMES}.{os.getpid()}.partial"
-        temporary.write_text(self._times.model_dump_json(indent=1) + "\n")
-        os.replace(temporary, self.folder / TIMES)
+        with new_file(self.folder / TIMES) as temporary:
+            temporary.write_text(self._times.model_dump_json(indent=1) + "\n")
 
     def _read(self) -> FamilyTimes:
         identity = digest(self.family.model_dump(mode="json"))

@@ -30,6 +30,7 @@ from compress.training.callback import PenaltyCallback
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+from compress.publication import new_file
 
 __all__ = ["MaestroCallback"]
 
@@ -118,9 +119,8 @@ class MaestroCallback(PenaltyCallback):
         """Write ranks and the sampler's place beside the Trainer's own files."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         content = {"step": state.global_step, "settings": self._settings, "maestro": self.maestro.state_dict()}
-        temporary = folder / f".{_FILE}.partial"
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, folder / _FILE)
+        with new_file(folder / _FILE) as temporary:
+            temporary.write_text(json.dumps(content))
 
     def _whole(self) -> None:
         for name in self._drawn:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compress.calib.resume import ResumeStore, open_store
+from compress.errors import InputError
 from tests.every import every
 
 
@@ -67,7 +68,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_finished(tmp_path: Path, m
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left on device; free some space"):
         store.save("layer", tensors(), {})
     assert store.load("layer") is None
     assert finished(ResumeStore(tmp_path / "work", "a")) == 0

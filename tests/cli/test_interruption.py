@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,16 @@ from torch import nn
 
 from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
 from tests.every import every
+from tests.sweep import sweep
 
+# ``python -m compress``, which says when it has begun: Python itself takes its time, too, and is not ours.
+START = """
+import os, sys
+sys.path[:] = os.environ["SITE"].split(os.pathsep)
+print("begun", flush=True)
+from compress.__main__ import main
+main()
+"""
 LAYERS = 6
 SAME = ("model.onnx", "model.safetensors", "graph.json", "plan.json")
 
@@ -88,7 +99,8 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
 
     code, _ = stop(folder, "out", 4, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("out", ".out"))) == [".out.work"]
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith(("out", ".out")))
+    assert left == [".out.lock", ".out.work"], "the lock is nobody's any more"
     finished = len(list((folder / ".out.work").glob("*.safetensors")))
     assert 4 <= finished < LAYERS
 
@@ -104,6 +116,62 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
     assert "what is done to the layers" in refused.stderr
     assert "the model" not in refused.stderr
     assert "continued" not in finish(forks, folder, "other", "--method", "mse", "--overwrite")
+
+
+@pytest.mark.slow
+def test_a_second_run_is_told_who_has_the_place(folder: Path, forks: Forks) -> None:
+    first = subprocess.Popen(
+        command(*arguments("out")),
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / ".out.work" / "fingerprint").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    second = forks.run(folder, *arguments("out", "--overwrite"))
+    assert second.returncode == 2, second.stderr
+    assert f"out is being written by another run: process {first.pid}, since " in second.stderr
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 0, said
+    for name in SAME:
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".out")] == []
+
+
+@pytest.mark.slow
+def test_sigterm_is_a_ctrl_c_with_an_exit_code_of_its_own(folder: Path, forks: Forks) -> None:
+    code, said = stop(folder, "out", 1, signal.SIGTERM)
+    assert code == 143, said
+    assert said == "error: stopped; what is finished is kept, and the same command continues with it\n"
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("out", ".out"))) == [".out.work"]
+    assert list((folder / "tmp").glob("compress-*")) == []
+    assert "continued: " in finish(forks, folder, "out")
+
+
+@sweep("after", [0.04, 0.1, 0.2, 0.5, 1.0, 2.0], sample=[0.1])
+def test_ctrl_c_at_the_start_is_quiet(after: float, folder: Path) -> None:
+    """Nothing is finished yet, and nothing is said of it; before there is a command line, nothing at all."""
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", START, *command(*arguments("out"))[3:]],
+        cwd=folder,
+        env={**environment(folder), "SITE": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert said in ("", "error: stopped\n")
+    assert process.returncode in (130, -signal.SIGINT)
+    assert [path.name for path in folder.iterdir() if path.name.startswith(("out", ".out"))] == []
 
 
 @pytest.mark.matrix

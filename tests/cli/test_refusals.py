@@ -156,6 +156,35 @@ def test_files_that_may_not_grow(tmp_path: Path) -> None:
     assert not (folder / ".out.work").exists(), "no layer was finished"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("lowrank", "train", "model.pt", "--data", "test.npz", "--epochs", 2),
+        ("lowrank", "truncate", "model.pt", "--calib", "calib.npz"),
+        ("sparse", "train", "model.pt", "--data", "test.npz", "--epochs", 1, "--sparse-epochs", 1),
+    ],
+    ids=["lowrank train", "lowrank truncate", "sparse train"],
+)
+def test_other_verbs_say_it_in_one_sentence_and_go_on_afterwards(
+    tmp_path: Path, forks: Forks, arguments: tuple[object, ...]
+) -> None:
+    folder = populate(tmp_path / "work")
+    given = (*arguments, "--out", "out.safetensors" if arguments[0] == "sparse" else "out")
+    run = subprocess.run(
+        command(*given),
+        cwd=folder, env={**environment(folder), "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+    )  # fmt: skip
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("error: cannot write ")
+    assert "; free some space or choose another --out" in run.stderr
+    assert [path.name for path in folder.iterdir() if path.name.startswith(("out", ".out"))] == []
+    again = forks.run(folder, *given)
+    assert again.returncode == 0, again.stderr
+
+
 def test_a_cache_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,4 +194,4 @@ def test_a_cache_that_cannot_be_written(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "cache: File exists; name a folder that can be written in COMPRESS_CACHE" in capsys.readouterr().err
+    assert ".json: File exists; name a folder that can be written in COMPRESS_CACHE" in capsys.readouterr().err

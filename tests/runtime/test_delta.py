@@ -243,10 +243,12 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
         (artifact / BASE_FILE).write_bytes(content[:-5])
         refused(good, rf"{BASE_FILE} is damaged")
         (artifact / BASE_FILE).write_bytes(content.replace(b"query.weight", b"value.weight"))
-        refused(good, rf"{BASE_FILE} is damaged \(its SHA-256 differs\)")
+        with pytest.raises(InputError, match=rf"{BASE_FILE} is damaged \(its SHA-256 differs\)"):
+            read_base(artifact, tensors_digest(artifact))
         (artifact / BASE_FILE).write_bytes(content)
         write_base(read_base(artifact, tensors_digest(artifact)), artifact, "a")
-        refused(good, rf"{BASE_FILE} is damaged \(it is another artifact's\)")
+        with pytest.raises(InputError, match=rf"{BASE_FILE} is damaged \(it is another artifact's\)"):
+            read_base(artifact, tensors_digest(artifact))
         (artifact / BASE_FILE).unlink()
         refused(good, f"holds no {BASE_FILE}")
     finally:
