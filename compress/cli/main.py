@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,6 +17,7 @@ from compress.cli.bench import bench
 from compress.cli.diff import diff
 from compress.cli.distill import distill
 from compress.cli.export import export
+from compress.cli.failure import TRACEBACK, describe_failure, take_traceback_option
 from compress.cli.inspect import inspect
 from compress.cli.lowrank import app as lowrank
 from compress.cli.quantize import quantize
@@ -58,6 +60,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version")
     ] = False,
+    traceback: Annotated[  # for the help: main has taken it out of the arguments, wherever it stood
+        bool, typer.Option(TRACEBACK, help="Print Python's traceback where a command fails, before or after the verb")
+    ] = False,
 ) -> None:
     """Compress PyTorch models and deploy them. No network, no telemetry."""
     # Read once, as a verb imports torch. Where other work keeps a core busy, threads that spin take the time which the
@@ -73,9 +78,13 @@ app.add_typer(sparse, name="sparse")
 
 
 def main() -> None:
-    """Run the command line; a :class:`CompressError` becomes its sentence on stderr and its exit code."""
+    """Run the command line; whatever goes wrong becomes a sentence on stderr and an exit code.
+
+    A :class:`CompressError` has its own; what nobody foresaw ends with 1, its traceback in a file.
+    """
+    with_traceback = take_traceback_option(sys.argv)
     try:
-        app()
+        _run(with_traceback)
     except CompressError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
@@ -88,6 +97,18 @@ def main() -> None:
     except SystemExit as error:
         if error.code == _INTERRUPTED:  # typer has caught Ctrl-C
             _stop()
+        raise
+    except Exception as error:  # noqa: BLE001 - the last resort
+        _complain(describe_failure(error, sys.argv[1:]))
+        sys.exit(1)
+
+
+def _run(with_traceback: bool) -> None:
+    try:
+        app()
+    except Exception:
+        if with_traceback:
+            traceback.print_exc()
         raise
 
 
