@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, For, InputShape, shape
+from compress.cli.inputs import Allow, Factory, For, InputShape, Seed, shape
 from compress.cli.progress import ProgressBar
 from compress.errors import InputError
 from compress.options import Source
@@ -59,7 +59,7 @@ def bench(
     ] = None,
     provider: Annotated[str, typer.Option(help="ONNX Runtime execution provider")] = "CPUExecutionProvider",
     level: Annotated[str, typer.Option(help="Graph optimisation: all, extended, basic, disabled")] = "all",
-    seed: Annotated[int, typer.Option(help="Seed of the generated inputs")] = 0,
+    seed: Seed = 0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory and load time in a process for each model")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the result as JSON to this file, or - for stdout")] = None,
     kit: Annotated[

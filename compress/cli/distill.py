@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.inputs import Allow, Mean, Std, numbers
+from compress.cli.inputs import Allow, Mean, Seed, Std, numbers
 from compress.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def distill(
     allow: Allow = None,
     mean: Mean = None,
     std: Std = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    seed: Seed = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, with an estimate of time and memory, and stop")
     ] = False,

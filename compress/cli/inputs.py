@@ -9,7 +9,8 @@ import typer
 from compress.errors import InputError
 
 __all__ = [
-    "Allow", "Classes", "Delta", "Factory", "For", "InputShape", "Length", "Mean", "Size", "Std", "numbers", "shape",
+    "Allow", "Classes", "Delta", "Factory", "For", "InputShape", "Length", "Mean", "Seed", "Size", "Std", "numbers",
+    "shape",
 ]  # fmt: skip
 
 Factory = Annotated[
@@ -36,6 +37,8 @@ Mean = Annotated[
     str | None, typer.Option(metavar="R,G,B", help="Subtracted from images, after bytes are scaled to 0..1")
 ]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Divides them after that")]
+# What numpy's generators take, too.
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random")]
 Size = Annotated[int | None, typer.Option(help="Crop size for a folder of images")]
 For = Annotated[
     str,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, Length
+from compress.cli.inputs import Allow, Factory, Length, Seed
 from compress.cli.options import takes, timing
 from compress.cli.progress import ProgressBar
 
@@ -57,7 +57,7 @@ def train(
     penalty: Annotated[float, typer.Option(help="Hierarchical group lasso; the larger, the smaller the ranks")] = 1e-3,
     threshold: Annotated[float, typer.Option(help="Components below this share of the first's importance go")] = 1e-3,
     sampler: Annotated[str, typer.Option(help="pair, independent, shared or full")] = "pair",
-    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    seed: Seed = 0,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:

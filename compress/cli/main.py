@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from compress.cli.bench import bench
 from compress.cli.diff import diff
 from compress.cli.distill import distill
 from compress.cli.export import export
+from compress.cli.failure import TRACEBACK, describe_failure, take_traceback_option
 from compress.cli.inspect import inspect
 from compress.cli.lowrank import app as lowrank
 from compress.cli.quantize import quantize
@@ -63,6 +65,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version")
     ] = False,
+    traceback: Annotated[  # for the help: main has taken it out of the arguments, wherever it stood
+        bool, typer.Option(TRACEBACK, help="Print Python's traceback where a command fails, before or after the verb")
+    ] = False,
 ) -> None:
     """Compress PyTorch models and deploy them. No network, no telemetry."""
     # Read once, as a verb imports torch. Where other work keeps a core busy, threads that spin take the time which the
@@ -78,7 +83,11 @@ app.add_typer(sparse, name="sparse")
 
 
 def main() -> None:
-    """Run the command line; a :class:`CompressError` becomes its sentence on stderr and its exit code."""
+    """Run the command line; whatever goes wrong becomes a sentence on stderr and an exit code.
+
+    A :class:`CompressError` has its own; what nobody foresaw ends with 1, its traceback in a file.
+    """
+    with_traceback = take_traceback_option(sys.argv)
     with _listening() as asked:
         try:
             app()
@@ -86,14 +95,20 @@ def main() -> None:
             # Whatever it has become on its way: typer makes an exit of it, and imports that it breaks off other errors.
             if asked or isinstance(error, KeyboardInterrupt):
                 _stop(asked[0] if asked else signal.SIGINT)
-            if isinstance(error, CompressError):
-                _complain(str(error))
-                sys.exit(error.exit_code)
-            if isinstance(error, OSError):
-                where = f"{error.filename}: " if error.filename else ""
-                _complain(f"{where}{error.strerror or error}{_remedy(error)}")
-                sys.exit(2)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            if with_traceback:
+                traceback.print_exc()
+            _complain(_sentence(error))
+            sys.exit(error.exit_code if isinstance(error, CompressError) else 2 if isinstance(error, OSError) else 1)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, CompressError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}{_remedy(error)}"
+    return describe_failure(error, sys.argv[1:])
 
 
 @contextmanager

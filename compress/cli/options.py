@@ -15,7 +15,21 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Classes, Delta, Factory, For, InputShape, Length, Mean, Size, Std, numbers, shape
+from compress.cli.inputs import (
+    Allow,
+    Classes,
+    Delta,
+    Factory,
+    For,
+    InputShape,
+    Length,
+    Mean,
+    Seed,
+    Size,
+    Std,
+    numbers,
+    shape,
+)
 from compress.errors import InputError
 
 __all__ = [
@@ -55,7 +69,7 @@ Eval = Annotated[str | None, typer.Option("--eval", help="Labelled samples: adds
 
 def reading(
     samples: Annotated[int, typer.Option(help="Calibration samples to use, at most")] = 1024,
-    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    seed: Seed = 0,
     factory: Factory = None,
     allow: Allow = None,
     classes: Classes = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli.inputs import Allow, Factory, Length, numbers
+from compress.cli.inputs import Allow, Factory, Length, Seed, numbers
 from compress.cli.options import takes
 from compress.cli.progress import ProgressBar
 from compress.errors import InputError
@@ -106,7 +106,7 @@ def train(
     ] = None,
     values: Annotated[str, typer.Option(help="How numbers are stored: fp16, bf16, int8, fp32, fp64")] = "fp16",
     length: Length = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    seed: Seed = 0,
     factory: Factory = None,
     allow: Allow = None,
     overwrite: Overwrite = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.inputs import Length
+from compress.cli.inputs import Length, Seed
 from compress.cli.options import no_data
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def stream(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples to use, at most")] = 128,
     length: Length = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    seed: Seed = 0,
     blocks: Annotated[
         int | None, typer.Option(help="Stop after so many blocks, for a trial; a further run continues there")
     ] = None,
