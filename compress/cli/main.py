@@ -37,7 +37,6 @@ app = typer.Typer(
     name="compress",
     help="Compress PyTorch models and deploy them. No network, no telemetry.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,9 +45,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from compress import __version__
 
-        print(f"compress {version('compress-toolchain')}")
+        print(f"compress {__version__}")
         raise typer.Exit
 
 
@@ -75,7 +74,7 @@ app.add_typer(sparse, name="sparse")
 def main() -> None:
     """Run the command line; a :class:`CompressError` becomes its sentence on stderr and its exit code."""
     try:
-        app()
+        app(prog_name="compress")  # however it was started, so that a completion's script names the command
     except CompressError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
