@@ -66,6 +66,7 @@ _DAMAGE = (
     AttributeError,
     AssertionError,
     ArithmeticError,
+    SyntaxError,
     MemoryError,
 )
 
