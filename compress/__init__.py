@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.api import allocate, apply, diff, export, inspect, load, quantize, stream, sweep, verify
+    from compress.benchmark import bench
+    from compress.errors import CompressError, GateError, InfeasibleBudget, InputError
+    from compress.options import Options, Search, Source
+
+    __version__: str
 
 # ONNX Runtime's own builds report to their maker unless told not to before they are loaded.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -20,6 +28,7 @@ __all__ = [
     "Options",
     "Search",
     "Source",
+    "__version__",
     "allocate",
     "apply",
     "bench",
@@ -55,7 +64,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'compress' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # else a type checker would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("compress-toolchain")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'compress' has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)

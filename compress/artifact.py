@@ -61,6 +61,7 @@ _DAMAGE = (
     AttributeError,
     AssertionError,
     ArithmeticError,
+    SyntaxError,
     MemoryError,
 )
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import keyword
 import os
 import re
 import warnings
@@ -36,6 +35,7 @@ from torch.export.pt2_archive._package import load_pt2
 
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.graph.names import is_identifier
 
 __all__ = ["load_exported"]
 
@@ -200,7 +200,7 @@ class _Check:
             raise self.refused(f"the size expression {text!r}")
 
     def _identifier(self, name: str) -> None:
-        if name and (not name.isidentifier() or keyword.iskeyword(name)):
+        if name and not is_identifier(name):
             raise self.refused(f"the name {name!r}")
 
     def _operator(self, target: str) -> None:

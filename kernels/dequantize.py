@@ -16,6 +16,8 @@ from compress.weights import spread
 
 __all__ = ["dequantize_bias", "dequantize_weight"]
 
+_COMPUTES = ("integer", "dynamic", "float", "blocks", "blocks-float")
+
 
 @torch.library.custom_op("compress::dequantize_weight", mutates_args=())
 def dequantize_weight(
@@ -30,7 +32,12 @@ def dequantize_weight(
     """Reference: ``packed`` uint8 in compress.packing's layout; ``scale`` float32, ``zero_point`` uint8, [O] or [O, G].
 
     With ``group_size``, that many weights of a flattened row share a grid, the last of a row maybe fewer.
+
+    Raises:
+        ValueError: ``compute`` is none of those above.
     """
+    if compute not in _COMPUTES:
+        raise ValueError(f"compute {compute!r} is not known; it can be {', '.join(_COMPUTES)}")
     codes = unpack(packed, bits, torch.Size(shape).numel()).reshape(shape).to(scale.dtype)
     codes.sub_(spread(zero_point.to(scale.dtype), tuple(shape), group_size))
     return codes.mul_(spread(scale, tuple(shape), group_size))

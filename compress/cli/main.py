@@ -44,7 +44,6 @@ app = typer.Typer(
     name="compress",
     help="Compress PyTorch models and deploy them. No network, no telemetry.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,9 +52,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from compress import __version__
 
-        print(f"compress {version('compress-toolchain')}")
+        print(f"compress {__version__}")
         raise typer.Exit
 
 
@@ -90,7 +89,7 @@ def main() -> None:
     with_traceback = take_traceback_option(sys.argv)
     with _listening() as asked:
         try:
-            app()
+            app(prog_name="compress")  # however it was started, so that a completion's script names the command
         except BaseException as error:
             # Whatever it has become on its way: typer makes an exit of it, and imports that it breaks off other errors.
             if asked or isinstance(error, KeyboardInterrupt):

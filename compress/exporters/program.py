@@ -77,6 +77,7 @@ def to_program(traced: TracedModel) -> ExportedProgram:
     for name in sorted(_by_module(state), key=lambda name: name not in parameters):
         kind, persistent = (InputKind.PARAMETER, None) if name in parameters else (InputKind.BUFFER, True)
         node = lifted[name] = graph.placeholder(f"{kind.name[0].lower()}_{name.replace('.', '_')}")
+        node.target = node.name  # which fx has made an identifier; the target is pasted into source as it stands
         node.meta["val"] = mode.from_tensor(state[name], static_shapes=True)
         specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent))
     try:

@@ -1,7 +1,8 @@
 """A traced graph as JSON: the part of an artifact that is not tensors.
 
 Only calls of ``aten``, ``compress`` and a few plain operators can be written or read, so that reading a graph can run
-nothing else. Tensors are referred to by name and live in the safetensors file beside it.
+nothing else; and names that torch.fx pastes into source only where they are names (compress/graph/names.py). Tensors
+are referred to by name and live in the safetensors file beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.errors import InputError
+from compress.graph.names import is_identifier, is_tensor_name, shown
 from compress.graph.traced import TracedModel
 
 __all__ = ["GRAPH_VERSION", "check_version", "graph_to_json", "json_to_graph"]
@@ -23,6 +25,7 @@ _PLAIN = {
     f"operator.{name}": getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "le", "lt", "ge", "gt")
 }
+_KINDS = ("placeholder", "get_attr", "call_function", "output")
 _CONSTANTS = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.layout: "layout"}
 
 
@@ -70,14 +73,16 @@ def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedM
     """The traced model that :func:`graph_to_json` stored, reading ``tensors`` by name.
 
     Raises:
-        InputError: another version, an operator that is not allowed or not known, or a tensor that is missing.
+        InputError: another version, a name that is none, an operator that is not allowed or not known, or a tensor
+            that is missing.
     """
     check_version(stored)
+    _check_names(stored)
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
     batch = stored["example_batch"]
     example = tuple(
-        torch.zeros((batch, *each["shape"]), dtype=getattr(torch, each["dtype"])) for each in stored["inputs"]
+        torch.zeros((batch, *each["shape"]), dtype=_constant("dtype", each["dtype"])) for each in stored["inputs"]
     )
     traced = TracedModel(
         fx.GraphModule(torch.nn.Module(), graph),
@@ -94,13 +99,59 @@ def json_to_graph(stored: dict[str, Any], tensors: dict[str, Tensor]) -> TracedM
             if target not in tensors:
                 raise InputError(f"graph.json reads tensor {target!r}, which model.safetensors does not hold")
             traced.set_tensor(target, tensors[target])
-        elif entry["op"] not in ("placeholder", "output"):
-            raise InputError(f"graph.json: node {entry['name']!r} has the unknown kind {entry['op']!r}")
         args, kwargs = _decode(entry["args"], known), _decode(entry["kwargs"], known)
         known[entry["name"]] = traced.graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
     traced.graph.lint()
     traced.module.recompile()
     return traced
+
+
+def _check_names(stored: dict[str, Any]) -> None:
+    """Every string of ``stored`` that becomes source, before any does.
+
+    Raises:
+        InputError: naming the field and its value.
+    """
+    for place, name in enumerate(stored["output_names"]):
+        _check(isinstance(name, str), f"output_names[{place}]", name, "a string")
+    for place, entry in enumerate(stored["nodes"]):
+        field = f"nodes[{place}]"
+        _check(is_identifier(entry["name"]), f"{field}.name", entry["name"], "an identifier")
+        op, target = entry["op"], entry["target"]
+        _check(op in _KINDS, f"{field}.op", op, f"one of {', '.join(_KINDS)}")
+        if op == "placeholder":
+            _check(is_identifier(target), f"{field}.target", target, "an identifier")
+        elif op == "get_attr":
+            _check(is_tensor_name(target), f"{field}.target", target, "a tensor's dotted name")
+        elif op == "output":
+            _check(target == op, f"{field}.target", target, "'output'")
+        _check_keys(entry["args"], f"{field}.args")
+        _check(
+            isinstance(entry["kwargs"], dict) and entry["kwargs"].keys() == {"dict"},
+            f"{field}.kwargs",
+            entry["kwargs"],
+            "a dict",
+        )
+        _check_keys(entry["kwargs"], f"{field}.kwargs")
+
+
+def _check_keys(value: Any, field: str) -> None:
+    """The names of arguments in ``value``, as :func:`_encode` wrote it."""
+    if isinstance(value, list):
+        for place, each in enumerate(value):
+            _check_keys(each, f"{field}[{place}]")
+    elif isinstance(value, dict):
+        for key, each in value.get("dict", {}).items():
+            _check(is_identifier(key), f"{field}, a key", key, "an identifier")
+            _check_keys(each, f"{field}.{key}")
+
+
+def _check(fits: bool, field: str, value: object, allowed: str) -> None:
+    if not fits:
+        raise InputError(
+            f"graph.json: {field} is {shown(value)}; allowed is {allowed}, as names become code; the file was changed: "
+            "compress the model again"
+        )
 
 
 def _target_name(node: fx.Node) -> str:
@@ -161,7 +212,12 @@ def _decode(value: Any, known: dict[str, fx.Node]) -> Any:
         return {key: _decode(each, known) for key, each in content.items()}
     if kind == "device":
         return torch.device(content)
-    found = getattr(torch, content, None)
-    if kind not in _CONSTANTS.values() or not isinstance(found, tuple(_CONSTANTS)):
-        raise InputError(f"graph.json holds an unknown constant {kind} {content!r}")
+    return _constant(kind, content)
+
+
+def _constant(kind: str, name: str) -> Any:
+    """torch's constant called ``name``, a dtype, layout or memory format as ``kind`` says."""
+    found = getattr(torch, name, None) if is_identifier(name) else None
+    if _CONSTANTS.get(type(found)) != kind:
+        raise InputError(f"graph.json holds an unknown constant {shown(kind)} {shown(name)}; compress the model again")
     return found

@@ -24,6 +24,7 @@ from torch.export import Dim
 
 from compress.errors import InputError
 from compress.graph.composites import make_functional
+from compress.graph.names import check_module_names
 
 __all__ = [
     "ChannelStatistics",
@@ -215,8 +216,9 @@ def trace(
 
     Raises:
         InputError: the module does not run on ``inputs``, or torch.export cannot follow it; the message names the
-            first line of the user's code at fault.
+            first line of the user's code at fault. Or a name in it is none that could be pasted into source.
     """
+    check_module_names(module)
     if not isinstance(module, fx.GraphModule):  # an exported one has no modes, and refuses
         module = module.eval()
     tokens = any(map(is_tokens, inputs))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,6 +58,14 @@ class FamilyInput(Record):
 
     shape: tuple[int, ...]
     dtype: str = Field(description="torch's name, as in float32")
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        # Before torch is asked for whatever attribute a file names.
+        if not isinstance(getattr(torch, name, None) if name.isidentifier() else None, torch.dtype):
+            raise ValueError("no dtype of torch's")
+        return name
 
     @classmethod
     def of(cls, x: Tensor) -> FamilyInput:

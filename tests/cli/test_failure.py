@@ -23,7 +23,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(body: Callable[[], object], *arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(command_line, "app", body)
+        monkeypatch.setattr(command_line, "app", lambda **_: body())
         monkeypatch.setattr(sys, "argv", ["compress", *arguments])
         with pytest.raises(SystemExit) as stopped:
             command_line.main()

@@ -190,7 +190,7 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     (tmp_path / "cache").touch()  # where its folder should be
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("compress.cli.main.app", lambda: remembered("pass", "key", lambda: 1.0))
+    monkeypatch.setattr("compress.cli.main.app", lambda **_: remembered("pass", "key", lambda: 1.0))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
