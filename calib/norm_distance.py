@@ -8,13 +8,14 @@ any scale weigh alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["norm_distance"]
+__all__ = ["NormSeen", "norm_distance", "norms_seen"]
 
 _EPSILON = 1e-5
 # Where each form of the operation has its running mean; the variance is behind it. Exported programs call aten.
@@ -33,10 +34,32 @@ def norm_distance(module: nn.Module, *inputs: Tensor) -> tuple[Any, Tensor, int]
     Returns:
         its output; the distance, a mean over channels and layers; how many layers kept statistics (0: no distance).
     """
+    output, seen = norms_seen(module, *inputs)
+    terms = [each.distance() for each in seen]
+    return output, torch.stack(terms).mean() if terms else inputs[0].new_zeros(()), len(terms)
+
+
+def norms_seen(module: nn.Module, *inputs: Tensor) -> tuple[Any, list[NormSeen]]:
+    """Run ``module``, which is in evaluation mode, on ``inputs`` [N, ...]: its output, and a row a BatchNorm layer."""
     with _Watch() as watch:
         output = module(*inputs)
-    terms = watch.terms
-    return output, torch.stack(terms).mean() if terms else inputs[0].new_zeros(()), len(terms)
+    return output, watch.seen
+
+
+@dataclass(frozen=True, eq=False)
+class NormSeen:
+    """Of a BatchNorm layer: mean and variance [C] of what goes in, and those that it keeps [C]."""
+
+    mean: Tensor
+    var: Tensor
+    kept_mean: Tensor
+    kept_var: Tensor
+
+    def distance(self) -> Tensor:
+        """Of what goes in from what is kept, a mean over channels."""
+        shift = (self.mean - self.kept_mean).square() / (self.kept_var + _EPSILON)
+        spread = ((self.var + _EPSILON) / (self.kept_var + _EPSILON)).sqrt() - 1
+        return (shift + spread.square()).mean()
 
 
 class _Watch(TorchFunctionMode):
@@ -44,7 +67,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.terms: list[Tensor] = []
+        self.seen: list[NormSeen] = []
 
     def __torch_function__(
         self,
@@ -58,13 +81,11 @@ class _Watch(TorchFunctionMode):
             names = (("running_mean", at), ("running_var", at + 1))
             mean, var = (kwargs.get(name, args[place] if place < len(args) else None) for name, place in names)
             if mean is not None and var is not None:
-                self.terms.append(_distance(args[0] if args else kwargs["input"], mean, var))
+                self.seen.append(_seen(args[0] if args else kwargs["input"], mean, var))
         return func(*args, **kwargs)
 
 
-def _distance(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Of the statistics of ``x`` [N, C, ...] from the running ones [C]."""
+def _seen(x: Tensor, mean: Tensor, var: Tensor) -> NormSeen:
+    """What a layer that keeps ``mean`` and ``var`` sees of ``x`` [N, C, ...]."""
     places = [axis for axis in range(x.dim()) if axis != 1]
-    shift = (x.mean(places) - mean).square() / (var + _EPSILON)
-    spread = ((x.var(places, correction=0) + _EPSILON) / (var + _EPSILON)).sqrt() - 1
-    return (shift + spread.square()).mean()
+    return NormSeen(x.mean(places), x.var(places, correction=0), mean, var)

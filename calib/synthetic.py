@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.cache import cache_folder, digest
 from compress.calib.image_fit import fit_images
+from compress.calib.input_scale import implied_scale
 from compress.calib.norm_distance import norm_distance
 from compress.calib.samples import Samples
 from compress.calib.sources import SYNTHETIC
@@ -144,11 +145,20 @@ def _make(
     distances: list[tuple[float, ...]] = []
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).split(batch)
 
+    def placed(noise: Tensor, level: Tensor, spread: Tensor) -> tuple[Tensor]:
+        return (norm_distance(module, _place(noise, level, spread))[1],)
+
     def advance(what: str, done: int, of: int) -> None:
         progress(what, len(parts) * of + done, len(noise) * of)
 
+    start = implied_scale(module, noise[0])
     for each in noise:
-        fit = fit_images(each, lambda z: (norm_distance(module, z)[1],), steps, rate, advance)
-        parts.append(fit.images)
+        fit = fit_images(each, placed, steps, rate, advance, (start.level / start.spread, start.spread.log()))
+        parts.append(_place(fit.images, *fit.others))
         distances.append((*fit.before, *fit.after))
     return torch.cat(parts), torch.tensor(distances).mean(0)
+
+
+def _place(noise: Tensor, level: Tensor, spread: Tensor) -> Tensor:
+    """``noise`` at ``level``, which is in units of the spread, and with the logarithm of that."""
+    return (noise + level) * spread.exp()

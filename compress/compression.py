@@ -21,6 +21,7 @@ from compress.formats import find_format
 from compress.graph.layers import layer_calls, list_layers, table_calls
 from compress.graph.quantizers import quantize_inputs
 from compress.graph.rewrite import absorb_activations, store_biases
+from compress.graph.shared_grids import coarse_parts
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
 from compress.records import Plan
@@ -121,6 +122,7 @@ def apply_plan(
         before, after = tune_biases(reference, model, biases, inputs, BIAS_TUNING_STEPS, plan.seed, progress)
         notes.append(f"bias tuning: distillation loss on held-back samples {before:.4g} -> {after:.4g}")
         progress("bias tuning")
+    notes += coarse_parts(model)
     store_biases(model)
     absorb_activations(model)
     walked = {result.layer for result in layers}

@@ -1,11 +1,14 @@
 """Place activation quantizers where an integer runtime needs them to fuse.
 
 - On the input of every integer layer, at that layer's width; on both inputs of a residual add, on the inputs of average
-  pools, products and concatenations, at 8 bits. An operator is integer when one that writes integers feeds it.
+  pools, products and concatenations, at 8 bits. An operator is integer when one that writes integers feeds it and one
+  that is integer reads it: nothing is gained by rounding what goes on in floats, to a grid that its parts share.
 - On the result of every integer operator but a linear: its kernel writes integers. A linear's writes floats; but with a
   ReLU and a float reader behind it, ONNX Runtime would merge the two into a float kernel first.
 - The result of an operator is its ReLU's output when the ReLU alone reads it: the quantizer absorbs the ReLU.
-- Values that only move (reshape, slice, pad with zeros, max pool) keep one shared scale before and after.
+- Values that only move (reshape, slice, pad with zeros, max pool) keep one shared scale before and after. Of a value
+  that no integer kernel writes they take the rounded form only where all that reads them is integer: a comparison, an
+  index and an output get what the float model gives them.
 - A value read at several widths is quantized once at the widest, and again, narrower, for layers that ask for less.
 """
 
@@ -32,8 +35,11 @@ __all__ = [
     "fake_quantize_op",
     "is_zero_pad",
     "on_grid",
+    "operands",
+    "origin",
     "place_quantizers",
     "quantize_inputs",
+    "readers",
 ]
 
 aten = torch.ops.aten
@@ -116,7 +122,9 @@ def place_quantizers(traced: TracedModel, act_bits: Mapping[str, int], dtype: to
         dtype: uint8 or int8, the type activations are stored in on the target.
     """
     integer = _integer_operators(traced, act_bits)
-    edges = list(_edges(integer, act_bits))
+    written = {activation_of(node)[1] for node in integer}
+    rounded = _rounded_moves(traced, set(integer), written)
+    edges = list(_edges(integer, act_bits, rounded))
     widths: dict[fx.Node, set[int]] = defaultdict(set)
     for edge in edges:
         widths[edge.source].add(edge.bits)
@@ -124,10 +132,10 @@ def place_quantizers(traced: TracedModel, act_bits: Mapping[str, int], dtype: to
     for result in results:
         if not any(result is source for source in widths):
             widths[result].add(INTEGER_BITS)
-    placer = _Placer(traced, dtype, {activation_of(node)[1] for node in integer})
+    placer = _Placer(traced, dtype, written)
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
     for source in sorted(widths, key=order.__getitem__):
-        placer.quantize_source(source, max(widths[source]), set(integer))
+        placer.quantize_source(source, max(widths[source]), {*integer, *rounded})
     for edge in edges:
         placer.connect(edge, max(widths[edge.source]))
     traced.finish()
@@ -154,13 +162,28 @@ def _moves(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _MOVES
 
 
-def _source(value: fx.Node) -> fx.Node:
-    while _moves(value):
+def _rounded_moves(traced: TracedModel, integer: set[fx.Node], written: set[fx.Node]) -> set[fx.Node]:
+    """Moves of what integer kernels write, and of other values those that only integer operators read in the end."""
+    rounded: set[fx.Node] = set()
+    moves = [node for node in traced.graph.nodes if _moves(node)]
+    for node in moves:
+        if node.args[0] in written or node.args[0] in rounded:
+            rounded.add(node)
+    for node in reversed(moves):
+        users = [user for user in node.users if user.target is not aten.sym_size.int]
+        if users and all(user in integer or user in rounded for user in users):
+            rounded.add(node)
+    return rounded
+
+
+def _source(value: fx.Node, rounded: set[fx.Node]) -> fx.Node:
+    while value in rounded:
         value = value.args[0]
     return value
 
 
-def _operands(node: fx.Node) -> list[Any]:
+def operands(node: fx.Node) -> list[Any]:
+    """What a layer, pool, concatenation, add or product calculates with, weights left out."""
     if node.target in LAYER_KINDS or node.target in _POOLS:
         return [node.args[0]]
     if node.target is aten.cat.default:
@@ -170,15 +193,15 @@ def _operands(node: fx.Node) -> list[Any]:
 
 def _may_be_integer(node: fx.Node) -> bool:
     if node.target in _ELEMENTWISE:
-        operands = _operands(node)
+        added = operands(node)
         return (
-            len(operands) == 2
+            len(added) == 2
             and node.kwargs.get("alpha", 1) == 1
-            and all(operand.op != "get_attr" and _is_float(operand) for operand in operands)
+            and all(operand.op != "get_attr" and _is_float(operand) for operand in added)
         )
     if node.target is aten.adaptive_avg_pool2d.default:
         return list(node.args[1]) == [1, 1]
-    return node.target in _POOLS or (node.target is aten.cat.default and all(map(_is_float, _operands(node))))
+    return node.target in _POOLS or (node.target is aten.cat.default and all(map(_is_float, operands(node))))
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -196,25 +219,44 @@ def _integer_operators(traced: TracedModel, act_bits: Mapping[str, int]) -> list
         if node.target in LAYER_KINDS:
             chosen = node.args[1].op == "get_attr" and layer_name(node) in act_bits
         else:
-            chosen = _may_be_integer(node) and any(_origin(operand) in writers for operand in _operands(node))
+            chosen = _may_be_integer(node) and any(origin(operand) in writers for operand in operands(node))
         if chosen:
             integer.append(node)
             if _writes_integers(node):
                 writers.add(node)
-    return integer
+    return _read_by_integers(integer)
 
 
-def _origin(value: fx.Node) -> fx.Node:
-    while _moves(value) or value.target in ACTIVATIONS:
+def _read_by_integers(integer: list[fx.Node]) -> list[fx.Node]:
+    """The layers of ``integer``, and of its other operators those that one of what is left reads."""
+    kept: set[fx.Node] = set()
+    for node in reversed(integer):
+        if node.target in LAYER_KINDS or not kept.isdisjoint(readers(node)):
+            kept.add(node)
+    return [node for node in integer if node in kept]
+
+
+def origin(value: fx.Node) -> fx.Node:
+    """What has made ``value``, before quantizers, ReLUs and moves."""
+    while _moves(value) or value.target in ACTIVATIONS or value.target is fake_quantize_op():
         value = value.args[0]
     return value
 
 
-def _edges(integer: list[fx.Node], act_bits: Mapping[str, int]) -> Iterator[_Edge]:
+def readers(value: fx.Node) -> Iterator[fx.Node]:
+    """What calculates with ``value``, behind quantizers, ReLUs and moves."""
+    for user in value.users:
+        if _moves(user) or user.target in ACTIVATIONS or user.target is fake_quantize_op():
+            yield from readers(user)
+        else:
+            yield user
+
+
+def _edges(integer: list[fx.Node], act_bits: Mapping[str, int], rounded: set[fx.Node]) -> Iterator[_Edge]:
     for node in integer:
         bits = act_bits[layer_name(node)] if node.target in LAYER_KINDS else INTEGER_BITS
-        for operand in dict.fromkeys(_operands(node)):
-            yield _Edge(node, operand, _source(operand), bits)
+        for operand in dict.fromkeys(operands(node)):
+            yield _Edge(node, operand, _source(operand, rounded), bits)
 
 
 class _Placer:
@@ -227,14 +269,13 @@ class _Placer:
         self.placed: dict[tuple[fx.Node, int], fx.Node] = {}
         self.grids: set[str] = set()
 
-    def quantize_source(self, source: fx.Node, bits: int, integer: set[fx.Node]) -> None:
-        """Quantize ``source`` and let its readers read that: all of them if an integer kernel writes it."""
+    def quantize_source(self, source: fx.Node, bits: int, rounded: set[fx.Node]) -> None:
+        """Quantize ``source`` for those of its readers in ``rounded``, or for all if an integer kernel writes it."""
         quantized = self._insert(source, bits, _grid_name(source))
         if source in self.results:
             source.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
         else:
-            readers = [user for user in source.users if user is not quantized and (user in integer or _moves(user))]
-            for user in readers:
+            for user in [user for user in source.users if user in rounded]:
                 user.replace_input_with(source, quantized)
 
     def connect(self, edge: _Edge, base_bits: int) -> None:
@@ -258,9 +299,9 @@ class _Placer:
         found = []
         for name, same_grid in nodes.items():
             first = min(same_grid, key=order.__getitem__)
-            readers = [user for node in same_grid for user in node.users]
-            layers = tuple(dict.fromkeys(layer_name(user) for user in readers if user.target in LAYER_KINDS))
-            exclusive = len(same_grid) == 1 and all(user.target in LAYER_KINDS for user in readers)
+            users = [user for node in same_grid for user in node.users]
+            layers = tuple(dict.fromkeys(layer_name(user) for user in users if user.target in LAYER_KINDS))
+            exclusive = len(same_grid) == 1 and all(user.target in LAYER_KINDS for user in users)
             found.append(Quantizer(name, first.name, first.args[3], layers, exclusive))
         return sorted(found, key=lambda quantizer: order[self._node(quantizer.node)])
 

@@ -175,7 +175,7 @@ def test_average_pools_have_their_own_result() -> None:
 
 
 def test_silu() -> None:
-    placed = Placed(lambda net, x: net.b(F.silu(net.a(x))) * torch.sigmoid(net.c(net.a(x))))
+    placed = Placed(lambda net, x: net.c(net.b(F.silu(net.a(x))) * torch.sigmoid(net.c(net.a(x)))))
     placed.check()
     for operands in placed.inputs_of("aten.mul"):
         for operand in operands:
@@ -218,6 +218,31 @@ def test_exclusive_means_that_only_layers_read_it() -> None:
     assert by_layers[("b", "c")].exclusive
     placed = Placed(residual)
     assert not next(each for each in placed.quantizers if "b" in each.layers).exclusive
+
+
+def test_what_no_integer_operator_reads_gets_no_grid() -> None:
+    placed = Placed(lambda net, x: torch.cat([net.b(y := net.a(x)), torch.relu(net.c(y) + y)[:, :1] * 2], 1))
+    placed.check()
+    assert [quantizer.node for quantizer in placed.quantizers] == [
+        "fake_quantize_default",
+        "fake_quantize_default_1",
+        "fake_quantize_default_2",
+        "fake_quantize_default_3",
+    ]
+    assert {quantizer.name for quantizer in placed.quantizers} == {
+        f"quantizers.{name}" for name in ("x", "conv2d", "conv2d_1", "conv2d_2")
+    }
+
+
+def test_a_move_that_floats_read_too_leaves_its_value_as_it_is() -> None:
+    placed = Placed(lambda net, x: torch.where((part := x[:, :, 1:]).sum(1, True) > 0, net.a(part), net.a(x[:, :, 1:])))
+    placed.check()
+    moved = [node for node in placed.model.graph.nodes if node.target is torch.ops.aten.slice.Tensor]
+    ((compared,),) = placed.inputs_of("aten.sum")
+    assert compared in moved
+    first, second = layer_calls(placed.model)["a"]
+    assert first.args[0].args[0] is compared  # rounded behind the move
+    assert second.args[0].args[0].args[0].name != "x"  # rounded before it: nothing else reads it
 
 
 @pytest.mark.slow
