@@ -51,7 +51,7 @@ tests: $(READY)  ## every test but the matrix, slow ones included
 	$(PYTEST) -m "not matrix"
 
 matrix: $(READY)  ## what is large: whole sweeps, long fuzzing, kills at random moments; make test has a sample of each
-	$(PYTEST) -m matrix
+	$(PYTEST) --dist worksteal -m matrix
 
 test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emulates
 	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \

@@ -29,6 +29,7 @@ from compress.progress import Progress, silent
 __all__ = ["SYNTHETIC", "is_synthetic", "synthesize", "synthetic_count"]
 
 _STEPS, _RATE = 300, 0.05
+_VERSION = 2  # of how they are made: what is kept of another is made anew
 # Inputs in all and in a batch, which has the statistics by itself: that of 3 x 32 x 32 images, and fewer of large ones,
 # which have more places each and take longer.
 _COUNT, _BATCH, _PLACES = (32, 128), (16, 64), 32 * 32
@@ -85,7 +86,7 @@ def synthesize(
     count = count if most is None else min(count, most)
     count = -(-count // size) * size if batch else count
     # The same weights in another architecture are another model.
-    key = digest([fingerprint, str(module), shape, count, size, seed, steps, rate])
+    key = digest([_VERSION, fingerprint, str(module), shape, count, size, seed, steps, rate])
     path = cache_folder() / f"synthetic-{key}.safetensors"
     notes: tuple[str, ...] = ()
     try:

@@ -44,10 +44,11 @@ FORMS = {
     "a comment's end": f"x)\n    {_CALL}\n    (",
     "an expression": _CALL,
     "something to add": f" + {_CALL}",
-    "a dunder": f"__class__ or {_CALL}",
+    "a dunder": f"__class__ and {_CALL}",
     "torch.os": "torch.os.system",
 }
-PLACES = ("def f({}): pass", "def f({}, y=1): pass", "y = 1; z = y{}", "x = 1; {}", "{}", "dict({}=1)")
+PLACES = ("def f({}): pass", "def f({}, y=1): pass", "y = 1; z = y{}", "x = 1; {}", "x = 1; x.{}", "{}", "dict({}=1)")
+PLACES += ("x = ''\nif x == '':\n    str({})",)
 PLACES += ('str("{}")', "str('{}')")
 
 Path_ = tuple[str | int, ...]
