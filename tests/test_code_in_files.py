@@ -209,16 +209,19 @@ def test_the_files_are_read_where_they_are_as_they_were(folder: Path) -> None:
     assert {"device", "dtype", "tanh", "scores/0", "parts.conv-1.bias"} <= said
 
 
-@sweep("whole", [False, True], sample=[False])
+FEW = ("an argument's default", "a quoted part", "torch.os")
+
+
+@sweep(("whole", "forms"), [(False, FEW), (False, tuple(FORMS)), (True, FEW)], sample=[(False, FEW)])
 @pytest.mark.slow
-def test_graphs(whole: bool, folder: Path) -> None:
+def test_graphs(whole: bool, forms: tuple[str, ...], folder: Path) -> None:
     def read() -> None:
         api.load(folder)
         api.export(folder, folder / "again.onnx", overwrite=True)  # what loads is used
 
     content = json.loads((folder / "graph.json").read_text())
     del content["graph_sha256"]  # written anew
-    times, refusals = run_all(content, lambda changed: write_graph(folder, changed), read, whole)
+    times, refusals = run_all(content, lambda changed: write_graph(folder, changed), read, whole, forms)
     assert refusals > 0.9 * times  # what may stand for anything are names of outputs
 
 
