@@ -50,8 +50,8 @@ types: $(READY)  ## mypy
 tests: $(READY)  ## every test but the matrix, slow ones included
 	$(PYTEST) -m "not matrix"
 
-matrix: $(READY)  ## what is large: whole sweeps, long fuzzing, kills at random moments; make test has a sample of each
-	$(PYTEST) --dist worksteal -m matrix
+matrix: $(READY)  ## what is large: whole sweeps, long fuzzing, kills at random moments (SHARE=2/3: the second third)
+	$(PYTEST) --dist worksteal -m matrix $(if $(SHARE),--share $(SHARE))
 
 test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emulates
 	@command -v qemu-x86_64-static >/dev/null || command -v qemu-x86_64 >/dev/null || \

@@ -20,9 +20,10 @@ import pytest
 
 from compress import instruction_sets
 from compress.options import Options
-from tests.processor_time import pytest_addoption, pytest_runtest_call, pytest_runtest_protocol
+from tests import processor_time, shares
+from tests.processor_time import pytest_runtest_call, pytest_runtest_protocol
 
-__all__ = ["pytest_addoption", "pytest_runtest_call", "pytest_runtest_protocol"]
+__all__ = ["pytest_runtest_call", "pytest_runtest_protocol"]
 
 # What is planned here does not change when another processor is measured: leading convolutions of fewer than 16
 # channels are float, and depthwise ones. tests/test_instruction_sets.py reads what is shipped.
@@ -60,8 +61,15 @@ def pytest_configure() -> None:
     Options.__init__ = functools.partialmethod(Options.__init__, bench=False)  # type: ignore[assignment, method-assign]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of this suite."""
+    processor_time.add_option(parser)
+    shares.add_option(parser)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a worker that began one of them last would keep the other waiting."""
+    shares.keep_share(config, items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 from _pytest.runner import runtestprotocol
 
-__all__ = ["LIMIT_SECONDS", "pytest_addoption", "pytest_runtest_call", "pytest_runtest_protocol"]
+__all__ = ["LIMIT_SECONDS", "add_option", "pytest_runtest_call", "pytest_runtest_protocol"]
 
 # With 4,000 tests on two cores, `make check` stays under two minutes if few come near it: a test that compresses a toy
 # network from end to end takes about half of it.
@@ -36,7 +36,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         item.stash[_SPENT] = _processor_seconds() - before
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def add_option(parser: pytest.Parser) -> None:
     """``--limit-time``: whether tests that take too long fail."""
     parser.addoption(
         "--limit-time", action="store_true", help="fail unmarked tests that take too much of the processor"

@@ -21,6 +21,7 @@ from compress.options import Options, Search, Settings, Source
 from compress.realize import Result
 from compress.report.schema import Parity, Report
 from tests.every import every
+from tests.forgery import forge_report
 from tests.sweep import sweep
 
 pytestmark = pytest.mark.slow  # each compresses a network from end to end
@@ -384,6 +385,9 @@ def test_export_and_verify(tmp_path: Path) -> None:
         api.verify(tmp_path / "out", data=torch.randn(4, 1, 9, 9))
     # Another file under its name is found out.
     (tmp_path / "out" / "model.onnx").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match=r"model\.onnx is damaged, or was replaced"):
+        api.verify(tmp_path / "out", data=data())
+    forge_report(tmp_path / "out")
     assert api.verify(tmp_path / "out", data=data()).failures != ()
 
 

@@ -324,7 +324,11 @@ COMPLETION = {"_COMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": "compress qua
         (["--help"], {}, "quantize"),
         (["quantize", "--help"], {}, "--bits"),
         (["--version"], {}, "compress "),
-        (["--show-completion", "bash"], {}, "_COMPRESS_COMPLETE=complete_bash"),
+        (
+            ["--show-completion", "bash"],
+            {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+            "_COMPRESS_COMPLETE=complete_bash",
+        ),
         ([], COMPLETION, "--overwrite\n"),
     ],
     ids=["help", "help of a verb", "version", "completion's script", "completion"],

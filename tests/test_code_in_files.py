@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import compress
 from compress import api
 from compress.artifact import load_plan
-from compress.digests import file_digests
 from compress.errors import CompressError, InputError
 from compress.graph.names import is_identifier, is_tensor_name
 from compress.graph.traced import trace
@@ -30,6 +29,7 @@ from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.deltafile import content_digest, write_delta
 from compress.training.family import FAMILY_FILE, FamilyInput
 from compress.training.lowrank import LowRankOptions, truncate
+from tests.forgery import forge_report
 from tests.models import let_fall, normed_mlp
 from tests.sweep import sweep
 
@@ -178,13 +178,6 @@ def write_graph(folder: Path, content: dict[str, Any]) -> None:
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     (folder / "graph.json").write_text(json.dumps(said | {"graph_sha256": digest}))
     forge_report(folder)
-
-
-def forge_report(folder: Path) -> None:
-    """The report's hashes are those of the files that are there."""
-    report = json.loads((folder / "report.json").read_text())
-    report["files"] = file_digests(folder)
-    (folder / "report.json").write_text(json.dumps(report))
 
 
 def test_every_form_leaves_a_mark_where_it_is_pasted() -> None:

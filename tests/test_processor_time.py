@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFTEST = """
 from tests import processor_time
 processor_time.LIMIT_SECONDS = 0.05
-from tests.processor_time import pytest_addoption, pytest_runtest_call, pytest_runtest_protocol
+from tests.processor_time import add_option as pytest_addoption, pytest_runtest_call, pytest_runtest_protocol
 """
 TESTS = """
 import subprocess, sys, time

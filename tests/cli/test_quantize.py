@@ -16,6 +16,7 @@ from compress.records import Plan
 from compress.report.schema import Report
 from tests.cli.conftest import Forks  # type: ignore[import-not-found]
 from tests.every import every
+from tests.forgery import forge_report
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 VERBS = ("quantize", "inspect", "export", "verify", "bench")
@@ -166,6 +167,10 @@ def test_inspect_export_verify(forks: Forks, quiet_run: subprocess.CompletedProc
     assert (run.returncode, run.stderr) == (0, "")
     assert "checked passed: relative L2" in run.stdout
     (workplace / "checked" / "model.onnx").write_bytes((workplace / "float.onnx").read_bytes())
+    run = compress(workplace, "verify", "checked", "--data", "calib.npz")
+    assert run.returncode == 2
+    assert "model.onnx is damaged, or was replaced" in run.stderr
+    forge_report(workplace / "checked")
     run = compress(workplace, "verify", "checked", "--data", "calib.npz")
     assert run.returncode == 4
     assert run.stdout == ""
