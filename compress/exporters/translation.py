@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from compress.exporters.functions import OPSET
 from compress.exporters.lowering import translations
+from compress.exporters.promotion import kept_values
 from compress.graph.composites import composites_listed_once
 from compress.kernels.table import register_operators
 
@@ -45,7 +46,7 @@ def translate(program: ExportedProgram, input_names: Sequence[str], output_names
         "optimize": True,
         "verbose": False,
     }
-    with _quiet_exporter(), composites_listed_once(program):
+    with _quiet_exporter(), composites_listed_once(program), kept_values():
         if table is not None:
             exported = _exporter().export(program, registry=table, **settings)
         else:
