@@ -50,7 +50,7 @@ types: $(READY)  ## mypy
 tests: $(READY)  ## every test but the matrix, slow ones included
 	$(PYTEST) -m "not matrix"
 
-matrix: $(READY)  ## what is large: whole sweeps, long fuzzing, kills at random moments (SHARE=2/3: the second third)
+matrix: $(READY)  ## what is large: whole sweeps, long fuzzing, kills at random moments (SHARE=2/4: the second quarter)
 	$(PYTEST) --dist worksteal -m matrix $(if $(SHARE),--share $(SHARE))
 
 test-avx2: $(READY)  ## files on kernels without VNNI: processors that qemu emulates

@@ -20,7 +20,7 @@ import pytest
 
 from compress import instruction_sets
 from compress.options import Options
-from tests import processor_time, shares
+from tests import cases, processor_time, shares
 from tests.processor_time import pytest_runtest_call, pytest_runtest_protocol
 
 __all__ = ["pytest_runtest_call", "pytest_runtest_protocol"]
@@ -67,8 +67,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     shares.add_option(parser)
 
 
+@pytest.hookimpl(tryfirst=True)  # marks are there before any is asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a worker that began one of them last would keep the other waiting."""
+    cases.mark_further_cases(items)
     shares.keep_share(config, items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

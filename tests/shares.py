@@ -1,6 +1,6 @@
 """``--share K/N``: every N-th test, as its name has it, beginning with the K-th.
 
-The matrix takes longer than CI has for it. Each commit there runs another third, and three in a row all of it; `make
+The matrix takes longer than CI has for it. Each commit there runs another quarter, and four in a row all of it; `make
 matrix` runs the whole.
 """
 

@@ -77,6 +77,7 @@ def onnx_outputs(file: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+@pytest.mark.matrix
 @sweep(
     ("bits", "with_data"),
     [*((bits, True) for bits in range(2, 9)), (2, False), (3, False), (8, False)],
@@ -130,6 +131,7 @@ def test_metadata_says_how_the_file_came_about(tmp_path: Path) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "the batch stays free"
 
 
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("with_data", [False, True], ids=["weights only", "with data"])
 def test_two_runs_give_the_same_bytes(with_data: bool, tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
@@ -139,6 +141,7 @@ def test_two_runs_give_the_same_bytes(with_data: bool, tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
+@pytest.mark.matrix
 def test_another_seed_is_another_result(tmp_path: Path) -> None:
     for seed in (0, 1):
         quantize(tmp_path / str(seed), data(), bits=2, seed=seed)
@@ -146,6 +149,7 @@ def test_another_seed_is_another_result(tmp_path: Path) -> None:
     assert first != second
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize(
     ("settings", "check"),
     [
@@ -175,6 +179,7 @@ def test_every_option(settings: dict[str, object], check: object, tmp_path: Path
         assert torch.equal(compress.load(tmp_path / "out")(data()), result.module(data()))
 
 
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     "layer",
     ["9", "11"],
@@ -183,6 +188,7 @@ def test_an_ignored_linear_among_integer_layers_stays_float(layer: str) -> None:
     assert quantize(None, data(), method="mse", ignore=(layer,)).report.parity.float_layers == 1
 
 
+@pytest.mark.matrix
 def test_signed_activations_for_arm(tmp_path: Path) -> None:
     quantize(tmp_path / "out", data(), target="onnx-arm")
     model = onnx.load(tmp_path / "out" / "model.onnx")
@@ -215,6 +221,7 @@ def test_a_number_a_sample_is_measured_by_its_squared_error() -> None:
     assert metric.agreement is None
 
 
+@pytest.mark.matrix
 def test_without_out_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -246,6 +253,7 @@ def test_progress_names_every_layer_and_ends_full() -> None:
     assert {total for _, _, total in seen} == {5}
 
 
+@pytest.mark.slow(cases=8)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -339,6 +347,7 @@ def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.matrix
 def test_what_another_model_with_the_same_weights_left_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

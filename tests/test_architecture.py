@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import os
 import re
@@ -106,6 +107,7 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
 
@@ -317,7 +319,7 @@ def test_changelog_starts_with_this_version() -> None:
 COMPLETION = {"_COMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": "compress quantize --over", "COMP_CWORD": "2"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("arguments", "own", "said"),
     [

@@ -199,7 +199,7 @@ def test_imports_no_torch() -> None:
 # Memory
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_peak_memory_holds_the_weights_and_not_what_this_process_holds(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
     big = save_model(

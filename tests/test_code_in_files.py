@@ -323,8 +323,9 @@ def test_a_family_takes_dtypes_alone(dtype: str) -> None:
         FamilyInput(shape=(1,), dtype=dtype)
 
 
+@sweep("forms", [FEW, tuple(FORMS)], sample=[FEW])
 @pytest.mark.slow
-def test_deltas(folder: Path) -> None:
+def test_deltas(folder: Path, forms: tuple[str, ...]) -> None:
     base = original(folder)
     name, index = "parts.1.weight", torch.tensor([1, 5, 7])
     dense = {"parts.1.bias": torch.ones(64)}
@@ -349,7 +350,7 @@ def test_deltas(folder: Path) -> None:
             api.load(folder, deltas="d.safetensors", any_base=True)(torch.ones(1, 2, 6, 6))
         api.inspect(base, deltas=["d.safetensors"], input_shape=(2, 6, 6))
 
-    _, refusals = run_all(header, write, read, whole=False)
+    _, refusals = run_all(header, write, read, whole=False, forms=forms)
     assert refusals
 
 

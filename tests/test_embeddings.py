@@ -37,7 +37,7 @@ def compressed(module: nn.Module, out: Path, **settings: object) -> tuple[compre
     return result, onnx.load(out / "model.onnx").graph
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize(("bits", "ends"), [(8, 8), (4, 4), (3, 3)])
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 def test_the_file_looks_up_what_pytorch_looks_up(bits: int, ends: int, twice: bool, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_bare_parameter_is_a_table_too(tmp_path: Path) -> None:
     assert "GatherBlockQuantized" in {node.op_type for node in graph.node}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("module", "reason"),
     [(ReadTwice(32), "its table is read by something else, too"), (Summed(), "embeddings that are summed")],

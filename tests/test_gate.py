@@ -213,7 +213,7 @@ class Attention(nn.Module):
         return self.head(scores.softmax(-1) @ self.v(x))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("layer", ["q", "k", "v", "head"])
 def test_layers_are_named_beside_products_of_activations(layer: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"

@@ -37,7 +37,7 @@ def test_groups_are_for_linears() -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 24), (4, 512)])
 def test_what_the_kernel_does_not_run_becomes_float_weights(bits: int, group: int) -> None:
     found = planned(bits=bits, group_size=group, first_last_bits=bits)
@@ -100,7 +100,7 @@ def weight_times(stored: QuantizedWeight) -> torch.Tensor:
     return stored.dequantize() * torch.arange(1.0, 6.0)[:, None]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 24)])
 def test_grids_of_groups_are_stored_once_a_group_even_where_no_kernel_reads_them(
     bits: int, group: int, tmp_path: Path

@@ -204,7 +204,7 @@ def values_of(result: compress.api.Result) -> dict[str, list[str | int]]:
 OUTPUTS = {"last_hidden_state": ["batch", "sequence", 32], "pooler_output": ["batch", 32]}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_compress_with_text(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """A causal model; its samples are cut from all texts together."""
     result = compress.quantize(folders["llama-1"], calib=text, out=tmp_path / "out", bits=8, method="mse", length=16)
@@ -228,7 +228,7 @@ def test_compress_with_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     assert (got - wanted)[mask.bool()].norm() <= 0.05 * wanted[mask.bool()].norm()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_compress_without_data(folders: dict[str, Path], tmp_path: Path) -> None:
     result = compress.quantize(folders["bert-1"], out=tmp_path / "out", bits=8)
     assert result.report.parity.integer_layers == 0

@@ -42,7 +42,7 @@ def floats(found: Plan) -> list[str]:
     return [choice.layer for choice in found.choices if choice.option.act_bits is None]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_leading_layers_that_integers_slow_down_stay_float() -> None:
     found = plan("any")
     # The depthwise one of 16 channels is slower alone, and faster than the casts that it would take as floats.
@@ -72,7 +72,7 @@ def test_a_depthwise_layer_among_integers_stays_float_only_where_that_pays_for_t
     assert "0.75 of their speed" in str(found.choices[2].reason)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_budgets_follow_the_same_figures() -> None:
     settings = {"sensitivity": "weight", "weight_widths": (4, 8), "method": "mse", "input_shape": (3, 8, 8)}
     for machine, expected in (("any", ["0", "2"]), ("vnni", [])):

@@ -135,7 +135,7 @@ def move(numbers: np.ndarray) -> None:
     numbers.reshape(-1)[0] += numbers.dtype.type(3 + 3 * np.abs(numbers).max())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sound_file_has_no_layer_off(kind: str, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]) -> None:
     traced, path, x = exported(kind)
@@ -161,7 +161,7 @@ PLANTED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=16)
 @pytest.mark.parametrize(("kind", "layer", "fault"), PLANTED)
 def test_the_layer_with_one_wrong_number_is_named(
     kind: str,
@@ -247,7 +247,7 @@ class Odd(nn.Module):
         return self.plain((self.bare(x) + self.after).transpose(1, 2).transpose(1, 2)) * 0.125
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     "options",
     [{"bits": 5}, SOUND | {"dynamic": True}, {"bits": 4, "group_size": 32}],

@@ -20,7 +20,7 @@ class Second(nn.Module):
         return x[1]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floats_become_float32_and_the_callers_module_stays(dtype: torch.dtype) -> None:
     module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4)).to(dtype).train()
@@ -50,7 +50,7 @@ def test_two_heads_on_one_value_are_learned_by_blocks(method: str) -> None:
     assert every("reconstructed" in notes[name] for name in ("classes", "places"))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_one_number_a_batch_beside_the_outputs_is_exported_with_them() -> None:
     class WithPenalty(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -72,7 +72,7 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
         assert refused(requirement) is None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("python", PYTHONS[1:])
 def test_newer_pythons_compile_the_code_without_a_warning(python: str, tmp_path: Path) -> None:
     """All that can be asked of an interpreter without torch; CONTRIBUTING says how to run the tests under another."""

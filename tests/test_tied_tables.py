@@ -15,7 +15,7 @@ from tests.models import Language
 WORDS, WIDTH = 70, 32
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("width", "group"), [(40, 32), (32, 64)])
 def test_rows_that_end_within_a_group(width: int, group: int, tmp_path: Path) -> None:
     module, ids = Language(WORDS, width).eval(), torch.randint(0, WORDS, (24, 9))
@@ -25,7 +25,7 @@ def test_rows_that_end_within_a_group(width: int, group: int, tmp_path: Path) ->
     assert report.parity.relative_l2_optimized < 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("settings", "lookup"),
     [

@@ -88,7 +88,7 @@ def test_neighbour_is_the_best_single_change_not_excluded() -> None:
     assert neighbour(two, (0, 0), {(0, 1), (1, 0), (0, 0)}) is None
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_comes_back_is_inside_the_budgets_and_never_beats_the_solver() -> None:
     rng = np.random.default_rng(0)
     compared = 0
@@ -124,7 +124,7 @@ def test_ends_where_moves_change_nothing_but_the_rounding() -> None:
     assert greedy(Program(tuple(costs), "error", budgets)) is None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("budgets", [1, 2])
 def test_a_thousand_units_are_no_matter_of_minutes(budgets: int) -> None:
     rng = np.random.default_rng(0)

@@ -113,7 +113,7 @@ def market_split(units: int = 40, seed: int = 0) -> Program:
     return Program(tuple(costs), "error", budgets)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @EVERY_SOLVER
 def test_a_thousand_units_are_proven_to_a_millionth(solver: str) -> None:
     program = realistic(1000, 20, seed=0, share=0.3)
@@ -197,7 +197,7 @@ def test_excluding_everything_is_infeasible() -> None:
         solve(program, excluded=[(0,)])
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_second_best_of_a_large_program_is_found_fast() -> None:
     program = realistic(300, 20, seed=5, share=0.3)
     first = solve(program)
@@ -266,7 +266,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @EVERY_SOLVER
 def test_a_plan_that_greedy_does_not_find_is_found(solver: str) -> None:
     programs = [market_split(8, seed) for seed in range(20)]

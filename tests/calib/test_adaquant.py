@@ -105,7 +105,7 @@ def test_no_iterations_is_rounding() -> None:
     assert torch.equal(solution.weight.scale, wanted.weight.scale)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_held_out_samples_gain_too() -> None:
     gained, table = 0, []
     for index in range(10):

@@ -73,7 +73,7 @@ def _run(model: onnx.ModelProto, file: Path, x: np.ndarray) -> np.ndarray:
         return result
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("outlier", [0.0, 3000.0], ids=["calm", "outliers"])
 def test_a_layer_that_suffers_computes_in_floats(outlier: float, tmp_path: Path) -> None:
     linear = nn.Linear(64, 48)

@@ -59,7 +59,7 @@ NETS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=2)
 @sweep("method", ["mse", "adaquant", "adaquant-parallel", "adaround", "genie"], sample=["mse"])
 @pytest.mark.parametrize("net", NETS)
 def test_every_topology_calibrates_close_to_float(net: str, method: str, tmp_path: Path) -> None:

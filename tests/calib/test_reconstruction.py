@@ -55,7 +55,7 @@ def error(intake: Intake, done: Compressed, x: Tensor) -> float:
         return float((done.model.module(x) - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_come_closer_than_rounding_leaves_them(
     method: str, intake: Intake, samples: Samples, tmp_path: Path
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_keeps_the_start_and_says_so(
     assert torch.equal(done.model.tensor("head.weight_packed"), rounded.model.tensor("head.weight_packed"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("decided", "checks"), [(True, 3), (False, 10)])
 def test_a_block_ends_early_once_its_codes_are_decided_and_nothing_gets_better(
     decided: bool, checks: int, intake: Intake, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +153,7 @@ def test_codes_are_decided_once_none_is_between_two() -> None:
     assert reconstruction.LearnedBlock.decided(learned)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_fewer_samples_than_a_batch_and_constant_ones(intake: Intake, tmp_path: Path) -> None:
     few = load_samples(torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3)))
     done = carried(intake, few, "qdrop", ResumeStore(tmp_path / "a", "a"), iterations=10)
@@ -163,7 +163,7 @@ def test_fewer_samples_than_a_batch_and_constant_ones(intake: Intake, tmp_path: 
     assert every(torch.isfinite(value).all() for value in done.model.module.state_dict().values())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_layer_done_by_two_thin_ones_is_learned_in_its_block(
     intake: Intake, samples: Samples, tmp_path: Path
 ) -> None:
@@ -190,7 +190,7 @@ def test_inputs_whose_range_is_measured_as_it_runs(intake: Intake, samples: Samp
     assert every((result.note or "").startswith("block ") for result in done.layers)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_padding_is_not_learned_from(tmp_path: Path) -> None:
     torch.manual_seed(5)
     ids, mask = padded()
@@ -246,7 +246,7 @@ def test_no_output_is_forgotten(method: str, samples: Samples, tmp_path: Path) -
     assert early.output_error < early.nearest_error
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_an_activation_behind_another_layer(samples: Samples, tmp_path: Path) -> None:
     class Late(torch.nn.Module):
         def __init__(self) -> None:

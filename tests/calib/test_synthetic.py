@@ -67,7 +67,7 @@ def test_the_distance_is_that_of_the_definition() -> None:
     assert float(norm_distance(net, x)[1].detach()) < 1e-6  # nothing but rounding, on what the statistics are of
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_inputs_fit_the_statistics_batch_by_batch() -> None:
     net = trained(far())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -80,7 +80,7 @@ def test_inputs_fit_the_statistics_batch_by_batch() -> None:
     assert every(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_same_again_and_from_the_cache(cache: Path) -> None:
     net = trained(far())
     example = (torch.zeros(1, 1, 8, 8),)
@@ -133,7 +133,7 @@ def test_where_no_inputs_are_made() -> None:
         load_samples("synthetic", labelled=True)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_cache_that_takes_no_files_is_no_obstacle(cache: Path) -> None:
     net, example = trained(far()), (torch.zeros(1, 1, 8, 8),)
     kept = synthesize(net, example, "model", most=4)
@@ -147,7 +147,7 @@ def test_a_cache_that_takes_no_files_is_no_obstacle(cache: Path) -> None:
     assert samples.notes[1:] == (f"the inputs are not kept for the next run: {cache}: File exists",)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_a_run_gets() -> None:
     net, x = trained(far()), far(8)
     source = Source()
@@ -158,7 +158,7 @@ def test_what_a_run_gets() -> None:
     assert len(open_work(net, "synthetic", None, Options(), Source(input_shape=(1, 8, 8))).samples or ()) == 128
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_an_exported_program_of_one_batch_size(tmp_path: Path) -> None:
     net = trained(far())
     torch.export.save(torch.export.export(net, (torch.zeros(3, 1, 8, 8),)), tmp_path / "net.pt2")
@@ -191,7 +191,7 @@ def test_it_calibrates_as_real_images_do_and_noise_does_not() -> None:
     assert errors["noise"] > 1.5 * errors["synthetic"], errors
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_weights_alone_come_with_the_hint() -> None:
     source = Source(input_shape=(1, 8, 8))
     net = trained(far())

@@ -70,7 +70,7 @@ def call_of(traced: TracedModel, layer: str) -> fx.Node:
     return layer_calls(traced)[layer][0]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("layer", ["qkv", "out", "inner", "last"])
 def test_observers_see_real_tokens_in_order(layer: str, tmp_path: Path) -> None:
     ids, mask = samples()
@@ -110,7 +110,7 @@ def test_methods_get_real_tokens_in_order(tmp_path: Path) -> None:
     frontier.close()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_has_no_tokens_is_seen_whole(tmp_path: Path) -> None:
     """A sample's own value, and attention's scores [N, H, L, L]."""
     ids, mask = samples()

@@ -103,7 +103,7 @@ def test_dry_run_writes_nothing(forks: Forks, folder: Path) -> None:
     assert json.loads(forks.run(folder, *arguments, "--json").stdout)["images"] == 48
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_stopped_and_continued(forks: Forks, folder: Path) -> None:
     arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1500, "--looks", 0)
     process = subprocess.Popen(

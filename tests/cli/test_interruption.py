@@ -118,7 +118,7 @@ def test_stopped_twice_and_continued_to_the_same_bytes(folder: Path, forks: Fork
     assert "continued" not in finish(forks, folder, "other", "--method", "mse", "--overwrite")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_second_run_is_told_who_has_the_place(folder: Path, forks: Forks) -> None:
     first = subprocess.Popen(
         command(*arguments("out")),
@@ -201,7 +201,7 @@ def test_killed_at_random_points(folder: Path, forks: Forks) -> None:
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_killed_near_the_end(folder: Path, forks: Forks) -> None:
     process = subprocess.Popen(
         command(*arguments("out")),

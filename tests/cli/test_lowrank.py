@@ -134,7 +134,7 @@ def test_a_latency_budget_is_measured_once_and_drawn(forks: Forks, folder: Path)
     assert (folder / "timed" / "latency.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_killed_training_goes_on_to_the_same_numbers(forks: Forks, folder: Path) -> None:
     arguments = (*TRAIN, "--epochs", 10)
     assert forks.run(folder, *arguments, "-o", "whole", "-q").returncode == 0

@@ -50,7 +50,7 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_with_an_example(compress: Run, tmp_path: Path, verb: str) -> None:
     run = compress(tmp_path, verb, "--help")
@@ -65,8 +65,8 @@ def test_version(compress: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_and_a_factory_with_data_and_labels(compress: Run, workplace: Path) -> None:
-    run = compress(
+def test_weights_and_a_factory_with_data_and_labels(forks: Forks, workplace: Path) -> None:
+    run = forks.run(
         workplace, "quantize", "weights.th", "--model", "nets:make", "--bits", 4, "--calib", "calib.npz",
         "--eval", "test.npz", "--iterations", 10, "--bench", "--out", "full",
     )  # fmt: skip

@@ -75,7 +75,7 @@ def assert_refused(run: subprocess.CompletedProcess[str], wanted: str) -> None:
     assert wanted in run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_nothing_written(forks: Forks, crowded: Path, case: str) -> None:
     before = listing(crowded)
@@ -156,7 +156,7 @@ def test_files_that_may_not_grow(tmp_path: Path) -> None:
     assert not (folder / ".out.work").exists(), "no layer was finished"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -264,7 +264,7 @@ def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     assert {each.name: each.stat().st_mtime_ns for each in folder.iterdir()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_hugging_face_folder(forks: Forks, folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def unasked(workplace: Path) -> str:
         pytest.skip("torch's OpenMP library is not libgomp here")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("own", "spins"),
     [

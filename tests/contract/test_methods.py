@@ -252,7 +252,7 @@ def test_who_learns_the_grid_of_the_input(name: str) -> None:
     assert given == [name in LEARNING_GRIDS] * len(KINDS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("name", LEARNING_GRIDS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("offset", [1, 15])
@@ -307,7 +307,7 @@ def test_dead_channels_and_a_missing_bias(name: str) -> None:
 LEARNING = [name for name, each in SOLVERS.items() if each.needs_data and not isinstance(each, BlockMethod)]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("name", LEARNING)
 def test_data_make_it_better(name: str) -> None:
     """Were the optimisation switched off, the best iterate would hide it from every test above."""

@@ -54,7 +54,7 @@ def test_folder_that_calib_takes(tmp_path: Path, cache: Path) -> None:
     assert first == again != other
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, stop: int) -> None:
     run(tmp_path / "whole", cache, settings={"looks": 0})
@@ -89,7 +89,7 @@ def test_killed_and_continued_to_the_same_bytes(tmp_path: Path, cache: Path, sto
     )
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_learned_step_size_is_told_beside_the_one_kept(tmp_path: Path, cache: Path) -> None:
     # Networks learn nothing at the learned one, and the usual one is kept.
     settings = {"rate": 1e-5, "rate_rate": 1e-12}
@@ -111,7 +111,7 @@ def test_nothing_left_to_judge_on(tmp_path: Path, cache: Path) -> None:
     assert any("no set was judged" in note for note in report.notes)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_mtt_is_ast_without_its_parts(tmp_path: Path, cache: Path) -> None:
     report = run(tmp_path / "mtt", cache, method="mtt", expert_folder=cache / "mtt", settings={"rate": 0.005})
     used = report.settings["distillation"]
@@ -122,7 +122,7 @@ def test_mtt_is_ast_without_its_parts(tmp_path: Path, cache: Path) -> None:
     assert report.losses == report.matching
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
     changes: tuple[dict[str, Any], ...] = (
         {}, {"beta": "none"}, {"balance": True}, {"perturbation": 0.0}, {"representative": False}
@@ -134,7 +134,7 @@ def test_ablations_change_the_first_loss(tmp_path: Path, cache: Path) -> None:
     assert len(set(losses)) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_whitening_goes_back(tmp_path: Path, cache: Path) -> None:
     x = torch.from_numpy(arrays()["images"])
     whitened = Standardisation.of(x, whiten=True)
@@ -211,7 +211,7 @@ def test_refusals(tmp_path: Path, cache: Path, change: dict[str, Any], message: 
         run(tmp_path / "out", cache, **change)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_real_images_are_written_only_when_asked_for(tmp_path: Path, cache: Path) -> None:
     settings = {"rate_images": 1e-30}  # images stay what they are
     with pytest.raises(
@@ -241,7 +241,7 @@ def test_real_images_are_written_only_when_asked_for(tmp_path: Path, cache: Path
     assert "another --lr-images (each with --overwrite, as .a.work keeps this run's state), or write real" in told
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_images_that_blow_up_leave_the_best_so_far(tmp_path: Path, cache: Path) -> None:
     report = run(tmp_path / "far", cache, settings={"rate_images": 1e30})
     assert report.iteration == 0
@@ -270,7 +270,7 @@ def stop_at(stop: int) -> Any:
     return kill
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: Path, cache: Path) -> None:
     settings = {"looks": 0}
     first = run(tmp_path / "out", cache, settings=settings)
@@ -306,7 +306,7 @@ def test_stopped_under_overwrite_goes_on_and_another_run_begins_anew(tmp_path: P
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_others_keep_in_the_work_folder_stays(tmp_path: Path, cache: Path) -> None:
     work = tmp_path / ".out.work"
     work.mkdir()

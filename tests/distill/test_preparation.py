@@ -56,7 +56,7 @@ def test_judged_on_what_no_expert_has_seen(tmp_path: Path, cache: Path) -> None:
             run(tmp_path / "refused", cache, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -97,7 +97,7 @@ def test_a_set_that_suits_a_model(tmp_path: Path, cache: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_last_steps_on_the_model_alone(tmp_path: Path, cache: Path) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(
@@ -129,7 +129,7 @@ def test_last_steps_on_the_model_alone(tmp_path: Path, cache: Path) -> None:
     assert (real.iteration, real.fitted) == (0, None)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_model_that_takes_other_images(tmp_path: Path, cache: Path) -> None:
     data = arrays()
     x, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])

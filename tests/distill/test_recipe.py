@@ -13,7 +13,7 @@ from tests.distill.bars import arrays, run
 GUIDE = Path(__file__).resolve().parents[2] / "docs/distillation.md"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("whiten", [False, True])
 def test_training_on_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whiten: bool) -> None:
     run(tmp_path / "small", tmp_path, zca=whiten)

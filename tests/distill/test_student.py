@@ -108,7 +108,7 @@ def peak(network: FlatNetwork, gradients: str, steps: int) -> int:
     return Held.most - before
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_recomputed_keeps_one_steps_graph(network: FlatNetwork) -> None:
     assert peak(network, "recomputed", 40) < 1.2 * peak(network, "recomputed", 8)
     assert peak(network, "unrolled", 40) > 4 * peak(network, "unrolled", 8)

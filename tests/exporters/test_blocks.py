@@ -40,7 +40,7 @@ def folder_of(module: nn.Module, tmp_path: Path, **settings: object) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("bits", "group", "method"), [(2, 16, "hqq"), (4, 16, "mse"), (4, 32, "hqq"), (8, 64, "mse"), (4, 128, "hqq")]
 )
@@ -65,7 +65,7 @@ def test_packed_weights_stay_packed(module: nn.Module, tmp_path: Path, bits: int
         assert (got - wanted).norm() < 0.03 * wanted.norm()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("bits", [3, 5])
 def test_other_widths_fold_to_float_weights(module: nn.Module, tmp_path: Path, bits: int) -> None:
     out = folder_of(module, tmp_path, bits=bits, group_size=32, first_last_bits=bits)
@@ -77,7 +77,7 @@ def test_other_widths_fold_to_float_weights(module: nn.Module, tmp_path: Path, b
         torch.testing.assert_close(got, loaded(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_finer_groups_are_closer_to_the_float_model(module: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(64, 5, 40)
     errors = []

@@ -20,6 +20,7 @@ from compress.exporters.session import open_session, run_session
 from compress.gate import verify
 from compress.graph.traced import TracedModel
 from tests.every import every
+from tests.sweep import sweep
 
 CPU = "CPUExecutionProvider"
 WIDTH = 32
@@ -116,13 +117,13 @@ def test_everything_in_a_residual_net_becomes_integer(
     assert not {"BitShift", "BitwiseAnd", "Unpack3", "Unpack4"} & set(operators)
 
 
-@pytest.mark.parametrize(
+FLOAT_LAYERS = {"onnx-cpu": ("stem", "left", "right", "deep", "down", "fc"), "onnx-arm": ("stem", "deep", "fc")}
+
+
+@sweep(
     ("target", "ignored"),
-    [
-        *(("onnx-cpu", layer) for layer in ("left", "deep", "fc")),
-        *(pytest.param("onnx-cpu", layer, marks=pytest.mark.matrix) for layer in ("stem", "right", "down")),
-        *(pytest.param("onnx-arm", layer, marks=pytest.mark.matrix) for layer in ("stem", "deep", "fc")),
-    ],
+    [(target, layer) for target, layers in FLOAT_LAYERS.items() for layer in layers],
+    sample=[("onnx-cpu", "deep")],
 )
 def test_a_layer_left_float_really_stays_float(target: str, ignored: str, tmp_path: Path, export: Export) -> None:
     """ONNX Runtime quantizes a float Conv or Gemm between integer ones by itself, unless the exporter prevents it."""
@@ -141,7 +142,7 @@ def test_a_layer_left_float_really_stays_float(target: str, ignored: str, tmp_pa
 ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "leaky": F.leaky_relu, "gelu": F.gelu}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_a_linear_before_an_activation_is_integer(name: str, tmp_path: Path, export: Export) -> None:
     """ONNX Runtime merges some activations with a Gemm into a float kernel before it looks for integers."""
@@ -161,7 +162,7 @@ def test_a_linear_before_an_activation_is_integer(name: str, tmp_path: Path, exp
     assert kinds["b"] in (["Gemm"], ["FusedGemm"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("ignored", ["b", "e"])
 def test_a_float_layer_in_a_chain_stays_float(ignored: str, tmp_path: Path, export: Export) -> None:
     path = tmp_path / "model.onnx"
@@ -189,7 +190,7 @@ def test_onnx_runtime_would_quantize_it_by_itself(tmp_path: Path, export: Export
     assert layer_kinds(path, ("b",)) == {"b": ["QLinearConv"]}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("bits", [3, 8])
 def test_weights_only_is_the_float_net_with_other_weights(bits: int, tmp_path: Path, export: Export) -> None:
     path, plain = tmp_path / "model.onnx", tmp_path / "float.onnx"

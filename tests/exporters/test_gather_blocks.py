@@ -104,7 +104,7 @@ def test_a_look_up_is_the_row_that_the_stored_codes_stand_for(
     assert np.linalg.norm(table - float_table) < (0.006 if bits == 8 else 0.1) * np.linalg.norm(float_table)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.2), (8, 0.33)])
 def test_the_file_is_as_small_as_its_codes(bits: int, share: float, compress_quickly: Quickly, tmp_path: Path) -> None:
     words, width = 1500, 64

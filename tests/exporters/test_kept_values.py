@@ -106,7 +106,7 @@ ENDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("end", list(ENDS))
 def test_what_only_floats_read_has_no_grid(end: str, made: Make) -> None:
     file = made(lambda net, x: ENDS[end](net, torch.relu(net.a(x))))
@@ -141,7 +141,7 @@ MASKS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_what_is_not_calculated_in_integers_reads_the_input_as_it_is(mask: str, made: Make) -> None:
     file = made(lambda net, x: MASKS[mask](net, x))

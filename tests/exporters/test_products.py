@@ -99,7 +99,7 @@ def check_numbers(run: Run, allowed: float) -> None:
         assert (got - wanted).norm() <= allowed * wanted.norm(), level
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("inputs", "bits"), [("static", 4), ("dynamic", 8)])
 def test_linears_are_integer_with_their_biases(inputs: str, bits: int, tmp_path: Path) -> None:
     run = quantize(Rows(), tmp_path, **settings_of(inputs, bits))
@@ -112,7 +112,7 @@ def test_linears_are_integer_with_their_biases(inputs: str, bits: int, tmp_path:
         assert every(run.kinds[layer] == ["QGemm"] for layer in "def"), run.kinds
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("inputs", "bits"), [("static", 8), ("dynamic", 4)])
 def test_products_of_computed_values_stay_float(inputs: str, bits: int, tmp_path: Path) -> None:
     run = quantize(Heads(), tmp_path, **settings_of(inputs, bits), bias_correction=False, smoothquant=False)

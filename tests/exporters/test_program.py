@@ -92,7 +92,7 @@ def test_the_file_is_that_of_a_graph_traced_again(
     assert found == _bytes(traced)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("name", SETTLED)
 def test_nothing_is_traced_again(
     name: str, compressed: Callable[[str], TracedModel], monkeypatch: pytest.MonkeyPatch

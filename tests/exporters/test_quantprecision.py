@@ -51,7 +51,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("case", list(CASES))
 def test_files_load_and_compute_what_pytorch_does(
@@ -73,7 +73,7 @@ def test_files_load_and_compute_what_pytorch_does(
     assert np.linalg.norm(got - wanted) <= 0.01 * np.linalg.norm(wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_call_reads_a_zero_point_of_its_own(compress_quickly: Callable[..., TracedModel]) -> None:
     model = build_onnx(compress_quickly(Convolutions(), torch.randn(64, 16, 6, 6), bits=8))
     read = [

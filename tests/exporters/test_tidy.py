@@ -68,7 +68,7 @@ def test_eight_bits_are_stored_plainly(exported: Exported) -> None:
         assert codes.dtype == ir.DataType.INT8
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int, exported: Exported) -> None:
     model = exported(plain, bits=bits, first_last_bits=bits)
@@ -81,7 +81,7 @@ def test_fewer_bits_are_stored_packed_and_unpacked_by_one_function(bits: int, ex
     assert not any(name.endswith(".weight") for name in model.graph.initializers)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
 def test_narrow_codes_are_clipped_to_their_range(target: str, exported: Exported) -> None:
     model = exported(plain, act_bits=4, target=target)
@@ -105,7 +105,7 @@ PADS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("name", list(PADS))
 @pytest.mark.parametrize("target", ["onnx-cpu", "onnx-arm"])
 def test_zero_padding_is_done_on_codes(name: str, target: str, exported: Exported) -> None:
@@ -132,7 +132,7 @@ def test_a_reflected_pad_survives(exported: Exported) -> None:
     assert len(nodes(model, "Pad")) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_linear_on_three_dimensions_multiplies_codes(exported: Exported) -> None:
     model = exported(lambda net, x: torch.relu(net.fc(torch.relu(net.a(x)).flatten(2).permute(0, 2, 1))))
     (product,) = nodes(model, "MatMulIntegerToFloat")
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         return self.head(scores.softmax(-1) @ self.k(x))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("recurrent", [nn.RNN, nn.GRU, nn.LSTM])
 def test_linears_that_the_exporter_makes_of_a_recurrent_layer_are_not_the_models(recurrent: type[nn.Module]) -> None:
     class Reader(nn.Module):
@@ -207,7 +207,7 @@ def test_the_exporter_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_product_of_activations_is_no_layer(compress_quickly: Callable[..., TracedModel]) -> None:
     model = build_onnx(compress_quickly(Attention(), torch.randint(0, 7, (16, 5)), bits=8))
     assert [layer_of(node) for node in nodes(model, "MatMul")] == [None, None]

@@ -49,7 +49,7 @@ def test_the_table_is_built_once_and_only_read(monkeypatch: pytest.MonkeyPatch) 
     assert table.functions == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("exporter", [types.SimpleNamespace(), types.SimpleNamespace(export=lambda program: None)])
 def test_without_a_table_the_public_road_gives_the_same_file_and_says_what_it_costs(
     exporter: object, forgotten: None, monkeypatch: pytest.MonkeyPatch

@@ -74,7 +74,7 @@ FORMS: dict[str, Attend] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("name", FORMS)
 def test_against_torch_at_another_batch(name: str) -> None:
     module = Heads(FORMS[name])
@@ -83,7 +83,7 @@ def test_against_torch_at_another_batch(name: str) -> None:
     same(traced, module, torch.randn(1, 5, 8), torch.randn(1, 5, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("lengths", "causal"), [((3, 6), True), ((6, 3), True), ((6, 3), False)], ids=str)
 def test_queries_and_keys_of_different_number(lengths: tuple[int, int], causal: bool) -> None:
     module = Heads(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal))
@@ -91,7 +91,7 @@ def test_queries_and_keys_of_different_number(lengths: tuple[int, int], causal: 
     same(opened(module, x, y), module, x.flip(1), y.flip(2))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("groups", "causal"), [(1, False), (2, True), (HEADS, False)])
 def test_heads_that_share_keys_and_values(groups: int, causal: bool) -> None:
     module = Heads(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True), groups)
@@ -139,7 +139,7 @@ def tokens(count: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.randint(30, (count, length)), (torch.arange(length) < kept).long()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("floats", [False, True])
 def test_tokens_of_any_number_and_length(floats: bool) -> None:
     module = Tokens(floats)
@@ -150,7 +150,7 @@ def test_tokens_of_any_number_and_length(floats: bool) -> None:
         same(traced, module, *tokens(*shape))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_layers_share_what_their_mask_needs() -> None:
     found = kinds(opened(Tokens(layers=3), *tokens(2, 7)))
     assert found["where"] == 1
@@ -158,7 +158,7 @@ def test_layers_share_what_their_mask_needs() -> None:
     assert found["matmul"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_masks_get_a_bias_each() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -177,7 +177,7 @@ def test_two_masks_get_a_bias_each() -> None:
     same(traced, module, torch.randn(4, 5, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_query_that_may_look_nowhere_stays_finite() -> None:
     module = Tokens(layers=1)
     traced = opened(module, *tokens(2, 7))

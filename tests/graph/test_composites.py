@@ -68,7 +68,7 @@ def texts(program: ExportedProgram) -> list[str]:
     return [str(getattr(each, "graph", "")) for each in program.graph_module.modules()]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @sweep("name", MODELS, sample=["composites", "branches"])
 def test_the_graph_is_torchs_own(name: str) -> None:
     program = program_of(name)
@@ -78,7 +78,7 @@ def test_the_graph_is_torchs_own(name: str) -> None:
     assert got.graph_signature == wanted.graph_signature
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @sweep("name", ["convolutions", "composites", "transformer"], sample=["composites"])
 def test_the_file_is_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shape = MODELS[name]
@@ -90,7 +90,7 @@ def test_the_file_is_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(got.graph) > 4
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_composite_registered_after_the_list_was_made() -> None:
     build_onnx(trace(Residual().eval(), (torch.randn(2, 3, 8, 8),)))
     library = torch.library.Library("compress_tests", "FRAGMENT")

@@ -139,7 +139,7 @@ def test_a_parameter_that_something_else_reads_stays_where_it_is() -> None:
         torch.testing.assert_close(traced.module(x), module(x))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_are_named_with_the_reason(recurrent: type[nn.Module]) -> None:
     class Reader(nn.Module):
@@ -157,7 +157,7 @@ def test_recurrent_layers_are_named_with_the_reason(recurrent: type[nn.Module]) 
     assert found == {"reader": "recurrent layers are not compressed yet", "head": None}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("case", ["product", "rows", "weight norm"])
 def test_it_is_quantized_as_a_linear_is(case: str, tmp_path: Path) -> None:
     module = nn.Sequential(CASES[case][0](), nn.ReLU(), nn.Linear(24, 4))

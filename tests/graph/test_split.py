@@ -42,7 +42,7 @@ def factors(model: TracedModel, layer: str, rank: int) -> tuple[Tensor, Tensor]:
     return thin.down, thin.up.flatten(1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("layer", "rank"), [("wide", 8), ("line", 6), ("head", 5)])
 def test_at_full_rank_the_model_computes_the_same(traced: TracedModel, layer: str, rank: int) -> None:
     x = torch.randn(3, 3, 9, 9)

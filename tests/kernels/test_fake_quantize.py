@@ -105,7 +105,7 @@ def test_gradient_is_that_of_the_clip(bits: int, dtype: torch.dtype) -> None:
     assert 0 < int((slope > 0.5).sum()) < len(x)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_opcheck(dtype: torch.dtype) -> None:
     scale, zero_point = grid(4, dtype)

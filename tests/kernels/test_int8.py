@@ -127,7 +127,7 @@ def test_grids_are_those_of_the_graphs_operators(device: str) -> None:
     assert torch.equal((codes - zero) * scale, fake_quantize_dynamic(x))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("kernel", [int8_fused, int8_dot])
 @sweep(("zero", "value"), [(0, 255.0), (255, -255.0)], sample=[(0, 255.0)])
 def test_the_largest_sums_fit(kernel: Any, zero: int, value: float, device: str) -> None:

@@ -117,7 +117,7 @@ def test_bytes_in_and_out(kernel: str, bits: int, device: str) -> None:
     assert torch.equal(KERNELS[kernel](x, weight, bias, problem), got), "the same from floats, rounded as they are read"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("bytes_out", [False, True], sample=[True])
 def test_nan_is_the_lowest_code(kernel: str, bytes_out: bool, device: str) -> None:
@@ -141,7 +141,7 @@ def test_own_tile(outputs: int, device: str, assert_near: Any) -> None:
     assert_near(int8_conv(x, weight, bias, problem), exactly(x, exact, bias, problem))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @sweep(("zero", "value"), [(0, 255.0), (255, -255.0)], sample=[(0, 255.0)])
 @sweep("bytes_in", [False, True], sample=[True])
 def test_the_largest_sums_fit(zero: int, value: float, bytes_in: bool, device: str) -> None:

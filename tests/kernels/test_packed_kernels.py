@@ -36,7 +36,7 @@ def dot_in_splits(*arguments: Any) -> Any:
 KERNELS = {"gemv": (gemv_in_small, 2), "dot": (dot_in_splits, 5), "unpack": (packed_unpack, 3)}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("kernel", KERNELS)
 @sweep("bits", BITS, sample=[3])
 @sweep("group_size", GROUPS, sample=[32])

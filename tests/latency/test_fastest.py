@@ -261,7 +261,7 @@ def test_exported_and_proven_as_chosen(timed: Callable[[Times], object], tmp_pat
     assert every("fastest at 7 rows" in str(row.note) for row in result.report.layers)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("compute", "operator"),
     [
@@ -283,7 +283,7 @@ def test_every_winner_is_exported_as_chosen(
     assert (nodes["0"], nodes["2"]) == (operator, operator)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_measured_for_real() -> None:
     """Whichever wins on this machine: every way of each linear has a time, and the plan holds the fastest of them."""
     choices = found(net(), rows=7)

@@ -154,6 +154,7 @@ def test_a_plan_for_another_machine(table: Callable[..., Path], clockless: None,
         api.load_plan(path)
 
 
+@pytest.mark.matrix
 def test_where_integers_are_slow_there_layers_stay_float(table: Callable[..., Path], clockless: None) -> None:
     def slower(content: dict[str, Any]) -> None:
         for row in content["operators"]:
@@ -175,6 +176,7 @@ def test_rows_by_a_table(table: Callable[..., Path], clockless: None) -> None:
         api.preview(net(), input_shape=(3, 8, 8), rows=5, bits=4, latency_table=str(table()))
 
 
+@pytest.mark.matrix
 def test_other_operators_are_refused_by_name(table: Callable[..., Path], clockless: None) -> None:
     with pytest.raises(InputError, match=r"is of other operators: it has no time of conv2d 48x16x3x3 .* and \d+ more"):
         planned(table(), net(48), budgets=("latency=1x",))
@@ -182,6 +184,7 @@ def test_other_operators_are_refused_by_name(table: Callable[..., Path], clockle
         planned(table(lambda content: content["models"].clear()), budgets=("latency=1x",))
 
 
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(("name", "value"), [("onnxruntime", "0.1.2"), ("threads", 7)])
 def test_other_conditions_are_refused(name: str, value: object, table: Callable[..., Path]) -> None:
     def edit(content: dict[str, Any]) -> None:
@@ -206,6 +209,7 @@ def test_measure_refuses_another_onnxruntime_and_damage(written: Path, tmp_path:
     assert not (folder / "latency.json").exists()
 
 
+@pytest.mark.matrix
 def test_nothing_is_timed_without_being_asked(clockless: None) -> None:
     assert planned(None, budgets=("size=0.5x",)).latency_sha256 is None
     plan = api.preview(net(), calib=torch.randn(8, 3, 8, 8), bits=4, method="mse").plan

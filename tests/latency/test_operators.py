@@ -111,7 +111,7 @@ def distinct(shapes: dict[str, Shape]) -> list[Shape]:
     return list({each.signature: each for each in shapes.values()}.values())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_one_row_a_shape_and_compute(distinct: list[Shape], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "_ROUNDS", ROUNDS)
     said: list[str] = []

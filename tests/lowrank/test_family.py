@@ -124,7 +124,7 @@ def test_a_latency_budget_is_met_by_bisection_and_timed_once(folder: Path) -> No
         chosen(folder, "latency=1us,drop=30", timer=again)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @torch.no_grad()
 def test_a_transformer_on_token_ids(tmp_path: Path) -> None:
     torch.manual_seed(0)

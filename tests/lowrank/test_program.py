@@ -66,7 +66,7 @@ def _family(tmp_path: Path, search: str) -> Family:
     return truncate(module, x, tmp_path / search, options=LowRankOptions(smallest=0.15, search=search)).family
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_program_never_loses_to_greedy_search(tmp_path: Path) -> None:
     greedy, both = (_family(tmp_path, search).members for search in ("greedy", "program"))
     better = 0

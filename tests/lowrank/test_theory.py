@@ -47,7 +47,7 @@ def test_uniform_inputs_give_the_svd() -> None:
     assert float(lengths[3:].max()) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_reproducing_its_inputs_gives_the_principal_components() -> None:
     generator = torch.Generator().manual_seed(2)
     axes = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]

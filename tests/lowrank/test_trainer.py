@@ -126,7 +126,7 @@ def test_what_comes_out_is_ordinary(trained: Any) -> None:
         torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, tmp_path: Path) -> None:
     found = []
@@ -211,7 +211,7 @@ def test_refusals(trained: Any, tmp_path: Path) -> None:
         MaestroCallback(classifier(), resume=broken, **SETTINGS)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_refusals_as_training_begins(trained: Any, tmp_path: Path) -> None:
     checkpoint = next(iter(trained[0].glob("checkpoint-*")))
     model = classifier()

@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         fit(normed_mlp(), data(), Recipe(epochs=6, batch=32), checkpoint=tmp_path / "c.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_overwrite_goes_on_with_the_same_run_and_throws_another_away(tmp_path: Path) -> None:
     given = (data().inputs[0], data().labels)
 

@@ -85,7 +85,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_member_is_cut_out_as_it_was_measured(family: Path) -> None:
     x = torch.randn(160, 2, 8, 8, generator=torch.Generator().manual_seed(7))
     for share in (1.0, 0.6, 0.3):
@@ -103,7 +103,7 @@ def test_a_member_is_cut_out_as_it_was_measured(family: Path) -> None:
         assert sum(each.numel() for each in module.parameters()) == member.weights
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_is_reported_of_a_member_is_what_it_does(tmp_path: Path) -> None:
     x = torch.randn(160, 2, 8, 8)
     module = net()

@@ -111,7 +111,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("make", "transforms"),
     [(images, ()), (images, ("equalize",)), (words, ()), (words, ("smoothquant",))],
@@ -161,7 +161,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_is_added_is_not_rounded_to_the_base(artifact: Path) -> None:
     """As much as in floats, of every tensor, in codes or not: to within what is rounded in the base."""
     net, x = words()
@@ -255,7 +255,7 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
         (artifact / BASE_FILE).write_bytes(content)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_tied_weight_is_found_by_the_name_that_tracing_takes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Language(40, 16), torch.randint(0, 40, (64, 6))

@@ -66,7 +66,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_on_the_cpu_the_artifacts_own_graph_runs(artifact: Path) -> None:
     ids = torch.randint(0, 40, (3, 9))
     with torch.no_grad():
@@ -140,7 +140,7 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_convolutions_pass_bytes_on(compress_quickly: Callable[..., Any]) -> None:
     torch.manual_seed(1)
     traced = compress_quickly(Residual().eval(), torch.randn(16, 3, 8, 8), bits=4)

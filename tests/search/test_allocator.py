@@ -79,7 +79,7 @@ def test_grouped_layers_get_the_same_way(allocator: Allocator, intake: Intake) -
         assert ways["left"] == ways["right"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_out_of_reach_is_known_without_errors(allocator: Allocator) -> None:
     allocator.errors = None
     sizes, _ = every_plan_sizes(allocator)

@@ -19,7 +19,7 @@ def priced(intake: Intake, **changes: object) -> tuple[Space, Costs]:
     return space, measure_costs(intake, space, CPU, Search(), timed=False, progress=silent)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("floats", [False, True])
 def test_sizes_of_mixed_plans(intake: Intake, tmp_path: Path, floats: bool) -> None:
     space, costs = priced(intake, weight_widths=(2, 3, 5, 8), act_widths=(4, 8), floats=floats)

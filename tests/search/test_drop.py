@@ -62,7 +62,7 @@ def test_between_the_ends(prepared: Prepared) -> None:
     assert next(each.value for each in kept if each.plan == plan) <= best + 0.1 * whole
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_plan_met_twice_does_not_end_the_search(prepared: Prepared) -> None:
     """Whatever the drop allowed, the answer is not much larger than the smallest plan that keeps it."""
     least, most = ends(prepared.allocator)

@@ -97,7 +97,7 @@ def test_the_measure_that_fits(samples: Samples) -> None:
     assert decide_measure(Options(), samples) == "output"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_several_methods_are_ways_to_choose_from(intake: Intake, samples: Samples) -> None:
     options = Options(method="mse,minmax", budgets=("size=0.5x",), search=Search(weight_widths=(4,)))
     prepared = prepare(intake, options, samples, silent)
@@ -106,7 +106,7 @@ def test_several_methods_are_ways_to_choose_from(intake: Intake, samples: Sample
         make_plan(intake, Options(method="mse,minmax"), samples)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("measure", ["gram", "kl"])
 def test_layers_without_a_bias(measure: str) -> None:
     data = load_samples(torch.randn(20, 1, 6, 6))

@@ -32,7 +32,7 @@ def test_sizes_rise_and_errors_fall(prepared: Prepared) -> None:
     assert any(point.greedy_error is not None for point in front.points)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_bit_operations_can_be_swept_inside_a_size(prepared: Prepared) -> None:
     free = prepared.allocator.find({}, "size").measured["size"]
     budgets = (Budget(quantity="size", limit=1.4 * free),)

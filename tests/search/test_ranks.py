@@ -112,7 +112,7 @@ def test_errors_are_those_of_the_model_with_the_layer_cut(intake: Intake, space:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_more_ways_never_make_a_plan_worse(intake: Intake, space: Space, costs: Costs, samples: Samples) -> None:
     options = Options(search=Search(sensitivity="gram"))
     errors, _ = measure_errors(intake, options, begin_plan(intake, options, samples), space, "gram", samples, silent)
@@ -149,7 +149,7 @@ def plan_with(intake: Intake, samples: Samples, splits: tuple[Split, ...], optio
     return begin_plan(intake, Options(), samples).model_copy(update={"choices": tuple(choices), "splits": splits})
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("option", [None, QuantOption(bits=8, act_bits=8)], ids=str)
 def test_a_plan_with_ranks_is_carried_out_and_proven(
     intake: Intake, samples: Samples, option: QuantOption | None, tmp_path: Path
@@ -181,7 +181,7 @@ def linears() -> tuple[Intake, Samples]:
     return take_in(module.eval(), samples=samples), samples
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_branch_corrects_few_bits(linears: tuple[Intake, Samples], tmp_path: Path) -> None:
     intake, samples = linears
     space = space_of(intake, weight_widths=(2, 4, 8), ranks=(0.5,), floats=True)
@@ -216,7 +216,7 @@ def test_a_branch_corrects_few_bits(linears: tuple[Intake, Samples], tmp_path: P
     assert float((found - wanted).norm()) < 0.97 * float((worse - wanted).norm())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_second_factor_makes_up_for_what_came_before(
     intake: Intake, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:

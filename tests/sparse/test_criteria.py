@@ -82,7 +82,7 @@ def test_criteria_by_gradient_learn_from_the_command(tmp_path: Path) -> None:
     assert result.sparse > result.base + 0.15
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_round_adds_a_part_of_the_entries(tmp_path: Path) -> None:
     module, data = normed_mlp(), labelled()
     start = {name: each.detach().clone() for name, each in module.named_parameters()}

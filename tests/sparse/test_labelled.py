@@ -52,7 +52,7 @@ def train(out: Path, data: Any, **given: Any) -> SparseResult:
     return train_sparse(net(), data, out, options=options, recipe=RECIPE, sparse_epochs=8, **given)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_one_task_from_two_languages_beside_their_deltas(languages: dict[str, Source], tmp_path: Path) -> None:
     result = train(
         tmp_path / "task.safetensors", languages, test=samples(-1.0, 200), dev=samples(-1.0, 60),

@@ -76,7 +76,7 @@ def test_an_encoder_learns_classes_and_takes_its_delta(folder: Path, tmp_path: P
     assert every(torch.equal(each, after[name]) for name, each in before.items())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
     """The share of a second text's words that are of one kind, from a head of one output."""
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +114,7 @@ def test_pairs_and_a_number_to_predict(folder: Path, tmp_path: Path) -> None:
     assert evaluate(loaded.module, TrainingData.of(samples)) == pytest.approx(result.sparse, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_deltas_with_heads_of_different_sizes_share_a_base(folder: Path, tmp_path: Path) -> None:
     deltas = [tmp_path / f"{name}.safetensors" for name in ("two", "three")]
     for each in deltas:

@@ -94,7 +94,7 @@ def test_a_resumed_phase_ends_in_the_same_weights(phase: str, trained: Any, tmp_
         assert every(torch.equal(index, callback.tuner.mask[name]) for name, index in resumed.tuner.mask.items())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_penalty_is_added_once_a_step_at_its_full_weight(accumulated: int, tmp_path: Path) -> None:
     found = []

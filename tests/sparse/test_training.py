@@ -70,7 +70,7 @@ def test_numbers_are_learned(tmp_path: Path) -> None:
     assert result.sparse < 0.7 * result.base
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_baselines_skip_the_full_phase(tmp_path: Path) -> None:
     result = train(tmp_path / "random.safetensors", options={"criterion": "random"})
     assert result.full is None
@@ -79,7 +79,7 @@ def test_baselines_skip_the_full_phase(tmp_path: Path) -> None:
     assert train(tmp_path / "head.safetensors", options={"k": 0, "density": None}).delta.k == 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("at", [0.4, 0.9])
 def test_a_killed_run_goes_on_to_the_same_bytes(at: float, tmp_path: Path) -> None:
     train(tmp_path / "whole.safetensors")
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: float, tmp_path: Path) -> No
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "killed.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_task_learned_on_a_source_is_a_difference_to_the_base(tmp_path: Path) -> None:
     base = normed_mlp()
     train(tmp_path / "language.safetensors", base, data=arrays(-1.0))
@@ -132,7 +132,7 @@ def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read == [source]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_sources_of_the_published_code_and_twice(tmp_path: Path) -> None:
     base = normed_mlp()
     train(tmp_path / "language.safetensors", base, data=arrays(-1.0), options={"values": "fp32"})

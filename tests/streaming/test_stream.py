@@ -184,7 +184,7 @@ BERT = pytest.param(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", ["llama", BERT])
 def test_padding_counts_for_nothing(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(model)

@@ -22,7 +22,7 @@ def stream(model: Path, out: Path, **settings: Any) -> StreamReport:
     return compress.stream(model, out, **{"bits": 4, "group_size": GROUP, **settings})
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("with_data", [False, True], ids=["weights only", "with data"])
 def test_stopped_and_continued_to_the_same_bytes(with_data: bool, llama: Path, ids: Path, tmp_path: Path) -> None:
     calib = ids if with_data else None
@@ -61,14 +61,14 @@ def test_a_block_at_a_time(llama: Path, ids: Path, tmp_path: Path) -> None:
     assert weight_files(tmp_path / "many") == weight_files(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_runs_give_the_same_bytes(llama: Path, ids: Path, tmp_path: Path) -> None:
     for name in "ab":
         stream(llama, tmp_path / name, calib=ids, bits=3)
     assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [

@@ -109,7 +109,7 @@ def _tensors(traced: TracedModel) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @sweep("post", [False, True], sample=[True])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -120,7 +120,7 @@ def test_the_function_stays(name: str, norm: type[nn.Module], post: bool) -> Non
     assert scaled.sentences[-1].startswith(f"{name} changed the outputs by")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_norm_takes_the_factor_of_its_readers(name: str, norm: type[nn.Module]) -> None:
@@ -221,7 +221,7 @@ class Outliers(nn.Module):
         return x + self.b(gelu(self.a(self.norm(x))))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_smoothquant_takes_the_harm_from_outliers() -> None:
     module, x, fresh = Outliers().eval(), torch.randn(64, LENGTH, 32), torch.randn(200, LENGTH, 32)
     errors = {}

@@ -74,7 +74,7 @@ def phase(request: pytest.FixtureRequest, tmp_path: Path) -> MetaPhase:
     return MetaPhase(network, learned, plain, model, (x,), "x", x, settings, seed=5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 def test_it_equals_central_differences(phase: MetaPhase) -> None:
     index, judged = torch.arange(8), torch.arange(8, 24)
     x = phase.values[index]
@@ -112,7 +112,7 @@ def test_it_equals_central_differences(phase: MetaPhase) -> None:
         assert float(gradient.view(-1)[place]) == pytest.approx(measured, rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 def test_the_block_is_left_as_it_was_and_copies_get_better_for_it(phase: MetaPhase) -> None:
     before = {name: value.detach().clone() for name, value in phase.learned.trainables().items()}
     outcome = phase.run(lambda done, total, loss: None)

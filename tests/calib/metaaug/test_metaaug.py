@@ -89,7 +89,7 @@ def assert_same(one: Compressed, other: Compressed) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_without_a_change_it_is_genie_on_every_image_twice(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], unchanged: None, tmp_path: Path
 ) -> None:
@@ -104,7 +104,7 @@ def test_without_a_change_it_is_genie_on_every_image_twice(
         assert_same(done, once)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ends_are_learned_on_the_originals(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_killed_run_ends_in_the_same_bytes_wherever_it_was(
     assert sum("meta step 3 of 3" in each for each in said) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_transformation_that_changes_nothing_is_reported(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_transformation_that_changes_nothing_is_reported(
         assert ("collapsed to the identity" in note and "0.9 are wanted" in note) is layer.startswith("layers"), note
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("restored", [True, False])
 def test_a_loss_that_is_not_finite_leaves_genie(
     restored: bool,
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_leaves_genie(
         assert_same(done, carried(intake, samples, "genie", tmp_path / "b"))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_images_that_teach_nothing_leave_genie(
     intake: Intake, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -204,14 +204,14 @@ def test_images_that_teach_nothing_leave_genie(
         assert_same(done, carried(intake, load_samples(x), "genie", tmp_path / f"{name}-genie", iterations=3))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_fewer_images_than_a_batch(intake: Intake, settings: Callable[[MetaAug], None], tmp_path: Path) -> None:
     few = load_samples(torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(3)))
     done = carried(intake, few, "metaaug", tmp_path / "a", iterations=3)
     assert "without" not in notes(done)["layers.0"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_block_whose_output_is_constant(
     settings: Callable[[MetaAug], None], tmp_path: Path, samples: Samples
 ) -> None:
@@ -223,7 +223,7 @@ def test_a_block_whose_output_is_constant(
     assert "without transformed copies: its output is the same for all samples" in notes(done)["layers.0"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("changes", [{"dynamic": True, "act_bits": None}, {"act_bits": None}], ids=str)
 def test_inputs_that_have_no_grid_or_one_of_their_own(
     changes: dict[str, object], intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
@@ -250,7 +250,7 @@ def test_a_graph_that_begins_and_ends_with_a_block_and_returns_maps(
     assert "without" not in notes(done)["up"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("batch", [1, 16])
 def test_a_batch_that_the_graph_fixes(
     batch: int, settings: Callable[[MetaAug], None], tmp_path: Path, samples: Samples
@@ -267,7 +267,7 @@ def test_a_batch_that_the_graph_fixes(
     assert ("without transformed copies: 1 samples in a batch are fewer than" in note) is (batch == 1)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_published_settings_run(
     intake: Intake, samples: Samples, settings: Callable[[MetaAug], None], tmp_path: Path
 ) -> None:
@@ -297,7 +297,7 @@ def test_without_steps_nothing_is_transformed(
     assert said == []
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_time_left_counts_from_where_the_block_begins(
     intake: Intake,
     samples: Samples,

@@ -50,7 +50,7 @@ def test_its_seed_decides_the_weights_and_leaves_torchs_own_numbers_alone() -> N
     assert every(torch.equal(value, two[name]) for name, value in one.items())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_warm_up_ends_when_images_come_back() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.interpolate(torch.randn(64, 1, 4, 4, generator=generator), scale_factor=2.0)

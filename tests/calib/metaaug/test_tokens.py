@@ -76,7 +76,7 @@ def assert_same(one: Compressed, other: Compressed) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_embeddings_are_transformed_and_their_blocks_learned_on_both(
     quick: Callable[[MetaAug], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ def test_without_a_change_it_is_genie_on_every_text_twice(
     assert_same(done, carried(twice, "genie", tmp_path / "b"))  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @sweep("tags", [False, True], sample=[True])
 def test_what_stands_at_padding_is_not_looked_at(quick: Callable[[MetaAug], None], tmp_path: Path, tags: bool) -> None:
     quick(QUICK)
