@@ -168,7 +168,7 @@ def test_latency_budget_is_kept_by_the_exported_file(forks: Forks, folder: Path)
     assert "foreign.json was measured with processor another" in run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_drop_is_kept_on_real_evaluations(forks: Forks, folder: Path, plan: Path) -> None:
     text = good(
         forks, folder, "quantize", "model.pt", *DATA, *QUICK, "--budget", "drop=100", "--eval", "test.npz", "-o", "drop"

@@ -57,7 +57,7 @@ def test_distilled_images_calibrate(forks: Forks, folder: Path) -> None:
     assert json.loads(told.stdout)["provenance"] == report["provenance"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_real_images_are_loud(forks: Forks, folder: Path) -> None:
     arguments = (
         "distill",
@@ -150,7 +150,7 @@ def test_refusals(forks: Forks, folder: Path, change: tuple[object, ...], messag
     assert not (folder / "refused").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_mtt_takes_asts_options_that_turn_parts_off(forks: Forks, folder: Path) -> None:
     off = ("--intermediate", "none", "--perturbation", 0, "--penalty", 0, "--no-balance", "--random")
     more = ("--method", "mtt", "--iterations", 1, "--looks", 0, "-o", "mtt")
@@ -158,7 +158,7 @@ def test_mtt_takes_asts_options_that_turn_parts_off(forks: Forks, folder: Path) 
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_trajectories_of_another_network(forks: Forks, folder: Path) -> None:
     arguments = ("distill", "train.npz", *ARGUMENTS, "--iterations", 1, "--looks", 0, "--expert-folder", "experts")
     assert forks.run(folder, *arguments, "-q", "-o", "first").returncode == 0

@@ -67,7 +67,7 @@ def test_truncation_without_training(forks: Forks, folder: Path) -> None:
     assert (folder / "cut" / "family.pt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ranks_by_a_rule_instead_of_a_search(forks: Forks, folder: Path) -> None:
     cut = ("lowrank", "truncate", "model.pt", "--calib", "calib.npz", "-q")
     run = forks.run(folder, *cut, "--energy", 0.9, "--unrolling", "channel", "-o", "ruled")
@@ -116,7 +116,7 @@ def test_refusals(case: str, forks: Forks, folder: Path) -> None:
     assert sorted(each.name for each in folder.iterdir()) == before
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_latency_budget_is_measured_once_and_drawn(forks: Forks, folder: Path) -> None:
     arguments = ("--calib", "train.npz", "--test", "train.npz", "--smallest", 0.3, "--search", "program")
     assert forks.run(folder, "lowrank", "truncate", "model.pt", *arguments, "-o", "timed", "-q").returncode == 0
