@@ -147,6 +147,7 @@ def extract(
     from rich.console import Console
 
     from compress.allocation.budgets import format_value
+    from compress.publication import claim
     from compress.training.choice import WEIGHT_BYTES, choose_member, family_budgets
     from compress.training.family import check_file, cut, read_family, save_module
     from compress.training.timing import MemberTimer
@@ -154,7 +155,7 @@ def extract(
     check_file(out, overwrite=overwrite)
     module, family = read_family(folder, allow or ())
     budgets = family_budgets(budget or (), family)
-    with ProgressBar(enabled=not quiet) as bar:
+    with claim(out), ProgressBar(enabled=not quiet) as bar:
         timer = MemberTimer(folder, module, family, progress=bar.update, **given)
         member = choose_member(family, budgets, timer)
         number = family.members.index(member)
@@ -195,12 +196,13 @@ def plot(
     """
     from rich.console import Console
 
+    from compress.training.family import check_picture, read_family
     from compress.training.family import plot as draw
-    from compress.training.family import read_family
     from compress.training.timing import MemberTimer
 
-    module, family = read_family(folder, allow or ())
     path = out or folder / "latency.png"
+    check_picture(path)
+    module, family = read_family(folder, allow or ())
     with ProgressBar(enabled=not quiet) as bar:
         timer = MemberTimer(folder, module, family, progress=bar.update, **given)
         times = timer.times(range(len(family.members)))

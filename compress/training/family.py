@@ -33,6 +33,7 @@ __all__ = [
     "FamilyInput",
     "FamilyMember",
     "check_file",
+    "check_picture",
     "cut",
     "plot",
     "read_family",
@@ -233,9 +234,13 @@ def plot(family: Family, path: Path, costs: Sequence[float], axis: str, *, dense
         costs: one a member.
         axis: what they are.
         dense: the dense model's own cost, where that is not 1.
+
+    Raises:
+        InputError: as :func:`check_picture`, or the disk is full or not writable.
     """
     from matplotlib.figure import Figure
 
+    check_picture(path)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     members = family.members
@@ -257,4 +262,20 @@ def plot(family: Family, path: Path, costs: Sequence[float], axis: str, *, dense
         axes.legend()
     axes.set(xlabel=axis, ylabel=family.metric_name if measured else family.loss_name)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
+
+
+def check_picture(path: Path) -> None:
+    """Whether ``path`` names a picture that can be drawn.
+
+    Raises:
+        InputError: its ending is none of a picture's, or it is a folder.
+    """
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"--out {path} is no picture's name; it may end in {', '.join(f'.{each}' for each in known)}")
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; name a file, as {path / 'latency.png'}")

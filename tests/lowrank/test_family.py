@@ -16,7 +16,7 @@ from compress.errors import InfeasibleBudget, InputError
 from compress.lowrank.norms import recalibrate
 from compress.training import timing
 from compress.training.choice import WEIGHT_BYTES, choose_member, family_budgets
-from compress.training.family import Family, FamilyMember, read_family
+from compress.training.family import Family, FamilyMember, plot, read_family
 from compress.training.lowrank import LowRankOptions, truncate
 from compress.training.timing import MemberTimer
 from tests.models import let_fall, normed_mlp
@@ -200,3 +200,34 @@ def test_a_damaged_record_is_refused(folder: Path) -> None:
     (folder / "family.json").write_text(family.model_copy(update={"members": family.members[1:]}).model_dump_json())
     with pytest.raises(InputError, match="are not of one run: their ranks differ"):
         read_family(folder)
+
+
+def test_a_picture_is_drawn_whole_or_not_at_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    family = read_family(made)[1]
+    costs = [float(each.macs) for each in family.members]
+    picture = tmp_path / "latency.SVG"
+    plot(family, picture, costs, "MACs")
+    whole = picture.read_bytes()
+    assert b"<svg" in whole
+
+    def draw_half(self: Figure, path: Path, **settings: Any) -> None:
+        path.write_bytes(whole[:100])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Figure, "savefig", draw_half)
+    with pytest.raises(InputError, match=r"cannot write .*latency\.SVG: No space left"):
+        plot(family, picture, costs, "MACs")
+    assert picture.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["latency.SVG"]
+
+
+def test_a_name_that_is_no_pictures_is_refused(made: Path, tmp_path: Path) -> None:
+    family = read_family(made)[1]
+    for name in ("latency", "latency.onnx", "latency.png.bak"):
+        with pytest.raises(InputError, match=r"is no picture's name; it may end in .*\.png.*\.svg"):
+            plot(family, tmp_path / name, [], "MACs")
+    (tmp_path / "drawn.png").mkdir()
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        plot(family, tmp_path / "drawn.png", [], "MACs")
