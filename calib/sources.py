@@ -1,6 +1,6 @@
 """Where samples come from: files, mappings, iterables and the user's own functions, to arrays by name.
 
-Nothing is unpickled: .npy and .npz without objects, .pt with torch's weights_only reader.
+Nothing is unpickled: .npy and .npz without objects, .pt by compress.torchfile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from compress.calib.text import TEXT_SUFFIXES
 from compress.errors import InputError
 from compress.factory import import_object, one_line, user_code
 from compress.lookalike import lookalike
+from compress.torchfile import read_safely
 
 __all__ = ["LABEL_KEYS", "SYNTHETIC", "Array", "Found", "check_lengths", "open_source"]
 
@@ -103,7 +104,7 @@ def _read(path: Path) -> object:
                 return {key: archive[key] for key in archive.files}
         if suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_safely(path)
     except Exception as error:
         if suffix in (".npy", ".npz") and ("pickle" in str(error) or "Python object" in str(error)):
             raise InputError(

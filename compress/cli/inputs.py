@@ -20,7 +20,11 @@ Factory = Annotated[
     ),
 ]
 Allow = Annotated[
-    list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+    list[str] | None,
+    typer.Option(
+        metavar="PKG.CLASS",
+        help="Let the model file use this class, or with unused:PATTERN hold weights that --model lacks; several times",
+    ),
 ]
 Classes = Annotated[
     int | None,

@@ -30,8 +30,8 @@ from compress.registry import resolve
 from compress.report.schema import StreamedLayer, StreamReport
 from compress.streaming.blocks import BlockModel, open_blocks
 from compress.streaming.packed import quantization_config
-from compress.streaming.shards import INDEX
 from compress.streaming.walk import BlockWalk
+from compress.weightfiles import INDEX
 
 __all__ = ["stream"]
 
