@@ -23,6 +23,7 @@ import torch
 
 from compress.errors import InputError
 from compress.factory import build_module, fit_state, one_line
+from compress.growth import check_archive, check_module
 from compress.huggingface import TextReader, is_pretrained, open_pretrained
 from compress.lookalike import lookalike
 from compress.pt2 import load_exported
@@ -33,6 +34,7 @@ __all__ = ["LoadedModel", "fingerprint", "load_model", "to_float_eval"]
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _UNUSED = "unused:"
+_NESTED = 4  # dictionaries that a checkpoint may have the model in
 _HASH_BYTES = 1 << 24
 
 
@@ -105,7 +107,8 @@ def load_model(
             if left_out:
                 notes.append(f"left out, as the model has no such weights: {', '.join(left_out)}")
             notes += _conversion_note(found.values())
-    while isinstance(module, torch.nn.DataParallel):
+    check_module(file, module)
+    while isinstance(module, torch.nn.DataParallel) and isinstance(getattr(module, "module", None), torch.nn.Module):
         module = module.module
     example = to_float_eval(module, file, notes, example)
     _check_weights(module, file)
@@ -163,6 +166,7 @@ def _kind(file: Path) -> str:
             # A cut archive of torch.export still ends in a whole one, that of its example inputs.
             if min((entry.header_offset for entry in archive.infolist()), default=0) > 0:
                 raise zipfile.BadZipFile("its list of members is cut off")
+            check_archive(file, archive)
             if (wrong := archive.testzip()) is not None:  # torch itself does not look
                 raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, zlib.error) as error:
@@ -192,6 +196,9 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _model_part(content: object, file: Path) -> torch.nn.Module | dict[str, torch.Tensor]:
     """The module or the flat state dict inside what a file holds."""
+    for _ in range(_NESTED):  # a dictionary may hold itself
+        inner = [content.get(key) for key in STATE_KEYS] if isinstance(content, Mapping) else []
+        content = next((each for each in inner if isinstance(each, Mapping | torch.nn.Module)), content)
     if isinstance(content, torch.nn.Module):
         return content
     if not isinstance(content, Mapping):
@@ -200,9 +207,6 @@ def _model_part(content: object, file: Path) -> torch.nn.Module | dict[str, torc
             f"{file} holds {what or f'an object of type {type(content).__name__}'}, not a model or its weights; save "
             "the model with torch.save(model, path) or its state_dict()."
         )
-    for key in STATE_KEYS:
-        if isinstance(content.get(key), Mapping | torch.nn.Module):
-            return _model_part(content[key], file)
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors or not all(isinstance(name, str) for name in content):
         keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"

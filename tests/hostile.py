@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zipfile
 from pathlib import Path
 
-__all__ = ["call", "container", "name", "number", "pickled", "text", "with_weights"]
+__all__ = ["call", "container", "name", "number", "pickled", "text", "with_weights", "write_exported"]
 
 
 def name(dotted: str) -> bytes:
@@ -46,4 +47,16 @@ def container(file: Path, body: bytes, storages: dict[str, bytes] | None = None)
         for key, content in (storages or {}).items():
             archive.writestr(f"m/data/{key}", content)
         archive.writestr("m/version", "3\n")
+    return file
+
+
+def write_exported(file: Path, expression: str) -> Path:
+    """A ``.pt2`` that is read as far as its size expressions."""
+    graph = {"graph_module": {"graph": {"tensor_values": {"x": {"sizes": [{"as_expr": {"expr_str": expression}}]}}}}}
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+        archive.writestr("m/archive_version", "0")
+        archive.writestr("m/byteorder", "little")
+        archive.writestr("m/version", "3\n")
+        archive.writestr("m/models/model.json", json.dumps(graph))
     return file
