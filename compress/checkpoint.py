@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from compress.errors import InputError
+from compress.errors import FactoryError, InputError
 from compress.factory import build_module, fit_state, one_line
 from compress.growth import check_archive, check_module
 from compress.huggingface import TextReader, is_pretrained, open_pretrained
@@ -97,9 +97,9 @@ def load_model(
                 notes.append(f"{file.name} holds a whole module, so --model {model} was not used.")
         elif model is None:
             names = ", ".join(list(found)[:3])
-            raise InputError(
+            raise FactoryError(
                 f"{file} holds {len(found)} weights ({names}, ...) but not the model they belong to; give the function "
-                f"that builds it: compress quantize {file} --model package.module:factory."
+                "that builds it, --model package.module:factory"
             )
         else:
             module = build_module(model)
@@ -171,11 +171,6 @@ def _kind(file: Path) -> str:
                 raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise InputError(f"{file} is truncated or damaged ({one_line(error)}); save or download it again.") from error
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise InputError(
-            f"{file} is a TorchScript archive, which is not supported; save the module with torch.save or export it "
-            "with torch.export.save to a .pt2 file."
-        )
     if "archive_format" in names or "serialized_exported_program.json" in names:
         if suffix != ".pt2":
             raise InputError(f"{file} was written by torch.export.save; rename it to {file.stem}.pt2.")

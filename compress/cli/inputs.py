@@ -49,8 +49,8 @@ For = Annotated[
     typer.Option(
         "--for",
         metavar="SET",
-        help="Instruction set the file is for: avx2 (x86-64 without VNNI), vnni, arm, or any: no layer runs slower "
-        "than as floats on any measured x86-64",
+        help="Instruction set the file is for: avx2 (x86-64 without VNNI), vnni, arm, or any: layers that were "
+        "measured slower than as floats on some x86-64 stay float",
     ),
 ]
 Length = Annotated[

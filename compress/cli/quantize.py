@@ -44,8 +44,8 @@ def quantize(
     Example: [bold]compress quantize model.pt --bits 4 --calib calib.npz --eval test.npz[/]
 
     With budgets the widths are chosen layer by layer: [bold]compress quantize model.pt --budget size=0.15x --calib
-    calib.npz[/]. Without --calib only the weights are quantized; no data is needed, and the file is never slower than
-    the float one.
+    calib.npz[/]. Without --calib only the weights are quantized, which takes no data; layers then compute in floats, as
+    in the float file.
     """
     from compress import api
     from compress.cli.progress import ProgressBar
