@@ -61,6 +61,8 @@ def check_settings(file: Path, settings: Mapping[str, Any], held: Extent) -> Non
             pending += value.items()
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
+        if value < 0 and (_LAYERS.fullmatch(name) or _COUNTS.fullmatch(name)):
+            raise InputError(f"{file}: {name} is {value}, and a count; get the folder again")
         if _LAYERS.fullmatch(name) and value > held.tensors:
             raise InputError(
                 f"{file}: {name} is {value}, and the weights beside it are {held.tensors} tensors{_REMEDY}"

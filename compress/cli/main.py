@@ -155,7 +155,9 @@ def _stop(number: int) -> NoReturn:
 def _complain(sentence: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(sentence)}")
+    Console(stderr=True, emoji=False, soft_wrap=True, highlight=False).print(
+        f"[bold red]error:[/] {_escaped(sentence)}"
+    )
 
 
 def _escaped(text: str) -> str:

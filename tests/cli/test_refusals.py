@@ -22,7 +22,7 @@ CASES = {
     "truncated file": (("cut.pt",), "cut.pt is truncated or damaged"),
     "foreign class": (("foreign.pt",), "--allow nets.Own"),
     "weights without a model": (
-        ("weights.th", "--bits", "8"), "compress quantize weights.th --bits 8 --model package.module:factory"
+        ("weights.th", "--bits", "8"), "weights.th --bits 8 --model package.module:factory"
     ),
     "an option before a file": (("nothere.pt", "--bits", "9"), "--bits 9: allowed are 2 to 8"),
     "an option before a folder": (("model.pt", "--out", "taken", "--observer", "magic"), "unknown observer 'magic'"),
@@ -109,7 +109,10 @@ def test_weights_alone_get_the_commands_own_answer(
 ) -> None:
     run = forks.run(crowded, verb, "weights.th", *more)
     whole = " ".join(("compress", verb, "weights.th", *more))
-    assert_refused(run, f"give the function that builds it, --model package.module:factory: {whole} --model ")
+    assert_refused(
+        run,
+        f"give the function that builds it, --model package.module:factory: {whole} --model package.module:factory\n",
+    )  # no emoji
 
 
 @pytest.mark.slow
