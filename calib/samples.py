@@ -1,7 +1,7 @@
 """Calibration and evaluation samples from arrays, files, folders of pictures, and the user's own functions.
 
 Every assumption made on the way (scaling, layout, normalisation, which array was taken) is a sentence in the notes.
-Nothing is unpickled: .npy and .npz without objects, .pt with torch's weights_only reader.
+Nothing is unpickled: .npy and .npz without objects, .pt by compress.torchfile.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where samples come from: files, mappings, iterables and the user's own functions, to arrays by name.
 
-Nothing is unpickled: .npy and .npz without objects, .pt with torch's weights_only reader.
+Nothing is unpickled: .npy and .npz without objects, .pt by compress.torchfile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from compress.calib.distilled import Normalisation, own_normalisation
 from compress.calib.text import TEXT_SUFFIXES
 from compress.errors import InputError
 from compress.factory import import_object, one_line, user_code
+from compress.growth import check_archive
 from compress.lookalike import lookalike
+from compress.torchfile import read_safely
 
 __all__ = ["LABEL_KEYS", "SYNTHETIC", "Array", "Found", "check_lengths", "open_source"]
 
@@ -30,6 +32,7 @@ SYNTHETIC = "synthetic"
 _INPUT_KEYS = ("images", "x", "inputs", "input", "data")
 LABEL_KEYS = ("labels", "y", "targets", "label", "target")
 _SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
+_SPARE = 1 << 30  # images of one colour are samples, too
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Array = np.ndarray | torch.Tensor
@@ -99,12 +102,16 @@ def _read(path: Path) -> object:
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         if suffix == ".npz":
+            with zipfile.ZipFile(path) as members:
+                check_archive(path, members, _SPARE)
             with np.load(path, allow_pickle=False) as archive:
                 return {key: archive[key] for key in archive.files}
         if suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_safely(path)
     except Exception as error:
+        if suffix == ".npz" and isinstance(error, InputError):
+            raise
         if suffix in (".npy", ".npz") and ("pickle" in str(error) or "Python object" in str(error)):
             raise InputError(
                 f"{path} holds pickled Python objects, which are not read because they can run code; save a plain "

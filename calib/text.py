@@ -13,7 +13,7 @@ import torch
 
 from compress.errors import InputError
 
-__all__ = ["TEXT_SUFFIXES", "Texts", "read_texts"]
+__all__ = ["TEXT_SUFFIXES", "Texts", "check_length", "read_texts"]
 
 TEXT_SUFFIXES = (".txt", ".tsv", ".csv")
 _TEXT_COLUMNS = ("sentence", "text", "sentence1", "question", "review")
@@ -49,6 +49,19 @@ class Texts:
         second = None if self.second is None else [self.second[i] for i in index.tolist()]
         labels = None if self.labels is None else self.labels[index]
         return Texts([self.first[i] for i in index.tolist()], second, labels)
+
+
+def check_length(length: int | None, *sources: object) -> None:
+    """Refuse ``length`` where none of ``sources`` is a file of text: arrays have the length that they have.
+
+    Raises:
+        InputError: with what to do.
+    """
+    texts = [each for each in sources if isinstance(each, str | Path) and Path(each).suffix.lower() in TEXT_SUFFIXES]
+    if length is not None and not texts:
+        raise InputError(
+            f"--length {length}: it cuts texts, and none are given ({', '.join(TEXT_SUFFIXES)}); leave it out"
+        )
 
 
 def read_texts(path: Path) -> Texts:

@@ -20,6 +20,7 @@ from compress.allocation.review import review_plan
 from compress.artifact import ONNX_FILE, load_artifact, load_plan, save_plan
 from compress.auto import settle_method
 from compress.cache import remembered
+from compress.calib.text import check_length
 from compress.compression import plan_fingerprint
 from compress.deltas import add_deltas, doubts, open_deltas
 from compress.errors import GateError, InputError
@@ -28,8 +29,8 @@ from compress.gate import verify as verify_file
 from compress.gate_inputs import GATE_SAMPLES, gate_inputs
 from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.onnxfile import export_shared, export_whole, prove_file
-from compress.options import Options, Settings, check_unused, gather
-from compress.planning import make_plan
+from compress.options import Options, Settings, Source, check_unused, gather
+from compress.planning import check_options, make_plan
 from compress.progress import Progress, silent
 from compress.publication import check_folder, check_free, claims
 from compress.realize import Result, realize_work
@@ -40,7 +41,7 @@ from compress.runtime.device import check_device
 from compress.runtime.load import load_on
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
-from compress.search.prepare import prepare
+from compress.search.prepare import check_search, prepare
 from compress.streaming.run import stream
 from compress.targets import find_target
 from compress.training.elastic import load_elastic
@@ -98,7 +99,7 @@ def quantize(
         InputError: the model, the data or an option cannot be used.
         GateError: the exported file does not compute or run what was calibrated.
     """
-    options, source = gather(settings)
+    options, source = _settings(settings, calib, eval_data)
     folder = Path(out) if out is not None else None
     if folder is not None:
         check_folder(folder, overwrite)
@@ -135,7 +136,7 @@ def allocate(
         InputError: the model, the data or an option cannot be used.
         InfeasibleBudget: no plan fits; the message has the smallest reachable value of each budget.
     """
-    options, source = gather(settings)
+    options, source = _settings(settings, calib, eval_data)
     path = Path(out) if out is not None else None
     if path is not None:
         check_free(path, overwrite)
@@ -168,6 +169,7 @@ def apply(
         GateError: the exported file does not compute or run what was calibrated.
     """
     options, source = gather(settings)
+    check_length(source.length, calib, eval_data)
     found = plan if isinstance(plan, Plan) else load_plan(Path(plan))
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -208,7 +210,7 @@ def sweep(
         InputError: the model, the data or an option cannot be used.
         InfeasibleBudget: other budgets that were given cannot be kept.
     """
-    options, source = gather(settings)
+    options, source = _settings(settings, calib, eval_data, searched=True)
     check_points(points)
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -250,7 +252,7 @@ def preview(
 
     A ``drop`` among the budgets is searched for, with ``eval_data``, by carrying plans out.
     """
-    options, source = gather(settings)
+    options, source = _settings(settings, calib, eval_data)
     work = open_work(model, calib, eval_data, options, source, progress or silent)
     plan, reasons = _make_plan(work, options, progress or silent)
     count = len(work.samples) if work.samples else 0
@@ -353,6 +355,21 @@ def verify(path: str | Path, *, data: object | None = None, **settings: Unpack[S
     return verify_file(traced, path / ONNX_FILE, judged.inputs, judged.source, provider, notes=judged.notes)
 
 
+def _settings(
+    settings: Settings, calib: object | None, eval_data: object | None, *, searched: bool = False
+) -> tuple[Options, Source]:
+    """A verb's keywords, checked before a file is read or a folder looked at."""
+    options, source = gather(settings)
+    searched = searched or bool(options.budgets)
+    check_options(options, with_data=calib is not None, searched=searched)
+    check_length(source.length, calib, eval_data)
+    if searched:
+        check_search(options, with_data=calib is not None)
+    else:
+        check_unused(options)
+    return options, source
+
+
 def _make_plan(
     work: Work, options: Options, progress: Progress, pending: Path | None = None
 ) -> tuple[Plan, tuple[str, ...]]:
@@ -360,7 +377,6 @@ def _make_plan(
     options, why = settle_method(work.intake, options, work.samples)
     reasons = (why,) if why else ()
     if not options.budgets:
-        check_unused(options)
         return make_plan(work.intake, options, work.samples, progress), reasons
 
     labels = work.labelled.labels if work.labelled is not None else None

@@ -22,7 +22,7 @@ from compress.options import Options
 from compress.problem import STEP_SAMPLES, Method
 from compress.registry import resolve
 
-__all__ = ["AUTO", "settle_method"]
+__all__ = ["AUTO", "check_method", "settle_method"]
 
 AUTO = "auto"
 
@@ -31,11 +31,11 @@ _ENOUGH_BITS, _ENOUGH_ACT_BITS = 4, 8
 _MOST_STEPS, _FEWEST_STEPS, _ROUND = 5000, 300, 50
 
 
-def settle_method(intake: Intake, options: Options, samples: Samples | None) -> tuple[Options, str | None]:
-    """``options`` with a method in place of ``auto``, and a sentence that says why; as they are without ``auto``.
+def check_method(options: Options) -> None:
+    """Refuse methods that are unknown, and a limit on time that goes with none.
 
     Raises:
-        InputError: an unknown method; a time limit without ``auto``, or one that is not positive.
+        InputError: naming the option.
     """
     asked = [] if options.method in (None, AUTO) else str(options.method).split(",")
     for each in asked:
@@ -43,12 +43,21 @@ def settle_method(intake: Intake, options: Options, samples: Samples | None) -> 
             raise InputError(f"--method {options.method}: auto chooses alone; leave out the others")
         if each not in METHODS:
             raise InputError(f"unknown method {each!r}; known: {', '.join((*METHODS, AUTO))}")
-    if options.method != AUTO:
-        if options.minutes is not None:
-            raise InputError(f"--minutes limits --method auto; {options.method or 'the default'} takes --iterations")
-        return options, None
+    if options.method != AUTO and options.minutes is not None:
+        raise InputError(f"--minutes limits --method auto; {options.method or 'the default'} takes --iterations")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise InputError(f"--minutes {options.minutes:g}: allowed is more than 0, and not without end")
+
+
+def settle_method(intake: Intake, options: Options, samples: Samples | None) -> tuple[Options, str | None]:
+    """``options`` with a method in place of ``auto``, and a sentence that says why; as they are without ``auto``.
+
+    Raises:
+        InputError: an unknown method; a time limit without ``auto``, or one that is not positive.
+    """
+    check_method(options)
+    if options.method != AUTO:
+        return options, None
     name, why = _wanted(options, samples)
     if name is None:
         return replace(options, method=None, minutes=None), f"method auto: the default, {why}"

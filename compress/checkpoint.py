@@ -1,7 +1,7 @@
 """Model files: .pt, .pth, .th, .bin (torch.save), .safetensors, .pt2 (torch.export), Hugging Face folders; to a module.
 
-Loading runs no code from the file. torch.save files go through torch's weights_only unpickler, which knows torch.nn's
-own layers and the names the user allowed; archives of torch.export are checked first (compress.pt2).
+Loading runs no code from the file: those of torch.save are read by compress.torchfile, archives of torch.export are
+checked first (compress.pt2).
 """
 
 from __future__ import annotations
@@ -9,42 +9,33 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import pickletools
 import re
-import sys
-import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 import torch
 
-from compress.errors import InputError
-from compress.factory import build_module, fit_state, import_dotted, one_line
+from compress.errors import FactoryError, InputError
+from compress.factory import build_module, fit_state, one_line
+from compress.growth import check_archive, check_module
 from compress.huggingface import TextReader, is_pretrained, open_pretrained
 from compress.lookalike import lookalike
 from compress.pt2 import load_exported
+from compress.torchfile import STATE_KEYS, read_safely
 
-__all__ = ["LoadedModel", "fingerprint", "load_model", "read_safely", "to_float_eval"]
+__all__ = ["LoadedModel", "fingerprint", "load_model", "to_float_eval"]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt", ".tar")
-_NESTED_KEYS = ("state_dict", "model_state", "model", "model_state_dict")
-# Functions and classes outside torch.nn.modules that torch.nn's own layers keep as attributes.
-_LAYER_PARTS = ("torch.nn.functional.relu", "torch._C._nn.gelu", "torch.nn.parallel.data_parallel.DataParallel")
-# Of the standard library only these describe data; the rest (os, subprocess, builtins.eval ...) can run commands,
-# so that neither a message suggests to allow them nor --allow does.
-_DATA_MODULES = ("argparse", "collections", "datetime", "enum", "functools", "pathlib", "types", "typing", "uuid")
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_UNUSED = "unused:"
+_NESTED = 4  # dictionaries that a checkpoint may have the model in
 _HASH_BYTES = 1 << 24
-
-# What torch.serialization.safe_globals takes: an object, and the name it has in the file.
-_Entry = tuple[Callable[..., Any], str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,8 @@ def load_model(
 
     `classes` puts a new head on a Hugging Face folder's model, its weights from `seed`.
     `allow` names classes ("package.Class") beyond torch.nn's that a torch.save file may use, or operators
-    ("torch.ops.namespace.name") beyond aten's that a .pt2 file may call.
+    ("torch.ops.namespace.name") beyond aten's that a .pt2 file may call; ``unused:PATTERN`` lets it hold weights that
+    the factory's module lacks.
 
     Raises:
         InputError: the file is missing, damaged, of another kind, needs names that are not allowed, does not fit the
@@ -90,6 +82,8 @@ def load_model(
         raise InputError(mistaken)
     if classes is not None:
         raise InputError(f"{file} is no Hugging Face folder, which alone gets a new head; give a model that has one")
+    unused = [each.removeprefix(_UNUSED) for each in allow if each.startswith(_UNUSED)]
+    allow = [each for each in allow if not each.startswith(_UNUSED)]
     kind = _kind(file)
     notes: list[str] = []
     example: tuple[torch.Tensor, ...] | None = None
@@ -103,15 +97,18 @@ def load_model(
                 notes.append(f"{file.name} holds a whole module, so --model {model} was not used.")
         elif model is None:
             names = ", ".join(list(found)[:3])
-            raise InputError(
+            raise FactoryError(
                 f"{file} holds {len(found)} weights ({names}, ...) but not the model they belong to; give the function "
-                f"that builds it: compress quantize {file} --model package.module:factory."
+                "that builds it, --model package.module:factory"
             )
         else:
             module = build_module(model)
-            fit_state(module, found, source=str(file), spec=model)
+            left_out = fit_state(module, found, source=str(file), spec=model, unused=unused)
+            if left_out:
+                notes.append(f"left out, as the model has no such weights: {', '.join(left_out)}")
             notes += _conversion_note(found.values())
-    while isinstance(module, torch.nn.DataParallel):
+    check_module(file, module)
+    while isinstance(module, torch.nn.DataParallel) and isinstance(getattr(module, "module", None), torch.nn.Module):
         module = module.module
     example = to_float_eval(module, file, notes, example)
     _check_weights(module, file)
@@ -169,15 +166,11 @@ def _kind(file: Path) -> str:
             # A cut archive of torch.export still ends in a whole one, that of its example inputs.
             if min((entry.header_offset for entry in archive.infolist()), default=0) > 0:
                 raise zipfile.BadZipFile("its list of members is cut off")
+            check_archive(file, archive)
             if (wrong := archive.testzip()) is not None:  # torch itself does not look
                 raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise InputError(f"{file} is truncated or damaged ({one_line(error)}); save or download it again.") from error
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise InputError(
-            f"{file} is a TorchScript archive, which is not supported; save the module with torch.save or export it "
-            "with torch.export.save to a .pt2 file."
-        )
     if "archive_format" in names or "serialized_exported_program.json" in names:
         if suffix != ".pt2":
             raise InputError(f"{file} was written by torch.export.save; rename it to {file.stem}.pt2.")
@@ -189,119 +182,6 @@ def _kind(file: Path) -> str:
     return "torch"
 
 
-def read_safely(file: Path, allow: Sequence[str] = (), stand_ins: Sequence[_Entry] = ()) -> object:
-    """What torch.save wrote, without running code from the file; ``stand_ins`` are called instead of what it names.
-
-    Raises:
-        InputError: the file is damaged, or needs names that are neither torch.nn's layers nor allowed.
-    """
-    entries = [*stand_ins, *(entry for entry in map(_layer, _LAYER_PARTS) if entry is not None)]
-    needed = _globals(file, entries)
-    for name in needed:
-        if (entry := _layer(name)) is not None:
-            entries.append(entry)
-        elif (spec := _allowed_as(name, allow)) is not None and not _runs_commands(name):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # numpy.core, numpy's name before 2.0
-                found = import_dotted(spec, "--allow")
-            if not callable(found):
-                raise InputError(f"--allow {spec} is a {type(found).__name__}, not a class or function.")
-            entries.append((found, name))
-    known = {name for _, name in entries}
-    foreign = [name for name in needed if name not in known]
-    if foreign and _is_zip(file):
-        raise InputError(_refusal(file, foreign))
-    try:
-        with torch.serialization.safe_globals([*entries]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Files from before torch 1.6 name torch's own types too, so only a failure tells that a name is foreign.
-        foreign = [name for name in foreign if name in str(error)]
-        if foreign:
-            raise InputError(_refusal(file, foreign)) from error
-        if not _is_zip(file) and "persistent_load" in str(error):
-            raise InputError(
-                f"{file} holds a whole module in the format before torch 1.6, which cannot be read without running "
-                "code; save its state_dict() where you trust it and give --model package.module:factory."
-            ) from error
-        # torch's first sentences advise to load unsafely; its reason comes after them.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
-        raise InputError(
-            f"{file} could not be read ({one_line(ValueError(reason)).removeprefix('ValueError: ')}); it is truncated, "
-            "damaged or of another kind: save the model again with torch.save, or save its state_dict()."
-        ) from error
-
-
-def _globals(file: Path, entries: list[_Entry]) -> list[str]:
-    """The names the file's pickle asks for, sorted; for zip files only those that torch does not know already."""
-    try:
-        if _is_zip(file):
-            with torch.serialization.safe_globals([*entries]):
-                return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-        with file.open("rb") as stream:
-            return sorted(_legacy_globals(stream))
-    except Exception as error:
-        raise InputError(
-            f"{file} is truncated, damaged or saved with a pickle protocol other than torch's default "
-            f"({one_line(error)}); save it again with torch.save(model, path)."
-        ) from error
-
-
-def _legacy_globals(stream: IO[bytes]) -> set[str]:
-    names = set()
-    for _ in range(4):  # magic number, protocol, system, and the object itself; raw tensors follow
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "GLOBAL" and isinstance(argument, str):
-                names.add(argument.replace(" ", "."))
-    return names
-
-
-def _is_zip(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(2) == b"PK"
-
-
-def _layer(name: str) -> _Entry | None:
-    """The class of torch.nn.modules (or one of _LAYER_PARTS) of that exact name, with its name in the file."""
-    module_name, _, attribute = name.rpartition(".")
-    found = getattr(sys.modules.get(module_name), attribute, None)  # nothing is imported because a file says so
-    if name in _LAYER_PARTS and callable(found):
-        return (found, name)
-    if not module_name.startswith("torch.nn.modules.") or not isinstance(found, type):
-        return None
-    return (found, name) if issubclass(found, torch.nn.Module) and found.__module__ == module_name else None
-
-
-def _allowed_as(name: str, allow: Sequence[str]) -> str | None:
-    """The entry of `allow` that stands for a name: itself, or for a script's own __main__.Net any module's Net."""
-    if name in allow:
-        return name
-    if name.startswith("__main__."):
-        return next((spec for spec in allow if spec.rpartition(".")[2] == name.removeprefix("__main__.")), None)
-    return None
-
-
-def _runs_commands(name: str) -> bool:
-    top = name.partition(".")[0]
-    return top in ("nt", "posix") or (top in sys.stdlib_module_names and top not in _DATA_MODULES)
-
-
-def _refusal(file: Path, foreign: Sequence[str]) -> str:
-    commands = [name for name in foreign if _runs_commands(name)]
-    if commands:
-        return (
-            f"{file} was not loaded: it asks for {', '.join(commands)}, which is no part of a model and can run "
-            "commands when loaded; get the weights as .safetensors from someone you trust."
-        )
-    flags = " ".join(f"--allow {name.replace('__main__.', 'your_module.')}" for name in foreign)
-    main = any(name.startswith("__main__.") for name in foreign)
-    hint = " (__main__ was the script that saved it: name the module that defines the class)" if main else ""
-    return (
-        f"{file} was not loaded: it needs {', '.join(foreign)}, beyond torch.nn's own layers{hint}. If you trust "
-        f"them, add {flags}; or save the state_dict() and give --model package.module:factory."
-    )
-
-
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(file)
@@ -311,6 +191,9 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _model_part(content: object, file: Path) -> torch.nn.Module | dict[str, torch.Tensor]:
     """The module or the flat state dict inside what a file holds."""
+    for _ in range(_NESTED):  # a dictionary may hold itself
+        inner = [content.get(key) for key in STATE_KEYS] if isinstance(content, Mapping) else []
+        content = next((each for each in inner if isinstance(each, Mapping | torch.nn.Module)), content)
     if isinstance(content, torch.nn.Module):
         return content
     if not isinstance(content, Mapping):
@@ -319,9 +202,6 @@ def _model_part(content: object, file: Path) -> torch.nn.Module | dict[str, torc
             f"{file} holds {what or f'an object of type {type(content).__name__}'}, not a model or its weights; save "
             "the model with torch.save(model, path) or its state_dict()."
         )
-    for key in _NESTED_KEYS:
-        if isinstance(content.get(key), Mapping | torch.nn.Module):
-            return _model_part(content[key], file)
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors or not all(isinstance(name, str) for name in content):
         keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"

@@ -6,7 +6,7 @@ command line prints it as it stands.
 
 from __future__ import annotations
 
-__all__ = ["CompressError", "GateError", "InfeasibleBudget", "InputError", "SolverError"]
+__all__ = ["CompressError", "FactoryError", "GateError", "InfeasibleBudget", "InputError", "SolverError"]
 
 
 class CompressError(Exception):
@@ -19,6 +19,10 @@ class InputError(CompressError):
     """The user's model, data or options cannot be used as given."""
 
     exit_code = 2
+
+
+class FactoryError(InputError):
+    """The file holds weights alone: the command needs ``--model``, and the command line says it in full."""
 
 
 class InfeasibleBudget(CompressError):

@@ -6,11 +6,12 @@ Only names the user typed on the command line are imported here, never names tha
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -132,8 +133,16 @@ def build_module(spec: str, option: str = "--model") -> torch.nn.Module:
     return module
 
 
-def fit_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str, spec: str) -> None:
+def fit_state(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, source: str, spec: str, unused: Sequence[str] = ()
+) -> list[str]:
     """Copy a state dict into a module; wrapper prefixes are taken off unless the module has them too.
+
+    Args:
+        unused: shell patterns of weights that the module may lack.
+
+    Returns:
+        The names of those that it lacks.
 
     Raises:
         InputError: with the first few missing, unexpected or differently shaped names.
@@ -151,7 +160,10 @@ def fit_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, sou
             filled.pop(name, None)
         else:
             missing.append(name)
-    unexpected = [name for name in state if name not in own]
+    too_many = [name for name in state if name not in own]
+    left_out = [name for name in too_many if any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+    filled = {name: tensor for name, tensor in filled.items() if name not in left_out}
+    unexpected = [name for name in too_many if name not in left_out]
     mismatched = [
         f"{name} is {list(tensor.shape)} in the file and {list(own[name].shape)} in the model"
         for name, tensor in state.items()
@@ -165,14 +177,23 @@ def fit_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, sou
     if mismatched:
         problems.append(_few(mismatched))
     if problems:
+        spare = not missing and not mismatched
         raise InputError(
             f"{source} does not fit --model {spec}: {'; '.join(problems)}. "
-            "Give the factory of the model that was trained."
+            "Give the factory of the model that was trained"
+            + (f", or leave them out: {' '.join(_flags(unexpected))}." if spare else ".")
         )
     try:
         module.load_state_dict(filled, strict=False)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{source} does not fit --model {spec}: {one_line(error)}.") from error
+    return left_out
+
+
+def _flags(names: Sequence[str]) -> list[str]:
+    """Options that leave ``names`` out, one for each of their first parts."""
+    firsts = dict.fromkeys(name.partition(".")[0] + (".*" if "." in name else "") for name in names)
+    return [f"--allow 'unused:{each}'" for each in firsts][:_SHOWN]
 
 
 def _without_wrappers(state: Mapping[str, torch.Tensor], own: Mapping[str, object]) -> dict[str, torch.Tensor]:

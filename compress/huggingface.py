@@ -10,7 +10,6 @@ import contextlib
 import inspect
 import io
 import itertools
-import json
 import logging
 import os
 import warnings
@@ -23,7 +22,9 @@ import torch
 
 from compress.errors import InputError
 from compress.factory import one_line
+from compress.growth import bounded, check_settings
 from compress.lookalike import lookalike
+from compress.weightfiles import extent, read_json
 
 __all__ = [
     "PretrainedFolder",
@@ -37,7 +38,7 @@ __all__ = [
     "without_head",
 ]
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_CONFIG = "config.json"
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -227,12 +228,14 @@ def _from_pretrained(
 ) -> tuple[Any, list[str], list[str]]:
     """The module, its parameters that the folder does not hold, and what that holds besides."""
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with _quiet(), torch.random.fork_rng(devices=[]), bounded(folder / _CONFIG, extent(folder)):
             torch.manual_seed(seed)
             module, loading = architecture.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
                 **given,
             )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{folder} cannot be read as {name}: {one_line(error)}") from error
     missing = sorted([*loading["missing_keys"], *(str(each) for each in loading["mismatched_keys"])])
@@ -284,13 +287,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any, Any]:
     """
     if (mistaken := lookalike(folder)) or not is_pretrained(folder):
         raise InputError(mistaken or f"{folder} holds no {_CONFIG}; give a Hugging Face model folder")
-    settings = _json(folder / _CONFIG)
+    settings = read_json(folder / _CONFIG)
     if "auto_map" in settings:
         raise InputError(
             f"{folder} builds its model with code of its own (auto_map in config.json), which is not run; save the "
             "weights as .safetensors and give --model package.module:factory"
         )
-    _check_weights(folder)
+    check_settings(folder / _CONFIG, settings, extent(folder))
     _, architecture = _architecture(folder, settings)
     try:
         with _quiet():
@@ -343,34 +346,6 @@ def _longest(module: Any) -> int:
         if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding) and padding is not None:
             return min(most, part.num_embeddings) - padding - 1
     return int(most)
-
-
-def _check_weights(folder: Path) -> None:
-    """All shards must be there before any is read; weights in pickles are not read."""
-    if (folder / _INDEX).is_file():
-        shards = _json(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise InputError(f"{folder / _INDEX} has no weight_map; download the folder again")
-        missing = sorted({shard for shard in shards.values() if not (folder / str(shard)).is_file()})
-        if missing:
-            raise InputError(
-                f"{folder} lacks {', '.join(missing[:4])}, of the {len(set(shards.values()))} files that {_INDEX} "
-                "names; download the folder again"
-            )
-    elif not (folder / _WEIGHTS).is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; its {pickled[0]} is a pickle: save it again with safe_serialization=True" if pickled else ""
-        raise InputError(f"{folder} has a {_CONFIG} but no {_WEIGHTS}{hint}")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not JSON ({one_line(error)}); download the folder again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a JSON object; download the folder again")
-    return content
 
 
 def _transformers() -> Any:

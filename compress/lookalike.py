@@ -1,8 +1,9 @@
-"""Files and folders of ours that are taken for something else: what each is, and what to do with it instead."""
+"""Files and folders that are taken for a model or samples: what each is, and what to do with it instead."""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import safetensors
@@ -23,10 +24,22 @@ _DELTAS = {
     "delta": "a delta; `compress sparse inspect {0}` describes it, and --delta {0} adds it to the model it belongs to",
     "undo": "what takes a delta out again; `compress sparse revert` uses it",
 }
+_FORMATS = {
+    ".onnx": "an ONNX file, which models are exported to; `compress bench {0}` times it, `compress verify {0}` judges "
+    "its codes; to compress it, give the PyTorch model that it was exported from",
+    ".ort": "a file of ONNX Runtime's own; give the PyTorch model that it was made from",
+    ".gguf": "a file of llama.cpp; give the Hugging Face folder that it was made from",
+    ".tflite": "a TensorFlow Lite file; give a PyTorch model",
+    ".keras": "a Keras file; give a PyTorch model",
+}
+_SCRIPT = (
+    "a TorchScript archive, which is not supported; save the module with torch.save or export it with "
+    "torch.export.save to a .pt2 file"
+)
 
 
 def lookalike(path: Path) -> str | None:
-    """What ``path``, which is neither a model nor samples, is, in a sentence; None where it is nothing of ours."""
+    """What ``path``, which is neither a model nor samples, is, in a sentence; None where it may be one."""
     found: str | None = None
     if (path / "config.json").is_file():  # a Hugging Face folder, whatever else lies in it
         found = _STREAMED if (path / "plan.json").is_file() and _is_packed(path / "config.json") else None
@@ -36,6 +49,8 @@ def lookalike(path: Path) -> str | None:
         found = _DELTAS.get(_kind_of_delta(path))
         if path.name in _PARTS and (path.parent / "graph.json").is_file():
             found = _FINISHED
+    elif path.is_file():
+        found = _FORMATS.get(path.suffix.lower()) or (_SCRIPT if _is_script(path) else None)
     return f"{path} is {found.format(path)}." if found else None
 
 
@@ -45,6 +60,16 @@ def _is_packed(config: Path) -> bool:
         return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _is_script(path: Path) -> bool:
+    """Whether torch.jit.save has written it, by the names of its members."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = [name.partition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False  # whatever it is, whoever reads it says so
+    return "constants.pkl" in inside or any(name.startswith("code/") for name in inside)
 
 
 def _kind_of_delta(path: Path) -> str:

@@ -103,7 +103,7 @@ class Options:
             the budgets allow.
         target: a name from compress/targets.py. None: the one of ``machine``, ``onnx-cpu`` for any.
         machine: the instruction set that the file is for (``--for``, compress/instruction_sets.py): avx2, vnni, arm, or
-            any: no layer slower than float on any that was measured.
+            any: layers that were slower than float on one that was measured stay float.
         observer: how activation ranges are chosen (compress/calib/observers.py). None: ``mse``, or ``minmax`` for a
             transformer's 8-bit inputs, whose outliers carry what the model knows.
         iterations: optimisation steps a layer, or a block. None: what the method takes by default.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.allocation.eligibility import ends as ends_of
 from compress.allocation.uniform import uniform_choices
+from compress.auto import AUTO, check_method
 from compress.calib.metaaug.site import check_transformable
 from compress.calib.observers import OBSERVERS
 from compress.calib.samples import Samples
@@ -22,7 +23,9 @@ from compress.records import Choice, Plan, Steps
 from compress.registry import resolve
 from compress.targets import choose_target, find_target
 
-__all__ = ["begin_plan", "choose_methods", "choose_observer", "make_plan", "with_times"]
+__all__ = ["begin_plan", "check_options", "choose_methods", "choose_observer", "make_plan", "with_times"]
+
+_SEVERAL = "--method {}: several are to choose from; that takes a --budget"
 
 
 def make_plan(
@@ -41,9 +44,9 @@ def make_plan(
     bits = 4 if options.bits is None else options.bits
     ends = 8 if options.first_last_bits is None else options.first_last_bits
     frame = begin_plan(intake, options, samples)
-    methods = choose_methods(options, samples)
+    methods = choose_methods(options, samples is not None)
     if len(methods) > 1:
-        raise InputError(f"--method {options.method}: several are to choose from; that takes a --budget")
+        raise InputError(_SEVERAL.format(options.method))
     target = find_target(choose_target(options.target, options.machine))
     fastest: dict[str, Choice] = {}
     if options.rows is not None:
@@ -65,7 +68,7 @@ def make_plan(
         intake.layers,
         bits=bits,
         act_bits=_act_bits(options, samples),
-        dynamic=is_dynamic(options, samples),
+        dynamic=is_dynamic(options, samples is not None),
         group_size=options.group_size,
         first_last_bits=ends,
         method=methods[0],
@@ -89,22 +92,13 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
     Raises:
         InputError: options that do not go together.
     """
-    _check_rows(options)
-    if is_dynamic(options, samples):
-        _check_dynamic(options)
-    _check_widths(options)
-    _check_groups(options)
-    names = choose_methods(options, samples)
+    check_options(options, with_data=samples is not None)
+    names = choose_methods(options, samples is not None)
     methods = [resolve(METHODS, name, "method") for name in names]
     iterations = max(method.iterations for method in methods) if options.iterations is None else options.iterations
-    if iterations < 0:
-        raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
     if samples is not None:
         check_transformable(names, intake.traced, samples.inputs)
     observer = choose_observer(intake, options, samples)
-    resolve(OBSERVERS, observer, "observer")
-    if samples is None:
-        _check_without_data(options)
     correction = options.bias_correction
     if correction is None:
         correction = not any(method.needs_data for method in methods)
@@ -126,6 +120,35 @@ def begin_plan(intake: Intake, options: Options, samples: Samples | None) -> Pla
         model_fingerprint=intake.fingerprint,
         data_fingerprint=samples.fingerprint if samples is not None else None,
     )
+
+
+def check_options(options: Options, *, with_data: bool, searched: bool = True) -> None:
+    """Refuse options that go with no model and no data, before either is read.
+
+    Args:
+        with_data: there will be calibration samples.
+        searched: a plan is searched for, among several methods maybe.
+
+    Raises:
+        InputError: naming the option.
+    """
+    _check_rows(options)
+    if is_dynamic(options, with_data):
+        _check_dynamic(options)
+    _check_widths(options)
+    _check_groups(options)
+    check_method(options)
+    if options.method != AUTO and len(choose_methods(options, with_data)) > 1 and not searched:
+        raise InputError(_SEVERAL.format(options.method))
+    if options.iterations is not None and options.iterations < 0:
+        raise InputError(f"--iterations {options.iterations}: allowed are 0 (round only) and more")
+    if options.samples < 1:
+        raise InputError(f"--samples {options.samples}: at least 1")
+    if options.observer is not None:
+        resolve(OBSERVERS, options.observer, "observer")
+    if not with_data:
+        _check_without_data(options)
+    choose_target(options.target, options.machine)
 
 
 def _check_rows(options: Options) -> None:
@@ -180,18 +203,18 @@ def _check_without_data(options: Options) -> None:
         )
 
 
-def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]:
+def choose_methods(options: Options, with_data: bool) -> tuple[str, ...]:
     """The methods asked for, several separated by commas, or the best there is for the data.
 
     Raises:
         InputError: one is unknown, or needs data that are not there.
     """
     grouped = options.group_size is not None or options.rows is not None
-    best = ("gptq" if grouped else "adaquant") if samples is not None else ("hqq" if grouped else "mse")
+    best = ("gptq" if grouped else "adaquant") if with_data else ("hqq" if grouped else "mse")
     names = tuple((options.method or best).split(","))
     for name in names:
         method = resolve(METHODS, name, "method")
-        if method.needs_data and samples is None:
+        if method.needs_data and not with_data:
             raise InputError(f"--method {name} needs calibration data: give --calib, or choose --method mse")
         if grouped and not method.grouped:
             able = ", ".join(each for each in METHODS if resolve(METHODS, each, "method").grouped)
@@ -199,9 +222,9 @@ def choose_methods(options: Options, samples: Samples | None) -> tuple[str, ...]
     return names
 
 
-def is_dynamic(options: Options, samples: Samples | None) -> bool:
+def is_dynamic(options: Options, with_data: bool) -> bool:
     """Whether the ranges of inputs are measured as the model runs."""
-    return options.dynamic if options.dynamic is not None else options.act_bits is not None and samples is None
+    return options.dynamic if options.dynamic is not None else options.act_bits is not None and not with_data
 
 
 def choose_observer(intake: Intake, options: Options, samples: Samples | None) -> str:
@@ -218,7 +241,7 @@ def _has_outliers(intake: Intake, options: Options, samples: Samples | None) -> 
 
 
 def _act_bits(options: Options, samples: Samples | None) -> int | None:
-    if is_dynamic(options, samples):
+    if is_dynamic(options, samples is not None):
         return 8
     if options.act_bits is not None or samples is None or options.group_size is not None:
         return options.act_bits

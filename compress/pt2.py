@@ -9,7 +9,8 @@ trial ran a command (1, opaque objects of 2, 4) or imported a module of their ch
    Guard: TORCH_FORCE_WEIGHTS_ONLY_LOAD while it reads.
 2. data/constants/opaque_obj_*: pickle.loads; custom_obj_*: compiled classes. Guard: refused.
 3. data/aotinductor/*: shared libraries, loaded. Guard: refused.
-4. `expr_str` of dynamic sizes goes to sympy.sympify, which is eval(). Guard: a fixed set of names and signs.
+4. `expr_str` of dynamic sizes goes to sympy.sympify, which is eval(). Guard: a fixed set of names and signs, and no
+   number of thousands of bits (compress.expression).
 5. `target` of a node is looked up from torch, math or operator by name, "torch.os.system" included, and called when
    the model runs. Guard: aten operators, a few control-flow ones and size arithmetic; others by --allow.
 6. Names of nodes, parameters and arguments are pasted into the Python source of forward(). Guard: identifiers, and
@@ -34,6 +35,7 @@ import torch
 from torch.export.pt2_archive._package import load_pt2
 
 from compress.errors import InputError
+from compress.expression import is_size_expression
 from compress.factory import one_line
 from compress.graph.names import is_identifier
 
@@ -50,17 +52,6 @@ _SIZE_ARITHMETIC = re.compile(
     r"_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|and_|or_|xor|not_|eq|ne|lt|le|gt|ge|lshift|rshift)"
     r"|math\.(ceil|floor|trunc|sqrt|log2|exp|cos|sin|tan|pow)"
     r"|torch\.(sym_(int|float|max|min|not|ite|sum|sqrt)|_sym_(sqrt|log2|cos|sin|tan|exp))"
-)
-_SIGNS = re.compile(r"[\w\s.,()+\-*/%<>=&|~]*")
-_SYMBOL = re.compile(r"(s|u|f|z|zf|zuf|i)\d+")
-_WORDS = re.compile(
-    # sympy's and torch's functions as sympy.srepr writes them, and the assumptions of symbols
-    "Symbol|Integer|Rational|Float|precision|Add|Mul|Pow|Max|Min|Abs|Mod|And|Or|Not|True|False|true|false|oo|int_oo|Half"
-    "|One|Zero|NegativeOne|Infinity|NegativeInfinity|Equality|Unequality|LessThan|GreaterThan|StrictLessThan"
-    "|StrictGreaterThan|Eq|Ne|Lt|Le|Gt|Ge|Where|Identity|PythonMod|CleanDiv|CeilDiv|FloorDiv|ModularIndexing|CeilToInt"
-    "|FloorToInt|TruncToInt|TruncToFloat|RoundToInt|RoundDecimal|ToFloat|LShift|RShift|PowByNatural|FloatPow"
-    "|FloatTrueDiv|IntTrueDiv|IsNonOverlappingAndDenseIndicator|Piecewise|ExprCondPair|ITE|floor|ceiling|sqrt"
-    "|positive|negative|nonnegative|nonpositive|zero|nonzero|integer|real|finite|infinite|commutative"
 )
 _PLAIN = re.compile(r"[\w.\-+/ ]*")
 _DOTTED = re.compile(r"[\w.\-/ ]*")
@@ -117,7 +108,7 @@ def load_exported(
 def _json(record: bytes, file: Path) -> object:
     try:
         return json.loads(record)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({one_line(error)}); export it again.") from error
 
 
@@ -191,12 +182,7 @@ class _Check:
             raise self.refused(f"{key} {text!r}")
 
     def _expression(self, text: str) -> None:
-        # A single quoted word names a symbol: sympy makes at most a symbol of it, with no brackets to call.
-        bare = re.sub(r"'([A-Za-z]\w*|[\d.]+(e[+-]?\d+)?)'", "0", text)
-        bare = re.sub(r"(?<!\w)\d+(\.\d*)?(e[+-]?\d+)?(?!\w)", "0", bare)
-        words = re.findall(r"[^\W\d]\w*", bare)
-        known = all(_WORDS.fullmatch(word) or _SYMBOL.fullmatch(word) for word in words)
-        if not known or _SIGNS.fullmatch(bare) is None:
+        if not is_size_expression(text):
             raise self.refused(f"the size expression {text!r}")
 
     def _identifier(self, name: str) -> None:

@@ -123,7 +123,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
     _refused(tmp_path / "plain.pt", "is a plain pickle, not written by torch.save")
     (tmp_path / "m.onnx").write_text("x")
-    _refused(tmp_path / "m.onnx", "ends in '.onnx'; a model file ends in .pt")
+    _refused(tmp_path / "m.onnx", "m.onnx is an ONNX file.*; `compress bench .*m.onnx` times it")
+    _refused((tmp_path / "m.onnx").rename(tmp_path / "m.doc"), "ends in '.doc'; a model file ends in .pt")
     with zipfile.ZipFile(tmp_path / "z.pt", "w") as archive:
         archive.writestr("a.txt", "a")
     _refused(tmp_path / "z.pt", "zip archive but not a PyTorch file")
@@ -142,8 +143,9 @@ def test_truncated(tmp_path: Path, zipped: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript(tmp_path: Path) -> None:
-    torch.jit.trace(_net(), X).save(str(tmp_path / "s.pt"))
-    _refused(tmp_path / "s.pt", "TorchScript archive, which is not supported; save the module")
+    for name in ("s.pt", "s.jit", "s.torchscript", "s.pt2"):
+        torch.jit.trace(_net(), X).save(str(tmp_path / name))
+        _refused(tmp_path / name, "is a TorchScript archive, which is not supported; save the module")
 
 
 def test_contents_that_are_no_model(tmp_path: Path) -> None:
@@ -159,9 +161,7 @@ def test_contents_that_are_no_model(tmp_path: Path) -> None:
 def test_state_dict_and_factory_errors(tmp_path: Path, factories: str) -> None:
     path = tmp_path / "w.pt"
     torch.save(_net().state_dict(), path)
-    _refused(
-        path, r"8? ?.*weights \(0.weight, 0.bias, 1.weight, ...\).*compress quantize .*w.pt --model package.module:f"
-    )
+    _refused(path, r"weights \(0.weight, 0.bias, 1.weight, ...\).*that builds it, --model package.module:factory$")
     for name, message in [
         (
             "other",

@@ -24,6 +24,7 @@ from compress.checkpoint import load_model
 from compress.errors import InputError
 from compress.exporters.session import open_session, run_session
 from compress.huggingface import is_pretrained, open_pretrained
+from compress.streaming.shards import Shards
 from compress.training.lowrank import LowRankOptions, truncate
 from tests.every import every
 
@@ -255,13 +256,42 @@ def test_folders_that_are_refused(copied: Path, folders: dict[str, Path]) -> Non
         refused(lambda: open_pretrained(copied), config, what)
     config.write_text(whole)
     weights.write_bytes((folders["bert"] / weights.name).read_bytes()[:5000])
-    refused(lambda: open_pretrained(copied), copied, "cannot be read as BertModel")
+    refused(lambda: open_pretrained(copied), weights, "is damaged", "download the folder again")
     shutil.copy(folders["llama-1"] / weights.name, copied)
     refused(lambda: open_pretrained(copied), copied, "of BertModel", "another model's")
     weights.rename(copied / "pytorch_model.bin")
     refused(lambda: open_pretrained(copied), copied, "no model.safetensors", "pytorch_model.bin is a pickle")
     (copied / "pytorch_model.bin").unlink()
     refused(lambda: open_pretrained(copied), copied, "has a config.json but no model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", "..", ""])
+def test_an_index_names_files_of_its_folder_alone(copied: Path, name: str) -> None:
+    weights = copied / "model.safetensors"
+    names = list(safetensors.torch.load_file(weights))
+    weights.rename(copied.parent / "outside.safetensors")
+    (copied / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+    for call in (lambda: open_pretrained(copied), lambda: Shards(copied)):
+        refused(call, copied / INDEX, f"names {name!r}", ".safetensors files in its own folder alone")
+    (copied / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, 3)}))
+    refused(lambda: open_pretrained(copied), copied / INDEX, "no weight_map of tensors and files")
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, and the weights beside it are "),
+        ({"vocab_size": 10**9}, "vocab_size is 1000000000, and no tensor beside it has a dimension above 64"),
+        ({"hidden_size": 4 * 10**5, "num_attention_heads": 4}, "values and more (in "),
+        ({"num_labels": 10**8}, "num_labels is 100000000"),
+        ({"max_position_embeddings": 10**10}, "values and more (in "),
+    ],
+)
+def test_settings_beyond_the_weights(copied: Path, setting: dict[str, int], what: str) -> None:
+    """None of it is built: the names of ten million labels alone take a gigabyte."""
+    config = copied / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | setting))
+    refused(lambda: open_pretrained(copied), config, what, ": get the folder again")
 
 
 def test_weights_that_are_not_used_are_named(copied: Path) -> None:

@@ -47,7 +47,7 @@ def allocate(
 
         from compress.cli.plans import allocation_lines, allocation_table
 
-        console = Console()
+        console = Console(emoji=False)
         assert plan.allocation is not None
         console.print(allocation_table(plan.allocation))
         for line in allocation_lines(plan.allocation, {}):

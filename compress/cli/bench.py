@@ -133,7 +133,7 @@ def bench(
     if to_stdout:
         print(text)
         return
-    print_report(report, Console())
+    print_report(report, Console(emoji=False))
     if json is not None:
         with new_file(json, "name another file in --json") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

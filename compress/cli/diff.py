@@ -27,7 +27,7 @@ def diff(
 
     from compress.cli.plans import diff_lines, diff_table
 
-    console = Console()
+    console = Console(emoji=False)
     changed = [row for row in found.layers if row.changed]
     if changed or all_layers:
         console.print(diff_table(found.layers if all_layers else changed, first, second))

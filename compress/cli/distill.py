@@ -258,7 +258,7 @@ def _duration(seconds: float) -> str:
 def _say(sentence: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(sentence)
+    Console(stderr=True, emoji=False, soft_wrap=True, highlight=False, markup=False).print(sentence)
 
 
 def _warn(sentence: str) -> None:

@@ -39,4 +39,6 @@ def export(
     own = path.with_name(f"{path.name}.data")
     size = path.stat().st_size + (own.stat().st_size if share and own.exists() else 0)
     beside = f" beside {share}" if share else ""
-    Console().print(f"Written to {path} ({size / 1e3:,.1f} kB{beside}), checked against PyTorch.", highlight=False)
+    Console(emoji=False).print(
+        f"Written to {path} ({size / 1e3:,.1f} kB{beside}), checked against PyTorch.", highlight=False
+    )

@@ -20,7 +20,11 @@ Factory = Annotated[
     ),
 ]
 Allow = Annotated[
-    list[str] | None, typer.Option(metavar="PKG.CLASS", help="Let the model file use this class; several times")
+    list[str] | None,
+    typer.Option(
+        metavar="PKG.CLASS",
+        help="Let the model file use this class, or with unused:PATTERN hold weights that --model lacks; several times",
+    ),
 ]
 Classes = Annotated[
     int | None,
@@ -45,8 +49,8 @@ For = Annotated[
     typer.Option(
         "--for",
         metavar="SET",
-        help="Instruction set the file is for: avx2 (x86-64 without VNNI), vnni, arm, or any: no layer runs slower "
-        "than as floats on any measured x86-64",
+        help="Instruction set the file is for: avx2 (x86-64 without VNNI), vnni, arm, or any: layers that were "
+        "measured slower than as floats on some x86-64 stay float",
     ),
 ]
 Length = Annotated[

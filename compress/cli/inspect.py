@@ -32,7 +32,7 @@ def inspect(
 
     from compress.cli.tables import inspection_table
 
-    console = Console()
+    console = Console(emoji=False)
     console.print(inspection_table(found.layers))
     parameters = sum(layer.parameters for layer in found.layers)
     macs = sum(layer.macs for layer in found.layers)

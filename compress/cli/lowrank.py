@@ -165,7 +165,7 @@ def extract(
         save_module(module, out, overwrite=overwrite)
     if quiet:
         return
-    console = Console()
+    console = Console(emoji=False)
     size = format_value("size", member.weights * WEIGHT_BYTES)
     sentence = f"Written to {out}: {member.macs:,} MACs ({member.macs / family.dense_macs:.2f}x), {size} of "
     sentence += f"weights ({member.weights / family.dense_weights:.2f}x), {family.loss_name} {member.loss:.4g}"
@@ -210,7 +210,7 @@ def plot(
     draw(family, path, [value / 1e3 for value in times.values()], axis, dense=timer.dense_us / 1e3)
     if not quiet:
         least = min(times.values())
-        Console().print(
+        Console(emoji=False).print(
             f"Written to {path}: {len(times)} sizes, {timer.measured} of them timed now; the fastest takes "
             f"{least / 1e3:.3f} ms, the dense model {timer.dense_us / 1e3:.3f} ms.",
             highlight=False,
@@ -236,7 +236,7 @@ def _report(family: Family, out: Path) -> None:
             f"{member.macs:,}", f"{member.macs / family.dense_macs:.2f}x", f"{member.weights:,}",
             f"{member.weights / family.dense_weights:.2f}x", f"{member.loss:.4g}", *metric,
         )  # fmt: skip
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     if family.dense_metric is not None:
         console.print(f"Dense model: {family.metric_name} {family.dense_metric:.4f}", highlight=False)

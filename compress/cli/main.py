@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from compress.cli.sparse import app as sparse
 from compress.cli.stream import stream
 from compress.cli.sweep import sweep
 from compress.cli.verify import verify
-from compress.errors import CompressError
+from compress.errors import CompressError, FactoryError
 from compress.publication import kept
 
 __all__ = ["app", "main"]
@@ -103,6 +104,9 @@ def main() -> None:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, FactoryError):
+        command = shlex.join(["compress", *sys.argv[1:]])
+        return f"{error}: {command} --model package.module:factory"
     if isinstance(error, CompressError):
         return str(error)
     if isinstance(error, OSError):
@@ -151,7 +155,9 @@ def _stop(number: int) -> NoReturn:
 def _complain(sentence: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(sentence)}")
+    Console(stderr=True, emoji=False, soft_wrap=True, highlight=False).print(
+        f"[bold red]error:[/] {_escaped(sentence)}"
+    )
 
 
 def _escaped(text: str) -> str:

@@ -30,7 +30,7 @@ class ProgressBar:
             TimeRemainingColumn,
         )
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, emoji=False)
         self.enabled = enabled and console.is_terminal
         columns = (
             TextColumn("{task.description}"),

@@ -44,8 +44,8 @@ def quantize(
     Example: [bold]compress quantize model.pt --bits 4 --calib calib.npz --eval test.npz[/]
 
     With budgets the widths are chosen layer by layer: [bold]compress quantize model.pt --budget size=0.15x --calib
-    calib.npz[/]. Without --calib only the weights are quantized; no data is needed, and the file is never slower than
-    the float one.
+    calib.npz[/]. Without --calib only the weights are quantized, which takes no data; layers then compute in floats, as
+    in the float file.
     """
     from compress import api
     from compress.cli.progress import ProgressBar
@@ -81,7 +81,7 @@ def print_result(report: Report, folder: Path, *, as_json: bool, quiet: bool) ->
 
         from compress.cli.tables import layer_table, summary_lines
 
-        console = Console()
+        console = Console(emoji=False)
         console.print(layer_table(report))
         for line in summary_lines(report):
             console.print(line, highlight=False)
@@ -102,7 +102,7 @@ def _print_preview(preview: Preview, as_json: bool) -> None:
     from compress.cli.plans import allocation_lines
     from compress.cli.tables import plan_table
 
-    console = Console()
+    console = Console(emoji=False)
     console.print(plan_table(preview.plan, preview.layers))
     for line in allocation_lines(preview.plan.allocation, {}):
         console.print(line, highlight=False)

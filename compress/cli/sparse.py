@@ -255,7 +255,7 @@ def inspect(
     for name, each in found.tensors.items():
         shape = " x ".join(map(str, each.shape))
         table.add_row(name, shape, f"{each.count:,}", f"{100 * each.share:.2f} %", f"{each.largest:.3g}")
-    Console().print(table)
+    Console(emoji=False).print(table)
     size = f"{found.size_bytes:,} bytes, {found.size_bytes / found.k:.2f} an entry" if found.k else "no entries"
     _print(f"Numbers in {found.values}; {size} (with the header{' and the head' if found.dense else ''}).")
     _print(f"Base: {found.base or 'not named'}")
@@ -371,10 +371,10 @@ def _beside(model: Path, word: str) -> Path:
 def _print(line: str) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=True).print(line, highlight=False, markup=False)
+    Console(emoji=False, soft_wrap=True).print(line, highlight=False, markup=False)
 
 
 def _warn(sentence: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True).print(f"warning: {sentence}", highlight=False, markup=False)
+    Console(stderr=True, emoji=False, soft_wrap=True).print(f"warning: {sentence}", highlight=False, markup=False)

@@ -77,7 +77,7 @@ def stream(
 def _print(report: StreamReport, folder: Path) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     for line in _lines(report, folder):
         console.print(line, highlight=False)
 

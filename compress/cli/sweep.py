@@ -51,7 +51,7 @@ def sweep(
 
         from compress.cli.plans import front_table
 
-        console = Console()
+        console = Console(emoji=False)
         console.print(front_table(front))
         for note in front.notes:
             console.print(f"- {note}", highlight=False)

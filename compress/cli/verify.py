@@ -40,17 +40,17 @@ def verify(
         print(found.model_dump_json(indent=2))
     if isinstance(found, Proof):
         if found.layers and not json:
-            Console().print(proof_table(found))
+            Console(emoji=False).print(proof_table(found))
         if found.failures:
             more = f"; and {len(found.failures) - 1} more" if len(found.failures) > 1 else ""
             raise GateError(f"{path} is not proven: {found.failures[0]}{more}. {mending(found)}")
         if not json:
-            Console().print(f"{path}: {proof_text(found)}", highlight=False)
+            Console(emoji=False).print(f"{path}: {proof_text(found)}", highlight=False)
         return
     if found.failures:
         raise GateError(f"{path} did not pass the gate: " + "; ".join(found.failures))
     if not json:
-        console = Console()
+        console = Console(emoji=False)
         console.print(f"{path} passed: {parity_text(found)}", highlight=False)
         for note in found.notes:
             console.print(f"- {note}", highlight=False)

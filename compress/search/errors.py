@@ -29,7 +29,7 @@ from compress.search.space import Space, Way
 from compress.targets import find_target
 from compress.transform.table import TRANSFORMS
 
-__all__ = ["SMALLEST_ERROR", "decide_measure", "measure_errors", "transformed"]
+__all__ = ["SMALLEST_ERROR", "check_measure", "decide_measure", "measure_errors", "transformed"]
 
 SMALLEST_ERROR = 1e-6
 """No quantized layer counts as less harmful than this: a loss that happened to fall is noise the program would buy."""
@@ -38,19 +38,31 @@ SMALLEST_ERROR = 1e-6
 _RULE = "against the layer float, all others at 8 bits"
 
 
+def check_measure(options: Options, with_data: bool) -> None:
+    """Refuse a sensitivity that is unknown, or needs data where there will be none.
+
+    Raises:
+        InputError: with what is known.
+    """
+    measure = options.search.sensitivity
+    if measure is None:
+        return
+    if measure not in MEASURES:
+        raise InputError(f"unknown sensitivity {measure!r}; known: {', '.join(MEASURES)}")
+    if measure != "weight" and not with_data:
+        raise InputError(f"--sensitivity {measure} needs calibration data: give --calib, or choose weight")
+
+
 def decide_measure(options: Options, samples: Samples | None) -> str:
     """The sensitivity asked for, or the one that fits.
 
     Raises:
         InputError: it is unknown, or needs data or labels that are not there.
     """
+    check_measure(options, samples is not None)
     measure = options.search.sensitivity
     if measure is None:
         return "weight" if samples is None else "output"
-    if measure not in MEASURES:
-        raise InputError(f"unknown sensitivity {measure!r}; known: {', '.join(MEASURES)}")
-    if measure != "weight" and samples is None:
-        raise InputError(f"--sensitivity {measure} needs calibration data: give --calib, or choose weight")
     if measure == "loss" and (samples is None or samples.labels is None or samples.labels.is_floating_point()):
         raise InputError("--sensitivity loss needs calibration data with classes as labels; choose kl to do without")
     return measure

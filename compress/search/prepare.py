@@ -17,11 +17,11 @@ from compress.progress import Progress
 from compress.records import Budget, Plan
 from compress.search.allocator import Allocator
 from compress.search.costs import measure_costs
-from compress.search.errors import decide_measure, measure_errors, transformed
-from compress.search.space import list_space
+from compress.search.errors import check_measure, decide_measure, measure_errors, transformed
+from compress.search.space import input_widths, list_space
 from compress.targets import choose_target, find_target
 
-__all__ = ["OBJECTIVES", "Prepared", "prepare"]
+__all__ = ["OBJECTIVES", "Prepared", "check_search", "prepare"]
 
 OBJECTIVES = ("error", "size", "latency", "bops")
 
@@ -57,6 +57,32 @@ class Prepared:
         return next((each.limit for each in self.budgets if each.quantity == "drop"), None)
 
 
+def check_search(options: Options, *, with_data: bool) -> tuple[tuple[Budget, ...], str]:
+    """The budgets and what is to be minimised; refuse options that no search takes, before anything is read.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if options.bits is not None:
+        raise InputError("give either --bits, one width for all layers, or --budget, which chooses widths by layer")
+    if options.group_size is not None:
+        raise InputError("--group-size goes with --bits; budgets choose among whole rows")
+    if options.equalize:
+        raise InputError("--equalize changes the weights that sensitivities are measured on; with budgets leave it out")
+    budgets = parse_budgets(options.budgets)
+    objective = _objective(options, budgets)
+    if not options.bench and any(each.quantity == "latency" for each in budgets):
+        raise InputError(
+            "--no-bench leaves the finished file untimed, and its time shows whether a budget on latency was kept; "
+            "leave one of the two out"
+        )
+    _check_solver(options)
+    input_widths(options, with_data)
+    check_measure(options, with_data)
+    check_shares(options.search.ranks or ())
+    return budgets, objective
+
+
 def prepare(
     intake: Intake,
     options: Options,
@@ -74,20 +100,7 @@ def prepare(
         InputError: options that do not go together.
         InfeasibleBudget: nothing fits; with the smallest reachable values, before sensitivities are measured.
     """
-    if options.bits is not None:
-        raise InputError("give either --bits, one width for all layers, or --budget, which chooses widths by layer")
-    if options.group_size is not None:
-        raise InputError("--group-size goes with --bits; budgets choose among whole rows")
-    if options.equalize:
-        raise InputError("--equalize changes the weights that sensitivities are measured on; with budgets leave it out")
-    budgets = parse_budgets(options.budgets)
-    objective = _objective(options, budgets)
-    if not options.bench and any(each.quantity == "latency" for each in budgets):
-        raise InputError(
-            "--no-bench leaves the finished file untimed, and its time shows whether a budget on latency was kept; "
-            "leave one of the two out"
-        )
-    _check_solver(options)
+    budgets, objective = check_search(options, with_data=samples is not None)
     frame = begin_plan(intake, options, samples)
     measure = decide_measure(options, samples)
     target = find_target(choose_target(options.target, options.machine))
@@ -102,14 +115,13 @@ def prepare(
     if options.search.ranks is None:
         costly = timed or "bops" in (objective, *(each.quantity for each in budgets))
         options = replace(options, search=replace(options.search, ranks=SHARES if costly else ()))
-    check_shares(options.search.ranks or ())
     float_model = intake.traced
     intake = transformed(intake, options, frame, samples)
     space = list_space(
         intake.traced,
         intake.layers,
         options,
-        choose_methods(options, samples),
+        choose_methods(options, samples is not None),
         target,
         with_data=samples is not None,
         timed=timed,

@@ -21,7 +21,7 @@ from compress.packing import packed_bytes
 from compress.records import Choice, LayerSpec, QuantOption, Skip, Split
 from compress.targets import Target
 
-__all__ = ["Space", "Way", "list_space"]
+__all__ = ["Space", "Way", "input_widths", "list_space"]
 
 _FLOAT_BITS = 32
 # A branch beside a layer of few bits does little of its work.
@@ -187,7 +187,7 @@ def list_space(
     Raises:
         InputError: widths out of range, or nothing is left to choose.
     """
-    activations = _activations(options, with_data)
+    activations = input_widths(options, with_data)
     kept, outer = ignored(layers, options.ignore), ends(layers)
     slow = slow_on_integers(layers, sets_of(options.machine, target.name))
     offer = _Offer(options, methods, target, activations, with_data, timed, frozenset(slow), frozenset(outer))
@@ -299,7 +299,12 @@ def _table_ways(layer: LayerSpec, widths: Sequence[int], target: Target) -> tupl
     return tuple(found) or f"left float: {reason}"
 
 
-def _activations(options: Options, with_data: bool) -> tuple[int | None, ...]:
+def input_widths(options: Options, with_data: bool) -> tuple[int | None, ...]:
+    """Widths that a layer's input may have, None for floats.
+
+    Raises:
+        InputError: a width that there is none of, or that needs data.
+    """
     search = options.search
     for name, widths in (("--weight-widths", search.weight_widths), ("--act-widths", search.act_widths)):
         for width in widths or ():

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError
+from compress.growth import bounded
 from compress.huggingface import TextReader, read_config, text_reader
 from compress.streaming.shards import Shards
+from compress.weightfiles import extent
 
 __all__ = ["BlockModel", "open_blocks"]
 
@@ -161,6 +163,8 @@ def open_blocks(folder: Path) -> BlockModel:
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     small.use_cache = False
+    with bounded(folder / "config.json", extent(folder)), torch.device("meta"):
+        architecture(small)
     skeleton = architecture(small).float().eval()
     lists = [name for name, part in skeleton.named_modules() if isinstance(part, nn.ModuleList) and len(part) == 1]
     path = next(

@@ -20,6 +20,7 @@ from compress.benchmark_alone import peak_bytes
 from compress.cache import digest
 from compress.calib.resume import ResumeStore, open_store
 from compress.calib.samples import Samples, load_samples
+from compress.calib.text import check_length
 from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.methods import METHODS
@@ -30,8 +31,8 @@ from compress.registry import resolve
 from compress.report.schema import StreamedLayer, StreamReport
 from compress.streaming.blocks import BlockModel, open_blocks
 from compress.streaming.packed import quantization_config
-from compress.streaming.shards import INDEX
 from compress.streaming.walk import BlockWalk
+from compress.weightfiles import INDEX
 
 __all__ = ["stream"]
 
@@ -76,6 +77,7 @@ def stream(
     started = time.monotonic()
     model, out = Path(model), Path(out)
     method = method or ("gptq" if calib is not None else "mse")
+    check_length(length, calib)
     _check(out, overwrite, bits, group_size, method, calib, blocks)
     opened = open_blocks(model)
     _check_groups(opened, group_size)
@@ -174,7 +176,6 @@ class _Run:
 def _check(
     out: Path, overwrite: bool, bits: int, group_size: int | None, method: str, calib: object | None, blocks: int | None
 ) -> None:
-    check_folder(out, overwrite)
     if bits not in _WIDTHS:
         raise InputError(f"--bits {bits}: the format {_FORMAT} is written with {', '.join(map(str, _WIDTHS))}")
     if group_size is not None and group_size < 16:
@@ -186,6 +187,7 @@ def _check(
         raise InputError(f"--method {method} needs calibration data: give --calib, or choose --method mse")
     if blocks is not None and blocks < 1:
         raise InputError(f"--blocks {blocks}: 1 or more")
+    check_folder(out, overwrite)
 
 
 def _check_groups(model: BlockModel, group_size: int | None) -> None:

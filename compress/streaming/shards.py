@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,22 +10,22 @@ import torch
 from safetensors import SafetensorError
 
 from compress.errors import InputError
+from compress.weightfiles import SINGLE, tensor_names, weight_files
 
-__all__ = ["INDEX", "SINGLE", "Shards"]
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["Shards"]
 
 
 class Shards:
-    """The tensors of a model folder, whose files :func:`compress.huggingface.check_weights` found complete."""
+    """The tensors of a model folder.
+
+    Raises:
+        InputError: files are missing, damaged or elsewhere.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / INDEX).is_file():
-            self._files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        else:
-            self._files = dict.fromkeys(self._names(SINGLE), SINGLE)
+        files = weight_files(folder)
+        self._files = files if files is not None else dict.fromkeys(tensor_names(folder / SINGLE), SINGLE)
 
     def names(self) -> list[str]:
         """Of all tensors."""
@@ -52,10 +51,3 @@ class Shards:
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{self.folder / file} is damaged ({error}); download the folder again") from error
         return found
-
-    def _names(self, file: str) -> list[str]:
-        try:
-            with safetensors.safe_open(self.folder / file, framework="pt") as opened:
-                return list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.folder / file} is damaged ({error}); download the folder again") from error

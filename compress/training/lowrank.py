@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from compress.calib.samples import Samples
 from compress.calib.synthetic import is_synthetic, synthesize
+from compress.calib.text import check_length
 from compress.errors import InputError
 from compress.intake import ModelLike, read_model
 from compress.lowrank.decompose import Decomposition, decompose
@@ -167,6 +168,7 @@ def _start(
     labelled: bool = False,
 ) -> _Start:
     options.check()
+    check_length(options.length, data, test)
     refuse_existing(out, overwrite=options.overwrite)
     loaded = read_model(model, factory=options.factory, allow=options.allow)
     made = is_synthetic(data) and not labelled

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.calib.samples import Samples
+from compress.calib.text import check_length
 from compress.checkpoint import LoadedModel, load_model
 from compress.deltas import REFERENCE_SUFFIX, open_deltas, unbound
 from compress.errors import InputError
@@ -219,8 +220,9 @@ class _Task:
         cls, model: ModelLike, data: object, test: object, dev: object, options: SparseOptions, seed: int
     ) -> _Task:
         """Read all of it; ``seed``: of a new head's weights."""
-        loaded, length = read_model(model, factory=options.factory, allow=options.allow), options.length
-        sources = named_sources(data)
+        sources, length = named_sources(data), options.length
+        check_length(length, data, test, dev, *(each.data for each in sources.values()))
+        loaded = read_model(model, factory=options.factory, allow=options.allow)
         if options.eval_source is not None and options.eval_source not in sources:
             raise InputError(f"--eval-source {options.eval_source}: known are {', '.join(sources) or 'none'}")
         if sources and options.sources:

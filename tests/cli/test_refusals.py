@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,18 @@ CASES = {
     "missing file": (("nothere.pt",), "There is no file nothere.pt; check the path."),
     "truncated file": (("cut.pt",), "cut.pt is truncated or damaged"),
     "foreign class": (("foreign.pt",), "--allow nets.Own"),
-    "weights without a model": (("weights.th",), "--model package.module:factory"),
+    "weights without a model": (
+        ("weights.th", "--bits", "8"), "weights.th --bits 8 --model package.module:factory"
+    ),
+    "an option before a file": (("nothere.pt", "--bits", "9"), "--bits 9: allowed are 2 to 8"),
+    "an option before a folder": (("model.pt", "--out", "taken", "--observer", "magic"), "unknown observer 'magic'"),
+    "a budget's option before a file": (("nothere.pt", "--budget", "size=1MB", "--solver", "x"), "unknown solver 'x'"),
+    "a search without a budget": (("nothere.pt", "--tied"), "--tied: only a search for a plan uses that"),
+    "a length without texts": (
+        ("model.pt", "--calib", "calib.npz", "--length", "64"), "--length 64: it cuts texts, and none are given"
+    ),
+    "an ONNX file": (("given.onnx",), "given.onnx is an ONNX file, which models are exported to"),
+    "a TorchScript file": (("given.jit",), "given.jit is a TorchScript archive, which is not supported"),
     "no such factory": (("weights.th", "--model", "nets:nothing"), "nothing"),
     "control flow": (("fickle.th", "--model", "nets:fickle"), "nets.py:22 (if y.sum() > 0:)"),
     "NaN in the data": (("model.pt", "--calib", "nan.npz"), "nan.npz"),
@@ -54,6 +66,9 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = populate(tmp_path_factory.mktemp("refusals"))
     whole = (folder / "model.pt").read_bytes()
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "given.onnx").write_bytes(b"\x08\x0a")
+    with zipfile.ZipFile(folder / "given.jit", "w") as archive:
+        archive.writestr("given/constants.pkl", b"\x80\x02).")
     (folder / "taken").mkdir()
     (folder / "taken" / "thesis.tex").write_text("years of work")
     x = np.zeros((8, 1, 8, 8), np.float32)
@@ -83,6 +98,21 @@ def test_one_sentence_and_nothing_written(forks: Forks, crowded: Path, case: str
     assert_refused(forks.run(crowded, "quantize", *arguments), wanted)
     assert listing(crowded) == before, "files were left behind"
     assert (crowded / "taken" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "more"), [("inspect", ()), ("export", ("--out", "x.onnx")), ("allocate", ("--budget", "size=0.3x"))]
+)
+def test_weights_alone_get_the_commands_own_answer(
+    forks: Forks, crowded: Path, verb: str, more: tuple[str, ...]
+) -> None:
+    run = forks.run(crowded, verb, "weights.th", *more)
+    whole = " ".join(("compress", verb, "weights.th", *more))
+    assert_refused(
+        run,
+        f"give the function that builds it, --model package.module:factory: {whole} --model package.module:factory\n",
+    )  # no emoji
 
 
 @pytest.mark.slow
