@@ -92,56 +92,38 @@ def populate(folder: Path) -> Path:
     return folder
 
 
-# Reads one case a line, forks, and runs the command line in the child: exit code, stdout and stderr are the real ones,
-# and torch is imported once for all of them.
-SERVER = """
-import atexit, gc, json, os, sys
-import compress.api
-from compress.cli.main import main
-from compress.exporters.translation import operator_table
-operator_table()
-gc.freeze()  # a child's collections would copy it all
-for line in sys.stdin:
-    case = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(case["cwd"])
-        os.environ.update(case["variables"])
-        for descriptor, name in ((0, os.devnull), (1, case["stdout"]), (2, case["stderr"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
-        sys.argv = ["compress", *case["arguments"]]
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # taking a large interpreter apart takes a second and more
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 class Forks:
     """``python -m compress`` many times, for the price of one start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
+            [sys.executable, "-m", "tests.cli.fork_server"],
             cwd=folder, env=environment(folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def run(
-        self, cwd: Path, *arguments: object, variables: Mapping[str, str] | None = None
+        self,
+        cwd: Path,
+        *arguments: object,
+        variables: Mapping[str, str] | None = None,
+        dies_at: int | None = None,
+        counts_to: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """``variables``: of the environment, for this run alone."""
+        """Run ``compress ARGUMENTS`` in ``cwd``.
+
+        Args:
+            variables: of the environment, for this run alone.
+            dies_at: the change to a file under ``cwd``, from 0 on, before which it dies by SIGKILL.
+            counts_to: the file that takes how many changes there were.
+        """
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         stdout, stderr = (str(self.folder / name) for name in ("stdout", "stderr"))
-        case = {"cwd": str(cwd), "arguments": untimed(arguments), "stdout": stdout, "stderr": stderr}
-        case["variables"] = dict(variables or {})
+        case = {
+            "cwd": str(cwd), "arguments": untimed(arguments), "stdout": stdout, "stderr": stderr,
+            "variables": dict(variables or {}), "dies_at": dies_at, "counts_to": str(counts_to or ""),
+        }  # fmt: skip
         self.server.stdin.write(json.dumps(case) + "\n")
         self.server.stdin.flush()
         code = int(self.server.stdout.readline())
