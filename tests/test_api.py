@@ -19,7 +19,7 @@ from compress import api
 from compress.errors import GateError, InputError
 from compress.options import Options, Search, Settings, Source
 from compress.realize import Result
-from compress.report.schema import Parity, Report
+from compress.report.schema import ExportCheck, Report
 from tests.every import every
 from tests.forgery import forge_report
 from tests.sweep import sweep
@@ -93,7 +93,7 @@ def test_every_width(bits: int, with_data: bool, tmp_path: Path) -> None:
 
     report = Report.model_validate_json((folder / "report.json").read_text())
     assert report == result.report
-    assert report.parity.failures == ()
+    assert report.export_check.failures == ()
     widths = {choice.layer: choice.option.bits for choice in report.plan.choices}
     assert widths == {"0": 8, "3": bits, "5": bits, "9": bits, "11": 8}
     for row in report.layers:
@@ -122,8 +122,8 @@ def test_metadata_says_how_the_file_came_about(tmp_path: Path) -> None:
     assert found["compress.target"] == "onnx-cpu"
     assert found["compress.torch_version"] == torch.__version__
     assert found["compress.onnxruntime_version"] == onnxruntime.__version__
-    assert float(found["compress.parity_relative_l2"]) == pytest.approx(
-        result.report.parity.relative_l2_optimized, rel=0.01, abs=1e-12
+    assert float(found["compress.export_check_relative_l2"]) == pytest.approx(
+        result.report.export_check.relative_l2_optimized, rel=0.01, abs=1e-12
     )
     assert len(found["compress.plan_sha256"]) == 64
     assert model.producer_name == "compress"
@@ -180,7 +180,7 @@ def test_every_option(settings: dict[str, object], check: object, tmp_path: Path
     ["9", "11"],
 )
 def test_an_ignored_linear_among_integer_layers_stays_float(layer: str) -> None:
-    assert quantize(None, data(), method="mse", ignore=(layer,)).report.parity.float_layers == 1
+    assert quantize(None, data(), method="mse", ignore=(layer,)).report.export_check.float_layers == 1
 
 
 def test_signed_activations_for_arm(tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_an_exported_program_brings_its_shape(exported: Path) -> None:
 
 
 def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failed(*_: object, **__: object) -> Parity:
-        return Parity(
+    def failed(*_: object, **__: object) -> ExportCheck:
+        return ExportCheck(
             samples=1, source="x", relative_l2_unoptimized=1, relative_l2_optimized=1, agreement_unoptimized=None,
             agreement_optimized=None, integer_layers=1, float_layers=0, failures=("layer 3 is off",),
         )  # fmt: skip

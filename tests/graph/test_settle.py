@@ -163,7 +163,7 @@ def test_it_is_quantized_as_a_linear_is(case: str, tmp_path: Path) -> None:
     module = nn.Sequential(CASES[case][0](), nn.ReLU(), nn.Linear(24, 4))
     x = torch.randn(64, 5, 16)
     result = compress.quantize(module, calib=x, bits=8, method="mse", out=tmp_path / "out")
-    assert result.report.parity.integer_layers == 2
+    assert result.report.export_check.integer_layers == 2
     session = open_session(tmp_path / "out/model.onnx", "ORT_ENABLE_ALL", threads=1)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
