@@ -10,7 +10,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from compress.calib.norm_distance import norm_distance
+from compress.calib.norm_distance import NormSeen, norms_seen
 from compress.calib.samples import Samples
 from compress.graph.traced import call_module
 from compress.intake import Intake
@@ -66,12 +66,20 @@ def _far(samples: Samples, intake: Intake) -> str | None:
         return call_module(intake.original, batch, intake.names)
 
     with torch.no_grad():
-        _, distance, norms = norm_distance(run, *inputs)
+        _, seen = norms_seen(run, *inputs)
+    if not any(map(_is_trained, seen)):
+        return None
+    distance = float(torch.stack([each.distance() for each in seen]).mean())
     usual = _FAR + _FAR_FOR_FEW / len(inputs[0])
-    if not norms or float(distance) <= usual:
+    if distance <= usual:
         return None
     return (
         f"samples are unlike what the model was trained on: what its BatchNorm layers see of them is {distance:.2g} "
         f"(relative, squared) from the statistics they keep, where {usual:.2g} is the most that is usual; prepare them "
         "as in training (--mean, --std, or values in the model's own range)"
     )
+
+
+def _is_trained(norm: NormSeen) -> bool:
+    """Whether it keeps other statistics than those that a layer begins with."""
+    return bool(norm.kept_mean.any()) or bool((norm.kept_var != 1).any())

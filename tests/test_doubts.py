@@ -88,6 +88,12 @@ def test_inputs_far_from_batch_norm() -> None:
         assert said.startswith("WARNING: samples are unlike what the model was trained on: what its BatchNorm layers")
 
 
+@pytest.mark.slow
+def test_layers_that_saw_nothing_keep_nothing() -> None:
+    untrained = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    assert doubts(take_in(untrained.eval(), input_shape=(1, 8, 8)), 100 * pictures(64)) == ()
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("resnet20"), pytest.param("mobilenet_v1", marks=pytest.mark.matrix)])
