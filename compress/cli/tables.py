@@ -108,7 +108,7 @@ def summary_lines(report: Report) -> list[str]:
     if report.metric:
         lines.append(_metric_line(report.metric))
     lines += allocation_lines(report.plan.allocation, report.measured)
-    lines.append(f"ExportCheck with PyTorch: {export_check_text(report.export_check)}")
+    lines.append(f"Export check, file against quantized graph: {export_check_text(report.export_check)}")
     if report.export_check.proof and report.export_check.proof.layers:
         lines.append(f"On every processor: {proof_text(report.export_check.proof)}")
     if report.plan.skipped:
@@ -119,7 +119,7 @@ def summary_lines(report: Report) -> list[str]:
     lines.append(
         f"Calibration: {report.calibration_seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e6:,.0f} MB"
     )
-    return lines + _layer_notes(report) + [f"- {note}" for note in report.notes]
+    return lines + [f"- {note}" for note in report.notes] + _layer_notes(report)
 
 
 def _layer_notes(report: Report) -> list[str]:

@@ -73,7 +73,15 @@ def test_weights_and_a_factory_with_data_and_labels(compress: Run, workplace: Pa
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stderr == "", "no warnings, and no bar off a terminal"
-    for text in ("W8A8", "W4A8", "Size: ", "Latency (batch 1, 1 thread): ", "Accuracy on 80 samples: 100.00% float"):
+    for text in (
+        "W8A8",
+        "W4A8",
+        "Size: ",
+        "Distance from the float model: relative L2 ",
+        "Export check, file against quantized graph: ",
+        "Latency (batch 1, 1 thread): ",
+        "Accuracy on 80 samples: 100.00% float",
+    ):
         assert text in run.stdout, text
     assert "input shape 1x8x8, from calib.npz" in run.stdout
     assert "Written to full/" in run.stdout

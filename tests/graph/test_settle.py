@@ -134,7 +134,9 @@ def test_a_parameter_that_something_else_reads_stays_where_it_is() -> None:
     module, x = Tied().eval(), sequences()
     traced = trace(module, (x,))
     simplify(traced)
-    assert not list_layers(traced)
+    (layer,) = list_layers(traced)
+    assert (layer.name, layer.kind, layer.parameters) == ("w", "matmul", 256)
+    assert layer.refusal is not None, "it is listed as it stands"
     with torch.no_grad():
         torch.testing.assert_close(traced.module(x), module(x))
 
