@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calib.samples import Samples, load_samples
-from compress.calib.synthetic import is_synthetic, synthesize
+from compress.calib.synthetic import FIT_NEEDED, is_synthetic, synthesize
 from compress.deltas import add_deltas
 from compress.doubts import sample_doubts
 from compress.huggingface import TextReader
@@ -77,6 +77,7 @@ def open_work(
             most=options.samples,
             batch=None if intake.traced.dynamic_batch else len(intake.traced.example[0]),
             seed=options.seed,
+            needed=FIT_NEEDED,
             progress=progress,
         )
     doubts = sample_doubts(samples, intake) if samples is not None and not made else ()
