@@ -77,12 +77,12 @@ def measure(key: str, case: Case, settings: list[str], scratch: Path, nncf_pytho
         shape = None if data is not None else case.test.shape[1:]
         result = compress.quantize(case.module, calib=data, out=folder, input_shape=shape, **options)
         files[name] = folder / "model.onnx"
-        parity = result.report.parity
+        check = result.report.export_check
         rows[name] = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_mb": round(result.report.peak_memory_bytes / 1e6),
-            "parity_l2_unoptimized": parity.relative_l2_unoptimized,
-            "parity_l2_optimized": parity.relative_l2_optimized,
+            "parity_l2_unoptimized": check.relative_l2_unoptimized,
+            "parity_l2_optimized": check.relative_l2_optimized,
         }
         print(name, rows[name], flush=True)
     input_name = open_session(float_file, "ORT_ENABLE_ALL").get_inputs()[0].name

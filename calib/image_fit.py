@@ -25,6 +25,7 @@ class ImageFit:
     moved: float
 
 
+@torch.enable_grad()
 def fit_images(
     images: Tensor,
     terms: Callable[..., tuple[Tensor, ...]],

@@ -28,8 +28,8 @@ _MEAN_AT = {
 }
 
 
-def norm_distance(module: nn.Module, *inputs: Tensor) -> tuple[Any, Tensor, int]:
-    """Run ``module``, which is in evaluation mode, on ``inputs`` [N, ...].
+def norm_distance(module: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Tensor, int]:
+    """Run ``module``, in evaluation mode (or a function that calls it), on ``inputs`` [N, ...].
 
     Returns:
         its output; the distance, a mean over channels and layers; how many layers kept statistics (0: no distance).
@@ -39,7 +39,7 @@ def norm_distance(module: nn.Module, *inputs: Tensor) -> tuple[Any, Tensor, int]
     return output, torch.stack(terms).mean() if terms else inputs[0].new_zeros(()), len(terms)
 
 
-def norms_seen(module: nn.Module, *inputs: Tensor) -> tuple[Any, list[NormSeen]]:
+def norms_seen(module: Callable[..., Any], *inputs: Tensor) -> tuple[Any, list[NormSeen]]:
     """Run ``module``, which is in evaluation mode, on ``inputs`` [N, ...]: its output, and a row a BatchNorm layer."""
     with _Watch() as watch:
         output = module(*inputs)

@@ -26,9 +26,12 @@ from compress.calib.sources import SYNTHETIC
 from compress.errors import InputError
 from compress.progress import Progress, silent
 
-__all__ = ["SYNTHETIC", "is_synthetic", "synthesize", "synthetic_count"]
+__all__ = ["FIT_NEEDED", "SYNTHETIC", "is_synthetic", "synthesize", "synthetic_count"]
 
 _STEPS, _RATE = 300, 0.05
+FIT_NEEDED = 0.5
+"""The distance from BatchNorm's statistics that calibration accepts of made inputs: noise as it is is at 0.8 to 1.2 on
+trained networks (see compress/doubts.py), inputs that fit are at a hundredth."""
 _VERSION = 2  # of how they are made: what is kept of another is made anew
 # Inputs in all and in a batch, which has the statistics by itself: that of 3 x 32 x 32 images, and fewer of large ones,
 # which have more places each and take longer.
@@ -50,6 +53,7 @@ def synthesize(
     seed: int = 0,
     steps: int = _STEPS,
     rate: float = _RATE,
+    needed: float = math.inf,
     progress: Progress = silent,
 ) -> Samples:
     """32 to 128 inputs for ``module``, which is in evaluation mode; the same ones for the same arguments.
@@ -61,10 +65,11 @@ def synthesize(
         most: how many, at most.
         batch: samples that the module takes at a time, where it takes no other number.
         steps, rate: of the descent; its rate falls to zero.
+        needed: the largest distance that may be left.
 
     Raises:
-        InputError: there are several, or whole numbers; no BatchNorm layer keeps statistics; or the model makes NaN of
-            noise.
+        InputError: there are several, or whole numbers; no BatchNorm layer keeps statistics; the model makes NaN of
+            noise; or what is made does not come as near as is ``needed``.
     """
     if most is not None and most < 1:
         raise InputError(f"{most} samples are not possible; ask for at least 1.")
@@ -101,6 +106,12 @@ def synthesize(
             ) from None
         notes = _keep({"x": x, "distance": distance}, path)
     before, after = distance.tolist()
+    if after > needed:
+        raise InputError(
+            f"--calib {SYNTHETIC}: {steps} steps brought made inputs from {before:.2g} to {after:.2g} of what the "
+            f"BatchNorm layers keep (relative, squared), and {needed:g} at most is needed: they would not show what "
+            "real ones do; give samples (compress quantize without --calib quantizes the weights alone)"
+        )
     note = (
         f"{count} inputs made of noise, without data: {steps} steps brought their distance from the statistics of "
         f"{norms} BatchNorm {'layer' if norms == 1 else 'layers'} down from {before:.2g} to {after:.2g}"

@@ -16,8 +16,9 @@ from typing import Unpack
 import torch
 
 from compress.allocation.diff import PlanDiff, diff_plans
+from compress.allocation.ranks import layers_of
 from compress.allocation.review import review_plan
-from compress.artifact import ONNX_FILE, load_artifact, load_plan, save_plan
+from compress.artifact import load_plan, save_plan
 from compress.auto import settle_method
 from compress.cache import remembered
 from compress.calib.text import check_length
@@ -25,8 +26,6 @@ from compress.compression import plan_fingerprint
 from compress.deltas import add_deltas, doubts, open_deltas
 from compress.errors import GateError, InputError
 from compress.estimate import Estimate, estimate
-from compress.gate import verify as verify_file
-from compress.gate_inputs import GATE_SAMPLES, gate_inputs
 from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.onnxfile import export_shared, export_whole, prove_file
 from compress.options import Options, Settings, Source, check_unused, gather
@@ -35,18 +34,19 @@ from compress.progress import Progress, silent
 from compress.publication import check_folder, check_free, claims
 from compress.realize import Result, realize_work
 from compress.records import Front, LayerSpec, Plan
+from compress.report.floats import float_note
 from compress.report.front import FRONT, write_front
-from compress.report.schema import Parity, Proof
+from compress.report.schema import ExportCheck, Proof, StreamReport
 from compress.runtime.device import check_device
 from compress.runtime.load import load_on
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
 from compress.search.prepare import check_search, prepare
 from compress.streaming.run import stream
-from compress.targets import find_target
 from compress.training.elastic import load_elastic
 from compress.training.family import FAMILY_FILE
-from compress.work import Work, open_work, read_samples
+from compress.verification import verify_folder
+from compress.work import Work, open_work
 
 __all__ = [
     "Preview",
@@ -256,7 +256,8 @@ def preview(
     work = open_work(model, calib, eval_data, options, source, progress or silent)
     plan, reasons = _make_plan(work, options, progress or silent)
     count = len(work.samples) if work.samples else 0
-    notes = [*work.notes, *reasons]
+    layers = layers_of(work.intake.layers, plan.splits)
+    notes = [float_note(plan, layers, work.intake.others), *work.notes, *reasons]
     return Preview(plan, work.intake.layers, notes, estimate(work.intake.traced, plan, count))
 
 
@@ -335,8 +336,13 @@ def export(
     return path
 
 
-def verify(path: str | Path, *, data: object | None = None, **settings: Unpack[Settings]) -> Parity | Proof:
+def verify(
+    path: str | Path, *, data: object | None = None, **settings: Unpack[Settings]
+) -> ExportCheck | Proof | StreamReport:
     """Compare a folder's ONNX file with the graph beside it, on ``data`` or noise; or judge the codes of any ONNX file.
+
+    The file's tensors are to be those that the graph is exported with, and the distance what its report says. Of a
+    folder of ``compress stream`` the files are compared with their hashes, and its report is returned.
 
     Raises:
         InputError: it is neither a finished artifact nor a file that ONNX Runtime loads, or the data cannot be used.
@@ -345,14 +351,7 @@ def verify(path: str | Path, *, data: object | None = None, **settings: Unpack[S
     path = Path(path)
     if path.is_file() or path.suffix == ".onnx":
         return prove_file(path, data)
-    traced = load_artifact(path)
-    plan = load_plan(path)
-    samples = None
-    if data is not None:
-        samples = read_samples(data, source, traced.input_names, limit=GATE_SAMPLES, seed=plan.seed)
-    judged = gate_inputs(traced, plan.seed, samples, ask="give samples with --data")
-    provider = find_target(plan.target).provider
-    return verify_file(traced, path / ONNX_FILE, judged.inputs, judged.source, provider, notes=judged.notes)
+    return verify_folder(path, data, source)
 
 
 def _settings(

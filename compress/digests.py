@@ -13,9 +13,10 @@ from pathlib import Path
 
 from compress.errors import InputError
 
-__all__ = ["REPORT_VERSION", "check_digests", "file_digests"]
+__all__ = ["FIRST_WITH_HASHES", "REPORT_VERSION", "check_digests", "file_digests"]
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
+FIRST_WITH_HASHES = 2
 _REPORT = "report.json"
 _AGAIN = "copy the folder again as a whole, or compress the model again"
 _USERS = ("plan.json", "plan.latency.json", _REPORT)
@@ -38,7 +39,7 @@ def check_digests(folder: Path, expected: bool) -> None:
     try:
         report = json.loads((folder / _REPORT).read_text())
         known, version = report.get("files") or {}, report.get("schema_version", 1)
-        expected = expected or (isinstance(version, int) and version >= REPORT_VERSION)
+        expected = expected or (isinstance(version, int) and version >= FIRST_WITH_HASHES)
     except FileNotFoundError:
         known = {}
     except (OSError, ValueError, AttributeError) as error:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from compress.calib.blocks import find_blocks
-from compress.graph.layers import node_sizes
-from compress.graph.traced import TracedModel
+from compress.graph.traced import TracedModel, node_sizes
 from compress.methods import METHODS
 from compress.problem import STEP_SAMPLES
 from compress.records import Plan

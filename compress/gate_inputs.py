@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calib.samples import Samples
 from compress.calib.synthetic import synthesize
@@ -20,14 +20,16 @@ from compress.graph.traced import TracedModel, is_tokens
 from compress.huggingface import TextReader
 from compress.intake import Intake, check_fits, noise
 
-__all__ = ["GATE_SAMPLES", "GateInputs", "gate_inputs", "page_of_text"]
+__all__ = ["GATE_SAMPLES", "NOISE", "NOISE_SAMPLES", "GateInputs", "gate_inputs", "gives_classes", "page_of_text"]
 
 GATE_SAMPLES = 256
-
-_COUNT = 32
+NOISE = "noise"
+"""What inputs are called that nothing better could be found for."""
+NOISE_SAMPLES = 32
 # Inputs that fit BatchNorm are few, made in few long steps, and only where those take no more than some seconds on one
 # thread: of ResNet-20, 8 steps of 0.2 take less than one and lead from a distance of 0.76 to 0.18; 20 of 0.05 to 0.21.
 _MADE, _LEAST, _STEPS, _RATE, _MOST_MACS = 8, 4, 8, 0.2, 1e10
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 _PAGE = Path(__file__).with_name("gate_text.txt")
 
 
@@ -62,9 +64,28 @@ def gate_inputs(
             return _from_text(traced, intake.text) if intake.text is not None else _made(traced, intake, seed)
         except InputError as error:
             reason = str(error)
-    kind = "token ids at random" if any(map(is_tokens, traced.example)) else "noise"
+    kind = "token ids at random" if any(map(is_tokens, traced.example)) else NOISE
     note = f"judged on {kind}, which may not show what real samples would ({reason}); {ask}"
-    return GateInputs(noise(traced, _COUNT, seed), kind, (note,))
+    return GateInputs(noise(traced, NOISE_SAMPLES, seed), kind, (note,))
+
+
+def gives_classes(intake: Intake, *given: Samples | None) -> bool:
+    """Whether the model's answer is the class of its largest score: labels are whole numbers, or its folder says so.
+
+    Other outputs of that shape, as bins of pitch are or several labels at once, are read in other ways.
+    """
+    labels = [samples.labels for samples in given if samples is not None and samples.labels is not None]
+    whole = [each.dim() == 1 and not each.is_floating_point() for each in labels]
+    return any(whole) or _is_single_label(intake.original)
+
+
+def _is_single_label(module: nn.Module) -> bool:
+    """Whether a folder's settings say so. They may leave it to the labels; several a sample are never left open."""
+    config = getattr(module, "config", None)
+    kind = getattr(config, "problem_type", None)
+    if kind is None and type(module).__name__.endswith(_CLASSIFIERS):
+        return bool(getattr(config, "num_labels", 0) > 1)
+    return bool(kind == "single_label_classification")
 
 
 def page_of_text() -> list[str]:
@@ -79,7 +100,7 @@ def _from_text(traced: TracedModel, reader: TextReader) -> GateInputs:
         length = next(x.shape[1] for x in traced.example if is_tokens(x))
         texts = [" ".join(texts[start:] + texts) for start in range(len(texts))]
     encoded = tuple(reader.encode(texts, length).values())
-    samples = Samples(tuple(x[:_COUNT] for x in encoded), None, "our page of text")
+    samples = Samples(tuple(x[:NOISE_SAMPLES] for x in encoded), None, "our page of text")
     check_fits(samples, traced)
     return GateInputs(samples.inputs, samples.source)
 

@@ -16,7 +16,7 @@ from compress.calib.samples import Samples
 from compress.checkpoint import LoadedModel, fingerprint, load_model, to_float_eval
 from compress.errors import InputError
 from compress.graph.fold import fold_batch_norm
-from compress.graph.layers import list_layers
+from compress.graph.layers import list_layers, list_others
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, is_tokens, trace
 from compress.huggingface import TextReader
@@ -51,6 +51,11 @@ class Intake:
     notes: list[str]
     names: tuple[str, ...] = ()
     text: TextReader | None = None
+
+    @property
+    def others(self) -> dict[str, int]:
+        """How many floats the graph reads that are in none of ``layers``, by tensor, the largest first."""
+        return list_others(self.traced)
 
 
 def read_model(

@@ -20,7 +20,7 @@ from compress.exporters.lone_layer import Grid, LoneLayer
 from compress.graph.layers import LAYER_KINDS, activation_of, layer_name
 from compress.graph.traced import TracedModel, first_output
 from compress.kernels.dynamic import dynamic_grid
-from compress.report.schema import LayerParity
+from compress.report.schema import LayerCheck
 
 __all__ = ["check_layers", "guilty_layers", "innocent_layers", "unseen_layers"]
 
@@ -34,10 +34,10 @@ _NAMED = 3
 
 def check_layers(
     traced: TracedModel, lone: Mapping[str, LoneLayer], batches: Iterable[tuple[Tensor, ...]]
-) -> tuple[LayerParity, ...]:
+) -> tuple[LayerCheck, ...]:
     """Every layer of ``traced`` that is in ``lone``, in order, at its worst over ``batches`` (inputs [N, ...])."""
     sessions = dict[str, ort.InferenceSession]()
-    found: dict[str, LayerParity] = {}
+    found: dict[str, LayerCheck] = {}
     for batch in batches:
         walk = _Walk(traced, lone, sessions)
         with torch.no_grad():
@@ -47,7 +47,7 @@ def check_layers(
     return tuple(found.values())
 
 
-def guilty_layers(layers: Sequence[LayerParity]) -> str | None:
+def guilty_layers(layers: Sequence[LayerCheck]) -> str | None:
     """A sentence about the layers that are further off than rounding explains, the worst first; None without one."""
     guilty = sorted((row for row in layers if not row.steps <= row.allowed_steps), key=_excess, reverse=True)
     if not guilty:
@@ -62,7 +62,7 @@ def guilty_layers(layers: Sequence[LayerParity]) -> str | None:
     return f"run alone on PyTorch's own inputs, ONNX Runtime's kernel is off at {told}{more}"
 
 
-def unseen_layers(layers: Sequence[LayerParity], names: Iterable[str]) -> str | None:
+def unseen_layers(layers: Sequence[LayerCheck], names: Iterable[str]) -> str | None:
     """A sentence about those of ``names`` that no row is about; None without one."""
     seen = {row.name.partition("#")[0] for row in layers}
     unseen = [name for name in names if name not in seen]
@@ -72,7 +72,7 @@ def unseen_layers(layers: Sequence[LayerParity], names: Iterable[str]) -> str | 
     return f"of {', '.join(unseen[:_NAMED])}{more} ONNX Runtime has no node that can be looked at alone"
 
 
-def innocent_layers(layers: Sequence[LayerParity]) -> str:
+def innocent_layers(layers: Sequence[LayerCheck]) -> str:
     """A sentence for a file that is off although no layer of it is."""
     if not layers:
         return "no layer's kernel could be run alone"
@@ -93,7 +93,7 @@ class _Walk(fx.Interpreter):
         self._traced, self._lone, self._sessions = traced, lone, sessions
         self._calls: dict[str, int] = {}
         self._before: dict[fx.Node, Tensor] = {}  # what goes into a grid that is measured as the model runs
-        self.rows: list[LayerParity] = []
+        self.rows: list[LayerCheck] = []
 
     def run_node(self, n: fx.Node) -> Any:
         args, _ = self.fetch_args_kwargs_from_env(n)
@@ -109,7 +109,7 @@ class _Walk(fx.Interpreter):
                 self.rows.append(row)
         return value
 
-    def _compare(self, call: fx.Node, name: str, args: tuple[Any, ...], y: Tensor) -> LayerParity | None:
+    def _compare(self, call: fx.Node, name: str, args: tuple[Any, ...], y: Tensor) -> LayerCheck | None:
         layer = self._lone[name]
         if name not in self._sessions:
             padded = call.target is not torch.ops.aten.linear.default
@@ -133,7 +133,7 @@ class _Walk(fx.Interpreter):
         far = torch.linalg.vector_norm(difference, dtype=torch.float64)
         size = torch.linalg.vector_norm(wanted, dtype=torch.float64).clamp(min=1e-30)
         steps = difference.abs_().div_(step)
-        return LayerParity(
+        return LayerCheck(
             name=name,
             operator=layer.operator,
             relative_l2=float(far / size),
@@ -201,7 +201,7 @@ def _step(y: Tensor, x: Tensor, weight: Tensor) -> float:
     return max(ranges[0], ranges[1] * float(weight.abs().max()), 1e-30) / _TOP
 
 
-def _worse(one: LayerParity, other: LayerParity) -> LayerParity:
+def _worse(one: LayerCheck, other: LayerCheck) -> LayerCheck:
     worst = max(one, other, key=_excess)
     return worst.model_copy(
         update={
@@ -211,5 +211,5 @@ def _worse(one: LayerParity, other: LayerParity) -> LayerParity:
     )
 
 
-def _excess(row: LayerParity) -> float:
+def _excess(row: LayerCheck) -> float:
     return row.steps / row.allowed_steps

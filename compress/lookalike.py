@@ -17,7 +17,10 @@ _FOLDERS = {
     "compress.load in Python; give the model it was made of",
     "front.json": "a folder of plans of `compress sweep`; `compress apply PLAN MODEL` carries one out",
 }
-_STREAMED = "what `compress stream` has written, for transformers to load; other verbs take the folder it was made of"
+_STREAMED = (
+    "what `compress stream` has written, for transformers to load; `compress verify` looks for damage, other verbs "
+    "take the folder it was made of"
+)
 _FINISHED = "a part of {0.parent}, a model that is compressed already: neither a model to compress nor samples"
 _PARTS = ("model.safetensors", "base.safetensors")
 _DELTAS = {

@@ -19,8 +19,9 @@ from compress.calib.samples import Samples
 from compress.compression import apply_plan, plan_fingerprint, plan_parts
 from compress.digests import file_digests
 from compress.exporters.onnx import build_onnx, write_onnx
-from compress.gate import verify, verify_or_raise
-from compress.gate_inputs import GATE_SAMPLES, gate_inputs
+from compress.float_distance import float_distance
+from compress.gate import noise_distance, verify, verify_or_raise
+from compress.gate_inputs import GATE_SAMPLES, gate_inputs, gives_classes
 from compress.graph.traced import TracedModel
 from compress.intake import Intake
 from compress.options import Options
@@ -28,7 +29,8 @@ from compress.progress import Progress, Tally, silent
 from compress.publication import new_folder
 from compress.records import Plan
 from compress.report.build import build_report, measure_latency, measure_metric
-from compress.report.schema import Parity, Report
+from compress.report.floats import float_note
+from compress.report.schema import ExportCheck, Report
 from compress.runtime.base import compare_base, write_base
 from compress.targets import find_target
 from compress.work import Work
@@ -99,11 +101,21 @@ def realize(
             files = _export(intake.traced, compressed.model, Path(scratch))
             provider = find_target(plan.target).provider
             judged = gate_inputs(compressed.model, plan.seed, samples, labelled, intake=intake, ask=_ASK)
-            parity = verify(
-                compressed.model, files.compressed, judged.inputs, judged.source, provider, notes=judged.notes
+            check = verify(
+                compressed.model,
+                files.compressed,
+                judged.inputs,
+                judged.source,
+                provider,
+                notes=judged.notes,
+                classes=gives_classes(intake, samples, labelled),
             )
-            verify_or_raise(parity, folder / ONNX_FILE if folder is not None else files.compressed)
+            noise = noise_distance(compressed.model, files.compressed, plan.seed, provider)
+            check = check.model_copy(update={"relative_l2_noise": noise})
+            verify_or_raise(check, folder / ONNX_FILE if folder is not None else files.compressed)
             tally.finish("measuring")
+            quality = judged if labelled is None else gate_inputs(compressed.model, plan.seed, labelled, ask=_ASK)
+            distance = float_distance(intake, files.compressed, quality.inputs, quality.source, provider)
             metric = None
             if labelled is not None:
                 metric = measure_metric(intake, compressed.model, files.compressed, labelled, provider)
@@ -112,25 +124,34 @@ def realize(
                 latency = measure_latency(
                     files.float, files.compressed, provider, threads=threads, batch=batch, length=intake.traced.length
                 )
-            gate_notes = [f"gate: {note}" for note in parity.notes]
+            layers = layers_of(intake.layers, plan.splits)
+            gate_notes = [f"gate: {note}" for note in check.notes]
             report = build_report(
                 plan=plan,
-                layers=layers_of(intake.layers, plan.splits),
+                layers=layers,
                 results=compressed.layers,
                 model=compressed.model,
                 float_file=files.float,
                 compressed_file=files.compressed,
-                parity=parity,
+                export_check=check,
+                float_distance=distance,
                 latency=latency,
                 metric=metric,
                 measured_error=_whole_error(intake.traced, compressed.model, plan, samples),
                 calibration_seconds=calibrated - started,
-                notes=[*notes, *compressed.notes, *continued, *gate_notes, *([] if bench else [_UNTIMED])],
+                notes=[
+                    float_note(plan, layers, intake.others),
+                    *notes,
+                    *compressed.notes,
+                    *continued,
+                    *gate_notes,
+                    *([] if bench else [_UNTIMED]),
+                ],
             )
             report = report.model_copy(update={"notes": (*report.notes, *_missed(report))})
             if folder is not None:
                 with new_folder(folder, overwrite) as partial:
-                    write_onnx(files.content, partial / ONNX_FILE, _metadata(plan, parity, report))
+                    write_onnx(files.content, partial / ONNX_FILE, _metadata(plan, check, report))
                     save_artifact(partial, compressed.model, plan)
                     write_base(compare_base(intake.original, float_graph), partial, tensors_digest(partial))
                     report = report.model_copy(update={"files": file_digests(partial)})
@@ -203,11 +224,11 @@ def _missed(report: Report) -> list[str]:
     return found
 
 
-def _metadata(plan: Plan, parity: Parity, report: Report) -> dict[str, str]:
+def _metadata(plan: Plan, check: ExportCheck, report: Report) -> dict[str, str]:
     return {
         "plan_sha256": plan_fingerprint(plan),
         "target": plan.target,
-        "parity_relative_l2": f"{parity.relative_l2_optimized:.3g}",
+        "export_check_relative_l2": f"{check.relative_l2_optimized:.3g}",
         "onnxruntime_version": report.environment.onnxruntime or "",
         "torch_version": report.environment.torch or "",
     }

@@ -49,10 +49,13 @@ class LayerSpec(Record):
     activation: str | None = Field(None, description="relu or relu6 when the output feeds nothing else")
     block: str = Field("", description="path of the module that holds it")
     refusal: str | None = Field(None, description="why it cannot be compressed; None when it can")
+    weights: int | None = Field(None, description="numbers in all of its weights, where it has several")
 
     @property
     def parameters(self) -> int:
         """Number of weights, the bias not counted."""
+        if self.weights is not None:
+            return self.weights
         count = 1
         for size in self.weight_shape:
             count *= size

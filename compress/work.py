@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.calib.samples import Samples, load_samples
-from compress.calib.synthetic import is_synthetic, synthesize
+from compress.calib.synthetic import FIT_NEEDED, is_synthetic, synthesize
 from compress.deltas import add_deltas
+from compress.doubts import sample_doubts
 from compress.huggingface import TextReader
 from compress.intake import Intake, ModelLike, read_model, take_in
 from compress.options import Options, Source
@@ -23,18 +24,20 @@ _ALONE = (
 
 @dataclass(frozen=True)
 class Work:
-    """A model, calibration samples (None: none given) and labelled samples (None: none given); a hint to the user."""
+    """A model, calibration and labelled samples (None: none given); a hint to the user; doubts about the samples."""
 
     intake: Intake
     samples: Samples | None
     labelled: Samples | None
     hint: str | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was assumed of all three, and the hint, as sentences."""
+        """What is doubtful, what was assumed of all three, and the hint, as sentences."""
         evaluation = self.labelled.notes if self.labelled else ()
         return (
+            *self.doubts,
             *self.intake.notes,
             *(self.samples.notes if self.samples else ()),
             *(f"evaluation data: {note}" for note in evaluation),
@@ -74,10 +77,14 @@ def open_work(
             most=options.samples,
             batch=None if intake.traced.dynamic_batch else len(intake.traced.example[0]),
             seed=options.seed,
+            needed=FIT_NEEDED,
             progress=progress,
         )
+    doubts = sample_doubts(samples, intake) if samples is not None and not made else ()
+    if labelled is not None:
+        doubts += sample_doubts(labelled, intake, "evaluation data: ")
     alone = samples is None and (options.act_bits, options.dynamic, options.group_size) == (None, None, None)
-    return Work(intake, samples, labelled, _ALONE if alone and intake.traced.statistics else None)
+    return Work(intake, samples, labelled, _ALONE if alone and intake.traced.statistics else None, doubts)
 
 
 def read_samples(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 import compress
 from compress import api
 from compress.errors import GateError, InputError
-from compress.options import Options, Search, Settings, Source
 from compress.realize import Result
-from compress.report.schema import Parity, Report
+from compress.report.schema import ExportCheck, Report
 from tests.every import every
 from tests.forgery import forge_report
 from tests.sweep import sweep
@@ -94,7 +92,7 @@ def test_every_width(bits: int, with_data: bool, tmp_path: Path) -> None:
 
     report = Report.model_validate_json((folder / "report.json").read_text())
     assert report == result.report
-    assert report.parity.failures == ()
+    assert report.export_check.failures == ()
     widths = {choice.layer: choice.option.bits for choice in report.plan.choices}
     assert widths == {"0": 8, "3": bits, "5": bits, "9": bits, "11": 8}
     for row in report.layers:
@@ -123,8 +121,8 @@ def test_metadata_says_how_the_file_came_about(tmp_path: Path) -> None:
     assert found["compress.target"] == "onnx-cpu"
     assert found["compress.torch_version"] == torch.__version__
     assert found["compress.onnxruntime_version"] == onnxruntime.__version__
-    assert float(found["compress.parity_relative_l2"]) == pytest.approx(
-        result.report.parity.relative_l2_optimized, rel=0.01, abs=1e-12
+    assert float(found["compress.export_check_relative_l2"]) == pytest.approx(
+        result.report.export_check.relative_l2_optimized, rel=0.01, abs=1e-12
     )
     assert len(found["compress.plan_sha256"]) == 64
     assert model.producer_name == "compress"
@@ -185,7 +183,7 @@ def test_every_option(settings: dict[str, object], check: object, tmp_path: Path
     ["9", "11"],
 )
 def test_an_ignored_linear_among_integer_layers_stays_float(layer: str) -> None:
-    assert quantize(None, data(), method="mse", ignore=(layer,)).report.parity.float_layers == 1
+    assert quantize(None, data(), method="mse", ignore=(layer,)).report.export_check.float_layers == 1
 
 
 @pytest.mark.matrix
@@ -253,64 +251,6 @@ def test_progress_names_every_layer_and_ends_full() -> None:
     assert {total for _, _, total in seen} == {5}
 
 
-@pytest.mark.slow(cases=8)
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"bits": 9}, "--bits 9: allowed are 2 to 8"),
-        ({"bits": 1}, "--bits 1: allowed are 2 to 8"),
-        ({"bits": 4.5}, "--bits 4.5: allowed are 2 to 8"),
-        ({"act_bits": 1}, "--act-bits 1: allowed are 2 to 8"),
-        ({"first_last_bits": 16}, "--first-last-bits 16: allowed are 2 to 8"),
-        ({"iterations": -1}, "--iterations -1: allowed are 0"),
-        ({"samples": 0}, "0 samples of the samples given are not possible"),
-        ({"method": "magic"}, "unknown method 'magic'; known: minmax, mse, hqq, gptq, adaquant, adaquant-parallel"),
-        ({"observer": "magic"}, "unknown observer 'magic'; known: minmax, percentile, mse, histogram"),
-        ({"target": "magic"}, "unknown target 'magic'; known: onnx-cpu, onnx-arm"),
-        ({"ignore": ("nothing*",)}, "--ignore 'nothing*' matches no layer"),
-        ({"ignore": ("re:[",)}, "--ignore 're:[' is not a regular expression"),
-        ({"ignore": ("*",)}, "nothing to compress: 0: named by --ignore"),
-        ({"bit": 4}, "the options are the fields of compress.Options"),
-        ({"eval_data": torch.randn(8, 1, 8, 8)}, "labels"),
-        (
-            {"eval_data": (torch.randn(8, 1, 9, 9), torch.zeros(8).long())},
-            "samples of shape 1x9x9; the model takes 1x8x8",
-        ),
-        ({"eval_data": (torch.randn(8, 1, 8, 8), torch.zeros(8))}, "the metric needs one number a sample"),
-        ({"calib": None, "act_bits": 4, "input_shape": (1, 8, 8)}, "--act-bits 4: ranges measured as the model runs"),
-        ({"calib": None, "method": "adaquant", "input_shape": (1, 8, 8)}, "--method adaquant needs calibration data"),
-        ({"calib": None, "statistics_tuning": True, "input_shape": (1, 8, 8)}, "need calibration data: give --calib"),
-        ({"calib": None, "bias_tuning": True, "input_shape": (1, 8, 8)}, "need calibration data: give --calib"),
-        ({"calib": None, "bias_correction": True, "input_shape": (1, 8, 8)}, "need calibration data: give --calib"),
-        (
-            {"calib": torch.randn(8, 2, 8, 8)},
-            "An input of shape 2x8x8 (from the calibration data) does not run through the model",
-        ),
-        ({"input_shape": (1, 9, 9)}, "differs from the calibration data"),
-    ],
-    ids=lambda each: ",".join(each) if isinstance(each, dict) else each,
-)
-def test_what_cannot_be_is_refused_in_a_sentence_before_any_work(
-    settings: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("compress.realize.apply_plan", None)  # the work
-    with pytest.raises(InputError) as error:
-        quantize(tmp_path / "out", **{"calib": data(), **settings})  # type: ignore[arg-type]
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_every_option_is_a_keyword() -> None:
-    owned = {each.name for record in (Options, Search, Source) for each in dataclasses.fields(record)}
-    assert set(Settings.__annotations__) == owned | {"options"}
-
-
-def test_options_or_keywords() -> None:
-    with pytest.raises(InputError, match="either options or keywords, not both"):
-        api.quantize(net(), options=Options(), bits=3)
-
-
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     """A net as torch.export saves it."""
@@ -331,8 +271,8 @@ def test_an_exported_program_brings_its_shape(exported: Path) -> None:
 
 
 def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failed(*_: object, **__: object) -> Parity:
-        return Parity(
+    def failed(*_: object, **__: object) -> ExportCheck:
+        return ExportCheck(
             samples=1, source="x", relative_l2_unoptimized=1, relative_l2_optimized=1, agreement_unoptimized=None,
             agreement_optimized=None, integer_layers=1, float_layers=0, failures=("layer 3 is off",),
         )  # fmt: skip

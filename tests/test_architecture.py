@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # may import each other only where their row says so; test_imports_form_no_cycle keeps that honest.
 LEVEL_0 = {"errors", "registry", "records", "options", "packing", "weights", "problem", "formats"}
 LEVEL_0 |= {"targets", "instruction_sets", "machine", "cache", "progress", "lock", "publication", "digests"}
-LEVEL_0 |= {"pickles", "trust", "expression"}
+LEVEL_0 |= {"distance", "pickles", "trust", "expression"}
 LEVEL_1 = {
     "checkpoint",
     "factory",
@@ -49,9 +49,14 @@ LEVEL_5 = {
     "report",
     "intake",
     "estimate",
+    "file_tensors",
+    "float_distance",
 } | {
     "planning",
     "auto",
+    "doubts",
+    "rounding_noise",
+    "verification",
     "realize",
     "work",
     "deltas",

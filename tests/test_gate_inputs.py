@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compress import api
 from compress.calib.norm_distance import norm_distance
 from compress.calib.samples import Samples, load_samples
-from compress.cli.tables import parity_text
+from compress.cli.tables import export_check_text
 from compress.errors import InputError
 from compress.exporters.onnx import build_onnx, write_onnx
 from compress.exporters.session import open_session, run_session
@@ -100,9 +100,9 @@ def test_without_anything_it_is_noise_and_the_report_says_so(tmp_path: Path) -> 
         "gate: judged on noise, which may not show what real samples would (there is no tokenizer, and no BatchNorm "
         "that inputs could be made to fit); give samples with --calib or --eval"
     )
-    parity = api.verify(tmp_path / "out")
-    assert parity.source == "noise"
-    assert "give samples with --data" in parity.notes[0]
+    check = api.verify(tmp_path / "out")
+    assert check.source == "noise"
+    assert "give samples with --data" in check.notes[0]
     assert api.verify(tmp_path / "out", data=torch.randn(8, 6)).notes == ()
 
 
@@ -163,15 +163,15 @@ def test_the_worst_sample_is_named_in_report_and_text(
     traced = compress_quickly(plain(), x[:20], bits=7, act_bits=7, first_last_bits=7)
     path = tmp_path / "model.onnx"
     write_onnx(build_onnx(compress_quickly(plain(), x[:20], bits=7, act_bits=7, first_last_bits=7)), path, {})
-    parity = verify(traced, path, (x,), "noise")
+    check = verify(traced, path, (x,), "noise")
     (got,) = run_session(open_session(path, "ORT_ENABLE_ALL"), zip(x.split(8), strict=True))
     with torch.no_grad():
         wanted = traced.module(x)
     distances = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert parity.worst_sample == int(distances.argmax())
-    assert parity.worst_relative_l2 == pytest.approx(float(distances.max()), rel=1e-4)
-    assert f"furthest on sample {parity.worst_sample} (" in parity_text(parity)
-    assert any(f"furthest on sample {parity.worst_sample} (" in failure for failure in parity.failures)
+    assert check.worst_sample == int(distances.argmax())
+    assert check.worst_relative_l2 == pytest.approx(float(distances.max()), rel=1e-4)
+    assert f"furthest on sample {check.worst_sample} (" in export_check_text(check)
+    assert any(f"furthest on sample {check.worst_sample} (" in failure for failure in check.failures)
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_one_row_is_compared_with_one_row(tmp_path: Path, compress_quickly: Call
     with torch.no_grad():
         alone, together = torch.cat([traced.module(row) for row in x.split(1)]), traced.module(x)
     assert float((alone - together).norm() / together.norm()) > 0.002  # the grid is that of the whole batch
-    parity = verify(traced, path, (x,), "noise")
-    assert parity.relative_l2_one_row is not None
-    assert max(parity.relative_l2_one_row, parity.relative_l2_optimized) < 1e-4
-    assert "one sample at a time" in parity_text(parity)
+    check = verify(traced, path, (x,), "noise")
+    assert check.relative_l2_one_row is not None
+    assert max(check.relative_l2_one_row, check.relative_l2_optimized) < 1e-4
+    assert "one sample at a time" in export_check_text(check)

@@ -209,7 +209,7 @@ OUTPUTS = {"last_hidden_state": ["batch", "sequence", 32], "pooler_output": ["ba
 def test_compress_with_text(folders: dict[str, Path], text: Path, tmp_path: Path) -> None:
     """A causal model; its samples are cut from all texts together."""
     result = compress.quantize(folders["llama-1"], calib=text, out=tmp_path / "out", bits=8, method="mse", length=16)
-    assert result.report.parity.integer_layers == 8
+    assert result.report.export_check.integer_layers == 8
     names = list(values_of(result).items())
     assert names[:2] == [(name, ["batch", "sequence"]) for name in INPUTS["llama"]]
     run_both(result, tokens(5, 23))
@@ -232,7 +232,7 @@ def test_compress_with_ids(folders: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.matrix
 def test_compress_without_data(folders: dict[str, Path], tmp_path: Path) -> None:
     result = compress.quantize(folders["bert-1"], out=tmp_path / "out", bits=8)
-    assert result.report.parity.integer_layers == 0
+    assert result.report.export_check.integer_layers == 0
     assert values_of(result) == {name: ["batch", "sequence"] for name in INPUTS["bert"]} | OUTPUTS
     ids, mask = tokens(5, 23)
     run_both(result, (ids, mask, torch.randint(2, ids.shape)))

@@ -19,7 +19,7 @@ from compress.gate import verify
 from compress.graph.traced import TracedModel
 from compress.layer_check import guilty_layers, innocent_layers
 from compress.packing import pack, unpack
-from compress.report.schema import LayerParity, Parity
+from compress.report.schema import ExportCheck, LayerCheck
 
 # No kernel saturates on codes of 7 bits, whatever the processor.
 SOUND = {"bits": 7, "first_last_bits": 7}
@@ -110,8 +110,8 @@ def plant(path: Path, out: Path, name: str, change: Callable[[np.ndarray], None]
     return out
 
 
-def at_fault(parity: Parity) -> list[str]:
-    return [row.name for row in parity.layers if not row.steps <= row.allowed_steps]
+def at_fault(check: ExportCheck) -> list[str]:
+    return [row.name for row in check.layers if not row.steps <= row.allowed_steps]
 
 
 def flip_code(stored: np.ndarray) -> None:
@@ -139,12 +139,12 @@ def move(numbers: np.ndarray) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sound_file_has_no_layer_off(kind: str, exported: Callable[[str], tuple[TracedModel, Path, Tensor]]) -> None:
     traced, path, x = exported(kind)
-    parity = verify(traced, path, (x,), "noise")
-    assert parity.failures == ()
-    assert len(parity.layers) == parity.integer_layers + parity.float_layers + parity.block_layers
-    assert all(row.values > 0 for row in parity.layers)
+    check = verify(traced, path, (x,), "noise")
+    assert check.failures == ()
+    assert len(check.layers) == check.integer_layers + check.float_layers + check.block_layers
+    assert all(row.values > 0 for row in check.layers)
     if kind != "blocks":  # whose kernel rounds its inputs, which the graph does not
-        assert max(row.steps for row in parity.layers) <= 1.001
+        assert max(row.steps for row in check.layers) <= 1.001
 
 
 FAULTS = {
@@ -174,10 +174,10 @@ def test_the_layer_with_one_wrong_number_is_named(
     names = {each.name for each in onnx.load(path).graph.initializer}
     change, parts = FAULTS[fault]
     (name,) = (f"{layer}.{part}" for part in parts if f"{layer}.{part}" in names)
-    parity = verify(traced, plant(path, tmp_path / "planted.onnx", name, change), (x,), "noise")
-    assert at_fault(parity) == [layer]
-    (sentence,) = (failure for failure in parity.failures if "kernel is off at layer" in failure)
-    (row,) = (row for row in parity.layers if row.name == layer)
+    check = verify(traced, plant(path, tmp_path / "planted.onnx", name, change), (x,), "noise")
+    assert at_fault(check) == [layer]
+    (sentence,) = (failure for failure in check.failures if "kernel is off at layer" in failure)
+    (row,) = (row for row in check.layers if row.name == layer)
     assert f"off at layer {layer} ({row.operator}): {row.steps:.3g} steps" in sentence
     assert f"{row.beyond_one_step:,} of {row.values:,} values off by more than one" in sentence
 
@@ -222,10 +222,10 @@ def test_layers_that_saturate_are_named(tmp_path: Path, compress_quickly: Callab
     plant_full_codes(traced, "head", 0.1)
     path = tmp_path / "model.onnx"
     write_onnx(build_onnx(traced), path, {})
-    parity = verify(traced, path, (x,), "noise")
-    assert at_fault(parity) == ["stem", "head"]
+    check = verify(traced, path, (x,), "noise")
+    assert at_fault(check) == ["stem", "head"]
     # Without optimisation there is no integer kernel.
-    assert parity.relative_l2_unoptimized < 0.05
+    assert check.relative_l2_unoptimized < 0.05
 
 
 class Odd(nn.Module):
@@ -260,9 +260,9 @@ def test_layers_that_are_joined_to_others_are_not_blamed(
     traced = compress_quickly(Odd(), None, (3, 10, 10), **options)
     path = tmp_path / "model.onnx"
     write_onnx(build_onnx(traced), path, {})
-    parity = verify(traced, path, (torch.randn(20, 3, 10, 10),), "noise")
-    assert parity.failures == ()
-    assert [row.name for row in parity.layers] == ["zero", "padded", "joined", "bare", "plain"]
+    check = verify(traced, path, (torch.randn(20, 3, 10, 10),), "noise")
+    assert check.failures == ()
+    assert [row.name for row in check.layers] == ["zero", "padded", "joined", "bare", "plain"]
 
 
 def test_a_layer_that_cannot_be_looked_at_alone_is_told_of(
@@ -272,9 +272,9 @@ def test_a_layer_that_cannot_be_looked_at_alone_is_told_of(
     model = onnx.load(path)
     next(node for node in model.graph.node if node.name == "out").name = "another"
     onnx.save(model, tmp_path / "renamed.onnx")
-    parity = verify(traced, tmp_path / "renamed.onnx", (x,), "noise")
-    assert parity.notes == ("of out ONNX Runtime has no node that can be looked at alone",)
-    assert [row.name for row in parity.layers] == ["q", "k", "v", "up", "down"]
+    check = verify(traced, tmp_path / "renamed.onnx", (x,), "noise")
+    assert check.notes == ("of out ONNX Runtime has no node that can be looked at alone",)
+    assert [row.name for row in check.layers] == ["q", "k", "v", "up", "down"]
 
 
 def test_a_difference_between_layers_is_said_to_be_there(
@@ -285,15 +285,15 @@ def test_a_difference_between_layers_is_said_to_be_there(
     (softmax,) = (node for node in model.graph.node if node.op_type == "Softmax")
     softmax.attribute[0].i = 1
     onnx.save(model, tmp_path / "turned.onnx")
-    parity = verify(traced, tmp_path / "turned.onnx", (x,), "noise")
-    assert at_fault(parity) == []
-    assert parity.failures[-1] == innocent_layers(parity.layers)
-    assert "no layer is at fault by itself" in parity.failures[-1]
+    check = verify(traced, tmp_path / "turned.onnx", (x,), "noise")
+    assert at_fault(check) == []
+    assert check.failures[-1] == innocent_layers(check.layers)
+    assert "no layer is at fault by itself" in check.failures[-1]
 
 
 def test_many_layers_at_fault_are_counted_and_the_worst_come_first() -> None:
-    def row(name: str, steps: float) -> LayerParity:
-        return LayerParity(
+    def row(name: str, steps: float) -> LayerCheck:
+        return LayerCheck(
             name=name, operator="QGemm", relative_l2=0.1, steps=steps, allowed_steps=1.5, beyond_one_step=7, values=1000
         )
 

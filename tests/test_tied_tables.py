@@ -22,7 +22,7 @@ def test_rows_that_end_within_a_group(width: int, group: int, tmp_path: Path) ->
     settings = {"bits": 4, "first_last_bits": 4, "group_size": group, "method": "mse"}
     report = compress.quantize(module, calib=ids, out=tmp_path / "out", **settings).report  # type: ignore[arg-type]
     assert {str(choice.format) for choice in report.plan.choices} == {"matmul-nbits"}
-    assert report.parity.relative_l2_optimized < 0.02
+    assert report.export_check.relative_l2_optimized < 0.02
 
 
 @pytest.mark.slow(cases=1)

@@ -26,7 +26,8 @@ def inspect(
     if json:
         import json as encoder
 
-        print(encoder.dumps({"layers": [layer.model_dump() for layer in found.layers], "notes": found.notes}, indent=2))
+        layers = [layer.model_dump() for layer in found.layers]
+        print(encoder.dumps({"layers": layers, "others": found.others, "notes": found.notes}, indent=2))
         return
     from rich.console import Console
 
@@ -36,6 +37,11 @@ def inspect(
     console.print(inspection_table(found.layers))
     parameters = sum(layer.parameters for layer in found.layers)
     macs = sum(layer.macs for layer in found.layers)
-    console.print(f"{len(found.layers)} layers, {parameters:,} weights, {macs:,} MACs a sample", highlight=False)
+    rest = sum(found.others.values())
+    console.print(
+        f"{len(found.layers)} layers, {parameters:,} weights, {rest:,} other numbers (biases, norms and the like), "
+        f"{macs:,} MACs a sample",
+        highlight=False,
+    )
     for note in found.notes:
         console.print(f"- {note}", highlight=False)

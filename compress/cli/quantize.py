@@ -73,7 +73,10 @@ def quantize(
 
 
 def print_result(report: Report, folder: Path, *, as_json: bool, quiet: bool) -> None:
-    """What a run that wrote ``folder`` came to."""
+    """What a run that wrote ``folder`` came to; warnings go to standard error where notes are not printed."""
+    if as_json or quiet:
+        for warning in report.warnings:
+            typer.echo(warning, err=True)
     if as_json:
         print(report.model_dump_json(indent=2))
     elif not quiet:

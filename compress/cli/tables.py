@@ -10,13 +10,14 @@ from rich.table import Table
 from compress.allocation.ranks import layers_of
 from compress.cli.plans import allocation_lines
 from compress.records import LayerSpec, Plan
-from compress.report.schema import LayerProof, Metric, Parity, Proof, Report
+from compress.report.schema import ExportCheck, FloatDistance, LayerProof, Metric, Proof, Report
 
 __all__ = [
+    "export_check_text",
+    "float_distance_lines",
     "inspection_table",
     "layer_table",
     "mending",
-    "parity_text",
     "plan_table",
     "proof_table",
     "proof_text",
@@ -88,7 +89,7 @@ def inspection_table(layers: Sequence[LayerSpec]) -> Table:
 
 
 def summary_lines(report: Report) -> list[str]:
-    """The model as a whole: size, latency, metric, parity, what stayed float, notes."""
+    """The model as a whole: size, latency, quality, export check, what stayed float, notes."""
     size = report.size
     lines = [
         f"Size: {size.float_bytes / 1e3:,.1f} kB float, {size.compressed_bytes / 1e3:,.1f} kB compressed "
@@ -102,12 +103,14 @@ def summary_lines(report: Report) -> list[str]:
             f"{latency.compressed_ms:.3f} ms compressed "
             f"({latency.compressed_ms / latency.float_ms:.2f}x the float model's time)"
         )
+    if report.float_distance:
+        lines += float_distance_lines(report.float_distance)
     if report.metric:
         lines.append(_metric_line(report.metric))
     lines += allocation_lines(report.plan.allocation, report.measured)
-    lines.append(f"Parity with PyTorch: {parity_text(report.parity)}")
-    if report.parity.proof and report.parity.proof.layers:
-        lines.append(f"On every processor: {proof_text(report.parity.proof)}")
+    lines.append(f"Export check, file against quantized graph: {export_check_text(report.export_check)}")
+    if report.export_check.proof and report.export_check.proof.layers:
+        lines.append(f"On every processor: {proof_text(report.export_check.proof)}")
     if report.plan.skipped:
         lines.append(
             f"Left float: {len(report.plan.skipped)} layers: "
@@ -116,7 +119,7 @@ def summary_lines(report: Report) -> list[str]:
     lines.append(
         f"Calibration: {report.calibration_seconds:.1f} s, peak memory {report.peak_memory_bytes / 1e6:,.0f} MB"
     )
-    return lines + _layer_notes(report) + [f"- {note}" for note in report.notes]
+    return lines + [f"- {note}" for note in report.notes] + _layer_notes(report)
 
 
 def _layer_notes(report: Report) -> list[str]:
@@ -132,19 +135,33 @@ def _layer_notes(report: Report) -> list[str]:
     ]
 
 
-def parity_text(parity: Parity) -> str:
-    """How far the file is from the PyTorch graph, and what its layers run as."""
-    islands = ", ".join(f"{count} {kind}" for kind, count in parity.float_operators.items())
-    same = "" if parity.agreement_optimized is None else f", same class on {parity.agreement_optimized:.1%}"
+def export_check_text(check: ExportCheck) -> str:
+    """How far the file is from the quantized graph, and what its layers run as."""
+    islands = ", ".join(f"{count} {kind}" for kind, count in check.float_operators.items())
+    same = "" if check.agreement_optimized is None else f", same class on {check.agreement_optimized:.1%}"
     return (
-        f"relative L2 {_distance(parity.relative_l2_unoptimized)} unoptimised, "
-        f"{_distance(parity.relative_l2_optimized)} optimised{same}, on {parity.samples} samples ({parity.source})"
-        f"{_worst_texts(parity)}; "
-        f"{parity.integer_layers} layers run on integers and "
-        f"{parity.float_layers} on floats"
-        + (f", {parity.block_layers} on packed weights" if parity.block_layers else "")
+        f"relative L2 {_distance(check.relative_l2_unoptimized)} unoptimised, "
+        f"{_distance(check.relative_l2_optimized)} optimised{same}, on {check.samples} samples ({check.source})"
+        f"{_worst_texts(check)}; "
+        f"{check.integer_layers} layers run on integers and "
+        f"{check.float_layers} on floats"
+        + (f", {check.block_layers} on packed weights" if check.block_layers else "")
         + (f"; ONNX Runtime leaves on floats: {islands}" if islands else "")
     )
+
+
+def float_distance_lines(found: FloatDistance) -> list[str]:
+    """A line for each output: how far the file is from the float model, on samples that need no labels."""
+    lines = []
+    for row in found.outputs:
+        which = f", output {row.name}" if len(found.outputs) > 1 else ""
+        text = f"relative L2 {_distance(row.relative_l2)}, cosine {row.cosine:.6f}"
+        if row.worst_sample is not None:
+            text += f", furthest on sample {row.worst_sample} ({_distance(row.worst_relative_l2 or 0.0)})"
+        if row.worst_operand is not None:
+            text += f"; of its parts {row.worst_operand} ({_distance(row.worst_operand_relative_l2 or 0.0)})"
+        lines.append(f"Distance from the float model{which}: {text}, on {found.samples} samples ({found.source})")
+    return lines
 
 
 def proof_table(proof: Proof) -> Table:
@@ -196,15 +213,15 @@ def _sum(row: LayerProof) -> str:
     return f"{row.worst} of {row.limit}" if row.limit is not None else f"{row.worst}, any"
 
 
-def _worst_texts(parity: Parity) -> str:
+def _worst_texts(check: ExportCheck) -> str:
     """The furthest sample, samples one at a time, and the furthest layer; nothing of what was not measured."""
     text = ""
-    if parity.worst_sample is not None and parity.worst_relative_l2:
-        text += f", furthest on sample {parity.worst_sample} ({_distance(parity.worst_relative_l2)})"
-    if parity.relative_l2_one_row is not None:
-        text += f", {_distance(parity.relative_l2_one_row)} one sample at a time"
-    if parity.layers:
-        worst = max(parity.layers, key=lambda row: row.steps / row.allowed_steps)
+    if check.worst_sample is not None and check.worst_relative_l2:
+        text += f", furthest on sample {check.worst_sample} ({_distance(check.worst_relative_l2)})"
+    if check.relative_l2_one_row is not None:
+        text += f", {_distance(check.relative_l2_one_row)} one sample at a time"
+    if check.layers:
+        worst = max(check.layers, key=lambda row: row.steps / row.allowed_steps)
         text += f"; each layer alone within {worst.steps:.2g} steps of its output's grid"
     return text
 

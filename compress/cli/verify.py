@@ -22,6 +22,9 @@ def verify(
 ) -> None:
     """Compare the ONNX file in a folder with the PyTorch graph beside it, and look at what ONNX Runtime fused.
 
+    Its tensors are to be those of the graph, value by value, and its distance what the folder's report says. Of a
+    folder that stream wrote the files are compared with their hashes.
+
     Of any quantized ONNX file: which layers are exact on which processors, judged from their codes.
 
     Example: [bold]compress verify model-w4a8 --data test.npz[/]
@@ -31,9 +34,9 @@ def verify(
     from rich.console import Console
 
     from compress import api
-    from compress.cli.tables import mending, parity_text, proof_table, proof_text
+    from compress.cli.tables import export_check_text, mending, proof_table, proof_text
     from compress.errors import GateError
-    from compress.report.schema import Proof
+    from compress.report.schema import Proof, StreamReport
 
     found = api.verify(path, data=data, mean=numbers(mean, "--mean"), std=numbers(std, "--std"), size=size)
     if json:
@@ -47,10 +50,18 @@ def verify(
         if not json:
             Console(emoji=False).print(f"{path}: {proof_text(found)}", highlight=False)
         return
+    if isinstance(found, StreamReport):
+        if not json:
+            Console(emoji=False).print(
+                f"{path}: {len(found.files)} files are those that `compress stream` wrote (hashes find damage, not "
+                "forgery); its weights have no graph beside them to be compared with",
+                highlight=False,
+            )
+        return
     if found.failures:
         raise GateError(f"{path} did not pass the gate: " + "; ".join(found.failures))
     if not json:
         console = Console(emoji=False)
-        console.print(f"{path} passed: {parity_text(found)}", highlight=False)
+        console.print(f"{path} passed: {export_check_text(found)}", highlight=False)
         for note in found.notes:
             console.print(f"- {note}", highlight=False)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import fx
 
-from compress.graph.traced import TracedModel
+from compress.graph.products import other_tensors, stored_products
+from compress.graph.traced import TracedModel, node_sizes
 from compress.records import LayerSpec
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
     "layer_computes",
     "layer_name",
     "list_layers",
-    "node_sizes",
+    "list_others",
     "table_calls",
     "tied_tables",
     "weight_position",
@@ -49,6 +50,8 @@ _REFUSED = {
     _BAG: ("embedding_bag", "embeddings that are summed as they are looked up are not compressed yet"),
     aten.conv_transpose2d.input: ("conv_transpose2d", "transposed convolutions are not compressed yet"),
     aten.conv_transpose1d.default: ("conv_transpose1d", "transposed convolutions are not compressed yet"),
+    aten.conv_transpose3d.input: ("conv_transpose3d", "transposed convolutions are not compressed yet"),
+    aten.conv3d.padding: ("conv3d", "3-d convolutions are not compressed yet"),
     aten.conv3d.default: ("conv3d", "3-d convolutions are not compressed yet"),
     aten.conv1d.padding: ("conv1d", "padding 'same' is uneven here; give the padding in numbers"),
     aten.conv2d.padding: ("conv2d", "padding 'same' is uneven here; give the padding in numbers"),
@@ -106,8 +109,15 @@ def weight_position(call: fx.Node) -> int:
 
 def _weight(call: fx.Node) -> fx.Node:
     """The weight that ``call`` reads, the first of several."""
+    return _weights(call)[0]
+
+
+def _weights(call: fx.Node) -> list[fx.Node]:
+    """All of them, matrices of a recurrent layer; its biases are none."""
     found = call.args[weight_position(call)]
-    return found if isinstance(found, fx.Node) else found[0]
+    if isinstance(found, fx.Node):
+        return [found]
+    return [each for each in found if len(node_sizes(each)) > 1]
 
 
 def layer_computes(traced: TracedModel) -> dict[str, str]:
@@ -157,8 +167,33 @@ def list_layers(traced: TracedModel) -> list[LayerSpec]:
     specs.extend(_refused(traced))
     tied = layer_calls(traced).keys()
     weighted = [node for node in _weighted(traced) if node.target is not TABLE or layer_name(node) not in tied]
-    order = {layer_name(node): position for position, node in reversed(list(enumerate(weighted)))}
-    return sorted(specs, key=lambda spec: order[spec.name])
+    names = [(node, layer_name(node)) for node in weighted]
+    known = {name for _, name in names} | table_calls(traced).keys()
+    products = {node: spec for node, spec in stored_products(traced).items() if spec.name not in known}
+    names += [(node, spec.name) for node, spec in products.items()]
+    places = {node: place for place, node in enumerate(traced.graph.nodes)}
+    order = {name: place for place, name in sorted(((places[node], name) for node, name in names), reverse=True)}
+    return sorted([*specs, *products.values()], key=lambda spec: order[spec.name])
+
+
+def list_others(traced: TracedModel) -> dict[str, int]:
+    """Floats by tensor that are in no layer of :func:`list_layers`: biases, norms, positions; the largest first."""
+    weights = [each for node in _weighted(traced) for each in _weights(node)]
+    weights += [each for node in stored_products(traced) for each in node.all_input_nodes]
+    return other_tensors(traced, {each for weight in weights for each in _stored_behind(weight)})
+
+
+def _stored_behind(node: fx.Node) -> set[fx.Node]:
+    """Tensors that ``node`` is computed from, where it is from nothing else."""
+    found, waiting = set[fx.Node](), [node]
+    while waiting:
+        each = waiting.pop()
+        if each.op not in ("get_attr", "call_function"):
+            return set()
+        if each.op == "get_attr":
+            found.add(each)
+        waiting += each.all_input_nodes
+    return found
 
 
 def _is_constant(traced: TracedModel, calls: list[fx.Node]) -> bool:
@@ -209,11 +244,6 @@ def _rows(call: fx.Node) -> int:
     return math.prod(sizes) // channels
 
 
-def node_sizes(node: fx.Node) -> tuple[int, ...]:
-    """The node's shape for the example batch; ``int`` of a symbolic size would fix the batch in the whole graph."""
-    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
-
-
 def _refused(traced: TracedModel) -> list[LayerSpec]:
     found: dict[str, LayerSpec] = {}
     for node in _weighted(traced):
@@ -223,8 +253,30 @@ def _refused(traced: TracedModel) -> list[LayerSpec]:
             kind, reason = LAYER_KINDS[node.target], "its weight is computed, not stored"
         if kind is None:
             continue
-        shape = node_sizes(weight)
         name = layer_name(node)
-        calls = found[name].calls + 1 if name in found else 1
-        found[name] = LayerSpec(name=name, kind=kind, weight_shape=shape, macs=0, rows=0, calls=calls, refusal=reason)
+        macs = _refused_macs(node) // len(traced.example[0])
+        if name in found:
+            before = found[name]
+            found[name] = before.model_copy(update={"macs": before.macs + macs, "calls": before.calls + 1})
+            continue
+        weights = [math.prod(node_sizes(each)) for each in _weights(node)]
+        found[name] = LayerSpec(
+            name=name, kind=kind, weight_shape=node_sizes(weight), macs=macs, rows=0, refusal=reason,
+            weights=sum(weights) if len(weights) > 1 else None,
+        )  # fmt: skip
     return list(found.values())
+
+
+def _refused_macs(call: fx.Node) -> int:
+    """Multiply-accumulates of the example batch: how often each weight is used."""
+    weights = sum(math.prod(node_sizes(each)) for each in _weights(call))
+    if call.target is _BAG:
+        return 0
+    if call.target in _RECURRENT:
+        return weights * math.prod(node_sizes(call.args[0])[:-1])
+    if "conv_transpose" in str(call.target):  # each of its inputs meets each weight
+        sizes = node_sizes(call.args[0])
+        return weights * math.prod(sizes) // sizes[1]
+    if call.target is aten.bilinear.default:
+        return weights * math.prod(node_sizes(call)[:-1])
+    return weights * _rows(call)

@@ -1,7 +1,8 @@
 """Weights brought to the one form that layers are found by: stored, and read by a linear or a convolution.
 
 1. A weight that is computed from parameters alone (weight or spectral norm, standardised convolutions) is computed now.
-2. A product with a parameter, ``x @ w`` or ``addmm`` (GPT-2's ``Conv1D``), is a linear with the transposed weight.
+2. A product with a parameter, ``x @ w`` or ``addmm`` (GPT-2's ``Conv1D``), is a linear with the transposed weight, and
+   ``x @ w.t()`` one with the weight, which may be an embedding's table, too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from compress.graph.layers import LAYER_KINDS, is_stored
+from compress.graph.layers import LAYER_KINDS, TABLE, is_stored
 from compress.graph.traced import TracedModel
 
 __all__ = ["settle_weights"]
@@ -81,21 +82,28 @@ def _evaluate(traced: TracedModel, nodes: list[fx.Node]) -> Tensor:
 
 def _make_linear(traced: TracedModel, node: fx.Node) -> None:
     bias, x, weight = node.args if node.target is aten.addmm.default else (None, *node.args)
-    if node.kwargs or not isinstance(weight, fx.Node) or not isinstance(x, fx.Node) or weight.op != "get_attr":
+    if node.kwargs or not isinstance(weight, fx.Node) or not isinstance(x, fx.Node):
+        return
+    read = _transposed(weight)
+    turned, weight, reader = (True, read, weight) if read is not None else (False, weight, node)
+    if weight.op != "get_attr":
         return
     name = str(weight.target)
     owner, _, leaf = name.rpartition(".")
     parameter = getattr(traced.module.get_submodule(owner), leaf)
     readers = [user for each in traced.graph.find_nodes(op="get_attr", target=name) for user in each.users]
     # A buffer is a constant of the model's (a filter bank, positions), not a weight that was trained; a parameter that
-    # something else reads, too, would have to be kept twice.
-    if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2 or readers != [node] or x.op == "get_attr":
+    # something else reads, too, would have to be kept twice; not where that is an embedding with it as its table.
+    tables = [user for user in readers if turned and leaf == "weight" and user.target is TABLE]
+    others = [user for user in readers if user not in tables]
+    alone = others == [reader] and (not turned or list(reader.users) == [node])
+    if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2 or not alone or x.op == "get_attr":
         return
     if isinstance(bias, fx.Node) and (bias.op != "get_attr" or bias.meta["val"].dim() != 1):
         return
     source, end = _without_rows(node, x)
     called = name if leaf == "weight" else f"{name}.weight"
-    value = traced.tensor(name).t().contiguous()
+    value = traced.tensor(name) if turned else traced.tensor(name).t().contiguous()
     if called != name:
         delattr(traced.module.get_submodule(owner), leaf)  # a module takes its name
     linear = traced.insert(
@@ -105,8 +113,23 @@ def _make_linear(traced: TracedModel, node: fx.Node) -> None:
         name=f"{node.name}_linear",
     )
     end.replace_all_uses_with(linear)
-    for each in dict.fromkeys((end, node)):
+    for each in dict.fromkeys((end, node, *([reader] if turned else []))):
         traced.graph.erase_node(each)
+
+
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """The matrix whose transpose ``node`` is; None where it is none."""
+    if node.op != "call_function" or len(node.all_input_nodes) != 1 or len(_sizes(node)) != 2:
+        return None
+    if node.target is aten.t.default or node.target is aten.numpy_T.default:
+        return node.all_input_nodes[0]
+    if node.target is aten.transpose.int:
+        order = [int(each) % 2 for each in node.args[1:]]
+        return node.all_input_nodes[0] if order[0] != order[1] else None
+    if node.target is aten.permute.default:
+        order = [int(each) % 2 for each in node.args[1]]
+        return node.all_input_nodes[0] if order == [1, 0] else None
+    return None
 
 
 def _without_rows(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -34,6 +34,7 @@ __all__ = [
     "export_program",
     "first_output",
     "is_tokens",
+    "node_sizes",
     "tensors_in",
     "trace",
 ]
@@ -259,6 +260,11 @@ def _symbols(size: int | torch.SymInt) -> set[str]:
 def is_tokens(x: Tensor) -> bool:
     """Whether an input is token ids or the like: whole numbers [N, L]."""
     return x.dim() == 2 and not x.is_floating_point()
+
+
+def node_sizes(node: fx.Node) -> tuple[int, ...]:
+    """The node's shape for the example batch; ``int`` of a symbolic size would fix the batch in the whole graph."""
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
 
 
 def _output_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from compress.graph.traced import TracedModel, call_module, first_output
 from compress.intake import Intake, check_fits
 from compress.machine import describe_environment
 from compress.records import LayerSpec, Plan
-from compress.report.schema import Latency, LayerRow, Metric, Parity, Report, Size
+from compress.report.schema import ExportCheck, FloatDistance, Latency, LayerRow, Metric, Report, Size
 
 __all__ = ["build_report", "check_metric", "measure_latency", "measure_metric"]
 
@@ -34,7 +34,8 @@ def build_report(
     model: TracedModel,
     float_file: Path,
     compressed_file: Path,
-    parity: Parity,
+    export_check: ExportCheck,
+    float_distance: FloatDistance,
     latency: Latency | None,
     metric: Metric | None,
     measured_error: float | None,
@@ -52,7 +53,8 @@ def build_report(
         plan=plan,
         layers=tuple(_row(layer, plan, by_layer.get(layer.name), model) for layer in layers),
         size=size,
-        parity=parity,
+        export_check=export_check,
+        float_distance=float_distance,
         latency=latency,
         metric=metric,
         # A latency of this machine says nothing about a plan for another one.

@@ -1,4 +1,4 @@
-"""The report: what was done to each layer, what it cost and what it gained; ``report.json``, schema version 2.
+"""The report: what was done to each layer, what it cost and what it gained; ``report.json``, schema version 3.
 
 Units are in the names: ``_bytes``, ``_ms``, ``_seconds``. Errors are relative squared errors (0 is exact, 1 is as large
 as the signal). ``None`` means not measured, and ``notes`` say why where it is not obvious.
@@ -8,23 +8,29 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from compress.digests import REPORT_VERSION
+from compress.digests import FIRST_WITH_HASHES, REPORT_VERSION
 from compress.machine import Environment
-from compress.records import SCHEMA_VERSION, Plan, Record
+from compress.records import Plan, Record
 
 __all__ = [
+    "WARNING",
+    "ExportCheck",
+    "FloatDistance",
     "Latency",
-    "LayerParity",
+    "LayerCheck",
     "LayerProof",
     "LayerRow",
     "Metric",
-    "Parity",
+    "OutputDistance",
     "Proof",
     "Report",
     "Size",
     "StreamReport",
     "StreamedLayer",
 ]
+
+WARNING = "WARNING: "
+"""What a note begins with that is to be seen by whoever reads no notes."""
 
 
 class LayerRow(Record):
@@ -111,7 +117,7 @@ class Proof(Record):
         return tuple(name for name, exact in self.instruction_sets.items() if exact)
 
 
-class LayerParity(Record):
+class LayerCheck(Record):
     """One layer's kernel in ONNX Runtime, run alone on what the PyTorch graph feeds the layer."""
 
     name: str
@@ -126,8 +132,8 @@ class LayerParity(Record):
     values: int
 
 
-class Parity(Record):
-    """The compressed PyTorch graph against ONNX Runtime, on the same samples."""
+class ExportCheck(Record):
+    """The file in ONNX Runtime against the quantized PyTorch graph, on the same samples."""
 
     samples: int
     source: str = Field(description="what the samples are")
@@ -147,12 +153,37 @@ class Parity(Record):
     relative_l2_one_row: float | None = Field(
         None, description="at ORT_ENABLE_ALL, samples one at a time; None where the batch is fixed, or not measured"
     )
+    relative_l2_noise: float | None = Field(
+        None, description="the larger one on seeded noise, for whoever verifies without samples; None in older reports"
+    )
     worst_sample: int | None = Field(None, description="the sample that is furthest off at ORT_ENABLE_ALL, from 0")
     worst_relative_l2: float | None = Field(None, description="of that sample alone")
-    layers: tuple[LayerParity, ...] = Field((), description="each layer alone, in order")
+    layers: tuple[LayerCheck, ...] = Field((), description="each layer alone, in order")
     notes: tuple[str, ...] = Field((), description="what the samples cannot show, as sentences")
     proof: Proof | None = Field(None, description="that integer sums are exact; None in reports from before it")
     failures: tuple[str, ...] = ()
+
+
+class OutputDistance(Record):
+    """One output of the file, in ONNX Runtime with all optimisations, against the float model's."""
+
+    name: str
+    relative_l2: float
+    cosine: float
+    worst_sample: int | None = Field(description="the sample that is furthest off, from 0; None: not one row a sample")
+    worst_relative_l2: float | None = Field(description="of that sample alone")
+    worst_operand: str | None = Field(
+        None, description="of an output that is a concatenation: the part that is furthest off, and its place"
+    )
+    worst_operand_relative_l2: float | None = Field(None, description="of that part alone")
+
+
+class FloatDistance(Record):
+    """The finished file against the float model: what quantization costs, without labels."""
+
+    samples: int
+    source: str = Field(description="what the samples are")
+    outputs: tuple[OutputDistance, ...]
 
 
 class Report(Record):
@@ -162,7 +193,8 @@ class Report(Record):
     plan: Plan
     layers: tuple[LayerRow, ...]
     size: Size
-    parity: Parity
+    float_distance: FloatDistance | None = Field(None, description="None in reports from before it")
+    export_check: ExportCheck
     latency: Latency | None = None
     metric: Metric | None = None
     measured: dict[str, float] = Field(
@@ -178,6 +210,11 @@ class Report(Record):
     notes: tuple[str, ...] = ()
     environment: Environment
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes that are to be seen whatever was asked to be printed."""
+        return tuple(note for note in self.notes if note.startswith(WARNING))
+
 
 class StreamedLayer(Record):
     """One linear of a model that was quantized block by block; errors are relative squared ones."""
@@ -190,9 +227,9 @@ class StreamedLayer(Record):
 
 
 class StreamReport(Record):
-    """Everything about one run of `compress stream`."""
+    """Everything about one run of `compress stream`; version 2 has ``files``."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = FIRST_WITH_HASHES
     model: str
     option: str
     method: str
@@ -202,5 +239,8 @@ class StreamReport(Record):
     seconds_a_block: float | None
     seconds: float
     peak_memory_bytes: int
+    files: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of what lies beside report.json, but for the plan: it finds damage"
+    )
     notes: tuple[str, ...]
     environment: Environment

@@ -21,6 +21,7 @@ from compress.cache import digest
 from compress.calib.resume import ResumeStore, open_store
 from compress.calib.samples import Samples, load_samples
 from compress.calib.text import check_length
+from compress.digests import file_digests
 from compress.errors import InputError
 from compress.machine import describe_environment
 from compress.methods import METHODS
@@ -37,6 +38,7 @@ from compress.weightfiles import INDEX
 __all__ = ["stream"]
 
 _FORMAT = "pack-quantized"
+_REPORT = "report.json"
 _BATCH_TOKENS = 4096
 _WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -90,7 +92,7 @@ def stream(
             run.quantize(store, blocks)
             report = run.report()
             with new_folder(out, overwrite) as folder:
-                _write(folder, job, store, report)
+                report = _write(folder, job, store, report)
     except _EnoughError:
         return run.report()
     return report
@@ -226,7 +228,8 @@ def _fingerprint(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _write(folder: Path, job: _Job, store: ResumeStore, report: StreamReport) -> None:
+def _write(folder: Path, job: _Job, store: ResumeStore, report: StreamReport) -> StreamReport:
+    """Everything into ``folder``; the report with the hashes of it."""
     model, option = job.model, job.option
     files = model.count + 1
     names = [f"model-{number + 1:05d}-of-{files:05d}.safetensors" for number in range(files)]
@@ -255,11 +258,13 @@ def _write(folder: Path, job: _Job, store: ResumeStore, report: StreamReport) ->
         data_fingerprint=job.parts["the calibration data"],
     )
     (folder / "plan.json").write_text(plan.model_dump_json(indent=2))
-    (folder / "report.json").write_text(report.model_dump_json(indent=2))
-    taken = {path.name for path in folder.iterdir()}
+    taken = {path.name for path in folder.iterdir()} | {_REPORT}
     for path in model.shards.folder.iterdir():  # the tokenizer and what else belongs to the model
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in taken:
             shutil.copy2(path, folder / path.name)
+    report = report.model_copy(update={"files": file_digests(folder)})
+    (folder / _REPORT).write_text(report.model_dump_json(indent=2))
+    return report
 
 
 def _is_outside(model: BlockModel, name: str, part: torch.nn.Module) -> bool:

@@ -94,7 +94,7 @@ def test_a_layer_that_suffers_computes_in_floats(outlier: float, tmp_path: Path)
     assert level == (1 if outlier else 4)
     assert (row.input_error > 0.5 * row.output_error) == bool(outlier)
     assert ("computes in floats" in str(row.note)) == bool(outlier)
-    assert report.parity.relative_l2_optimized < 0.05
+    assert report.export_check.relative_l2_optimized < 0.05
 
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (4, 128), (8, 32), (8, 256)])
@@ -174,8 +174,8 @@ def test_each_layer_decides_for_itself(tmp_path: Path) -> None:
     ).report
     file = tmp_path / "out" / "model.onnx"
     assert _levels(file) == {"calm": 4, "wild": 1, "last": 4}
-    assert report.parity.block_layers == 3
-    assert report.parity.failures == ()
+    assert report.export_check.block_layers == 3
+    assert report.export_check.failures == ()
     rows = {row.name: row for row in report.layers}
     assert "computes in floats" in str(rows["wild"].note)
     assert not any("computes in floats" in str(rows[name].note) for name in ("calm", "last"))

@@ -128,6 +128,36 @@ def test_no_step_is_taken_from_what_is_not_finite() -> None:
     assert every(math.isnan(value) for value in (*fit.before, *fit.after))
 
 
+class Torn(nn.Module):
+    """Two layers that keep other statistics of one value: no input fits both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.b.running_mean += 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x) + self.b(x))
+
+
+@pytest.mark.slow
+def test_inputs_that_do_not_fit_are_refused_with_what_was_reached() -> None:
+    module = Torn().eval()
+    # Halfway, at 50, both are 50 deviations off, and no nearer place is for both.
+    with pytest.raises(
+        InputError, match=r"made inputs from [\d.e+]+ to 2\.5e\+03 of what .*, and 0\.5 at most is needed"
+    ):
+        open_work(module, "synthetic", None, Options(samples=16), Source(input_shape=(4,)))
+    # The gate takes them, as it has nothing better.
+    assert len(synthesize(module, (torch.zeros(2, 4),), "model", most=16, steps=2)) == 16
+
+
+def test_inputs_are_made_where_gradients_are_off() -> None:
+    start = torch.ones(2, 3)
+    with torch.no_grad():
+        assert float(fit_images(start, lambda x: (x.square().mean(),), 20, 0.1).images.abs().max()) < 1
+
+
 def test_where_no_inputs_are_made() -> None:
     with pytest.raises(InputError, match="inputs without labels are made for the --calib of quantize, allocate"):
         load_samples("synthetic", labelled=True)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compress.records import Plan
@@ -72,7 +73,15 @@ def test_weights_and_a_factory_with_data_and_labels(forks: Forks, workplace: Pat
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stderr == "", "no warnings, and no bar off a terminal"
-    for text in ("W8A8", "W4A8", "Size: ", "Latency (batch 1, 1 thread): ", "Accuracy on 80 samples: 100.00% float"):
+    for text in (
+        "W8A8",
+        "W4A8",
+        "Size: ",
+        "Distance from the float model: relative L2 ",
+        "Export check, file against quantized graph: ",
+        "Latency (batch 1, 1 thread): ",
+        "Accuracy on 80 samples: 100.00% float",
+    ):
         assert text in run.stdout, text
     assert "input shape 1x8x8, from calib.npz" in run.stdout
     assert "Written to full/" in run.stdout
@@ -103,6 +112,17 @@ def test_json_is_the_report_and_nothing_else(forks: Forks, workplace: Path) -> N
     assert run.returncode == 0, run.stderr
     report = Report.model_validate(json.loads(run.stdout))
     assert report == Report.model_validate_json((workplace / "json" / "report.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["-q", "--json"])
+def test_warnings_are_seen_where_notes_are_not(forks: Forks, workplace: Path, how: str) -> None:
+    np.savez(workplace / "few.npz", x=np.load(workplace / "calib.npz")["x"][:3])
+    run = forks.run(workplace, "quantize", "model.pt", "--calib", "few.npz", "--method", "mse", how, "-o", f"few{how}")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("WARNING: 3 samples, 192 rows in the layer in the middle, are few: give 32 samples")
+    assert run.stderr.count("\n") == 1
+    assert (run.stdout == "") == (how == "-q")
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ class File:
         self.traced = compress_quickly(net, x, bits=8, first_last_bits=7)
         path = folder / "model.onnx"
         write_onnx(build_onnx(self.traced), path, {})
-        self.parity = verify(self.traced, path, (x,), "samples")
+        self.check = verify(self.traced, path, (x,), "samples")
         self.got = run_session(open_session(path, "ORT_ENABLE_ALL"), [(x,)])
 
     def wanted(self) -> tuple[Tensor, ...]:
@@ -92,7 +92,7 @@ def test_boxes_beside_scores(made: Make) -> None:
     for part in (slice(0, 4), slice(4, 8)):
         assert distance(got[:, part], wanted[:, part]) < 0.02
     assert len(got[:, 4:].unique()) > 100
-    assert not file.parity.failures
+    assert not file.check.failures
     assert set(layer_computes(file.traced).values()) == {"integer"}
     assert not any("cat" in name for name in file.grids())
 
@@ -113,7 +113,7 @@ def test_what_only_floats_read_has_no_grid(end: str, made: Make) -> None:
     assert "quantizers.conv2d_1" in file.grids()
     assert not any(kind in name for name in file.grids() for kind in ("add", "mul", "pool"))
     assert distance(file.got[0], file.wanted()[0]) < 0.03
-    assert not file.parity.failures
+    assert not file.check.failures
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ MASKS = {
 def test_what_is_not_calculated_in_integers_reads_the_input_as_it_is(mask: str, made: Make) -> None:
     file = made(lambda net, x: MASKS[mask](net, x))
     wanted = file.wanted()
-    assert not file.parity.failures
+    assert not file.check.failures
     if len(wanted) == 2:
         assert torch.equal(file.got[1], wanted[1])
     else:

@@ -253,9 +253,9 @@ def test_exported_and_proven_as_chosen(timed: Callable[[Times], object], tmp_pat
     result = api.quantize(
         net(), calib=torch.randn(16, 7, 64), bits=4, first_last_bits=4, rows=7, method="mse", out=tmp_path / "out"
     )
-    parity = result.report.parity
-    assert parity.failures == ()
-    assert (parity.integer_layers, parity.block_layers, parity.float_layers) == (1, 1, 0)
+    check = result.report.export_check
+    assert check.failures == ()
+    assert (check.integer_layers, check.block_layers, check.float_layers) == (1, 1, 0)
     operators = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
     assert (operators["0"], operators["2"]) == ("MatMulIntegerToFloat", "MatMulNBits")
     assert every("fastest at 7 rows" in str(row.note) for row in result.report.layers)

@@ -163,7 +163,7 @@ def test_a_plan_with_ranks_is_carried_out_and_proven(
         "stem", "body.down", "body.up", "deep.down", "deep.up", "left", "right",
     ]  # fmt: skip
     assert any("low rank: 2 layers" in note for note in result.report.notes)
-    assert result.report.parity.integer_layers == (7 if option else 0)
+    assert result.report.export_check.integer_layers == (7 if option else 0)
     with torch.no_grad():
         wanted = intake.original(samples.inputs[0])
         found = result.module(samples.inputs[0])

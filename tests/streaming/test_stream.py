@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -291,3 +293,29 @@ def test_models_that_cannot_be(own_llama: Path, tmp_path: Path) -> None:
     shard.unlink()
     refused(f"lacks {shard.name}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_file_but_the_users_has_a_hash_that_finds_damage(rounded: Path, tmp_path: Path) -> None:
+    report = StreamReport.model_validate_json((rounded / "report.json").read_text())
+    names = {path.name for path in rounded.iterdir()} - {"plan.json", "report.json"}
+    assert {"config.json", "model.safetensors.index.json"} < names
+    assert report.files == {name: hashlib.sha256((rounded / name).read_bytes()).hexdigest() for name in names}
+    assert compress.verify(rounded) == report
+    with pytest.raises(InputError, match="whose files alone can be verified; leave --data out"):
+        compress.verify(rounded, data="texts.txt")
+    for number, name in enumerate(sorted(report.files)):
+        folder = shutil.copytree(rounded, tmp_path / str(number))
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{re.escape(name)} is damaged, or was replaced: its SHA-256 is"):
+            compress.verify(folder)
+    folder = shutil.copytree(rounded, tmp_path / "old")
+    (folder / "report.json").write_text(report.model_copy(update={"files": {}}).model_dump_json())
+    with pytest.raises(InputError, match=r"has no hashes of its files in report\.json, with which it was written"):
+        compress.verify(folder)
+    old = report.model_copy(update={"files": {}, "schema_version": 1})
+    (folder / "report.json").write_text(old.model_dump_json(exclude={"files"}))
+    with pytest.warns(UserWarning, match="from before reports had hashes"):
+        assert compress.verify(folder) == old
