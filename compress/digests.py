@@ -39,6 +39,8 @@ def check_digests(folder: Path, expected: bool) -> None:
     try:
         report = json.loads((folder / _REPORT).read_text())
         known, version = report.get("files") or {}, report.get("schema_version", 1)
+        if not isinstance(known, dict):
+            raise ValueError(f"its files are a {type(known).__name__}")
         expected = expected or (isinstance(version, int) and version >= FIRST_WITH_HASHES)
     except FileNotFoundError:
         known = {}

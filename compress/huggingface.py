@@ -107,7 +107,8 @@ class TextReader:
         tokenizer = self._tokenizer()
         if self.causal:
             running = texts if second is None else itertools.chain.from_iterable(zip(texts, second, strict=True))
-            ids = [token for text in running for token in tokenizer(text)["input_ids"]]
+            with self._tokenizing():
+                ids = [token for text in running for token in tokenizer(text)["input_ids"]]
             count = len(ids) // length
             if count == 0:
                 raise InputError(f"the text holds {len(ids)} tokens, less than one sample of {length}; give more text")
@@ -117,14 +118,15 @@ class TextReader:
             given = (list(texts),) if second is None else (list(texts), list(second))
             # Not every tokenizer says of itself which text of a pair a token is of, as its model may want to know.
             typed = "token_type_ids" in self.inputs
-            encoded = tokenizer(
-                *given,
-                padding=True,
-                truncation=True,
-                max_length=length,
-                return_tensors="pt",
-                return_token_type_ids=typed,
-            )
+            with self._tokenizing():
+                encoded = tokenizer(
+                    *given,
+                    padding=True,
+                    truncation=True,
+                    max_length=length,
+                    return_tensors="pt",
+                    return_token_type_ids=typed,
+                )
             found = {name: value.to(torch.int64) for name, value in encoded.items()}
         ids_found = found["input_ids"]
         self.check_ids(ids_found, f"the tokenizer in {self.folder} is another model's:")
@@ -170,6 +172,18 @@ class TextReader:
         if not 2 <= length <= self.longest:
             raise InputError(f"--length {length}: {self.folder} takes 2 to {self.longest} tokens a sample")
         return length
+
+    @contextlib.contextmanager
+    def _tokenizing(self) -> Iterator[None]:
+        """A tokenizer of a damaged file fails as it is used; that of Rust with an exception that is no Exception."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            raise InputError(
+                f"{self.folder} has a tokenizer that fails on the texts ({one_line(error)}); get the folder again"
+            ) from error
 
     def _tokenizer(self) -> Any:
         transformers = _transformers()

@@ -172,6 +172,16 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no pictures": ("images", lambda f: [each.unlink() for each in (f / "images").iterdir()], "no pictures"),
     "a table without texts": ("texts", lambda f: (f / "texts.tsv").write_text("a\tb\n1\t2\n"), "texts.tsv"),
     "texts that are none": ("texts", lambda f: (f / "texts.tsv").write_bytes(b"sentence\n\xff\xfe\n"), "texts.tsv"),
+    "a template without its token": (
+        "tokenizer.json",
+        lambda f: changed(f / "hf/tokenizer.json", lambda content: content["post_processor"].update(special_tokens={})),
+        "tokenizer",
+    ),
+    "hashes of nothing": (
+        "report.json",
+        lambda f: changed(f / "out/report.json", lambda content: content.update(files="x")),
+        "report.json is damaged",
+    ),
     "a plan of another version": (
         "plan.json",
         lambda f: changed(f / "out/plan.json", lambda content: content.update(schema_version=99)),

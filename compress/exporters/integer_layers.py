@@ -26,9 +26,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from compress.errors import InputError
 from compress.exporters.fusion import name_before
 from compress.exporters.initializers import constant_of
 from compress.exporters.session import open_session
+from compress.factory import one_line
 
 __all__ = ["IntegerLayer", "has_signed_inputs", "read_integer_layers"]
 
@@ -132,7 +134,10 @@ def read_integer_layers(path: Path, *, signed: bool, provider: str = "CPUExecuti
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, "ORT_ENABLE_ALL", provider=provider, optimized=optimized, signed=signed)
-        graph = ir.load(optimized).graph
+        try:
+            graph = ir.load(optimized).graph
+        except Exception as error:  # ONNX Runtime reads, and writes, what onnx_ir does not
+            raise InputError(f"{path} is damaged ({one_line(error)}); export it again") from error
         layers: dict[str, IntegerLayer] = {}
         for node in ir.traversal.RecursiveGraphIterator(graph):
             for layer in _layers_of(node):
