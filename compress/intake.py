@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.calib.samples import Samples
 from compress.checkpoint import LoadedModel, fingerprint, load_model, to_float_eval
 from compress.errors import InputError
+from compress.graph.exportable import make_exportable
 from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import list_layers
 from compress.graph.simplify import simplify
@@ -120,6 +121,7 @@ def take_in(
             find_input_shape(loaded.module, data_shape=samples.inputs[0].shape[1:])
         raise
     simplify(traced)
+    make_exportable(traced)
     fold_batch_norm(traced)
     if samples is not None:
         check_fits(samples, traced)

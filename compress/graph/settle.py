@@ -97,7 +97,7 @@ def _settle_bias(traced: TracedModel, layer: str, calls: list[fx.Node]) -> None:
     if not nodes:
         return
     values = [_evaluate(traced, _behind(node)) for node in nodes]
-    first, channels = values[0], calls[0].args[1].meta["val"].shape[0]  # type: ignore[union-attr]
+    first, channels = values[0], calls[0].args[1].meta["val"].shape[0]
     alike = first is not None and first.shape == (channels,) and len(nodes) == len(calls)
     if not alike or any(value is None or not torch.equal(value, first) for value in values):
         for call in calls:
