@@ -67,6 +67,14 @@ def read_model(
     if isinstance(model, torch.nn.Module):
         if classes is not None:
             raise InputError(f"classes={classes}: only a Hugging Face folder gets a new head; give the folder")
+        scripted = next(
+            (name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None
+        )
+        if scripted is not None:
+            raise InputError(
+                f"{scripted or 'the model'} is a TorchScript module, which cannot be traced; give the nn.Module that "
+                "it was made of"
+            )
         copied, source, notes = _copy(model), type(model).__name__.lower(), list[str]()
         to_float_eval(copied, Path(source), notes, None)
         return LoadedModel(copied, None, source, fingerprint(model), tuple(notes))

@@ -103,3 +103,12 @@ def test_layers_of_such_names_pass_the_gate(name: str) -> None:
         net, bits=4, calib=torch.randn(32, *shape), method="minmax", act_bits=8, first_last_bits=7
     )
     assert found.report.layers[0].name == name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_refused_by_name() -> None:
+    scripted = torch.jit.script(nn.Linear(3, 3))
+    with pytest.raises(InputError, match=r"^the model is a TorchScript module"):
+        compress.inspect(scripted)
+    with pytest.raises(InputError, match=r"^1 is a TorchScript module"):
+        compress.inspect(nn.Sequential(nn.Linear(3, 3), scripted))
