@@ -329,7 +329,7 @@ def text_reader(folder: Path, module: Any) -> TextReader | None:
     if getattr(settings, "type_vocab_size", 0) < 2 and "token_type_ids" in inputs:
         inputs.remove("token_type_ids")
     if settings.is_encoder_decoder:
-        raise InputError(f"{folder} holds an encoder and a decoder, which are not compressed together yet")
+        raise InputError(f"{folder} holds an encoder and a decoder; from Python, give its .get_encoder() instead")
     return TextReader(
         folder,
         tuple(name for name in parameters if name in inputs),

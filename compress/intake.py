@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.calib.samples import Samples
 from compress.checkpoint import LoadedModel, fingerprint, load_model, to_float_eval
 from compress.errors import InputError
+from compress.graph.exportable import make_exportable
 from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import list_layers, list_others
 from compress.graph.simplify import simplify
@@ -71,6 +72,14 @@ def read_model(
     if isinstance(model, torch.nn.Module):
         if classes is not None:
             raise InputError(f"classes={classes}: only a Hugging Face folder gets a new head; give the folder")
+        scripted = next(
+            (name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None
+        )
+        if scripted is not None:
+            raise InputError(
+                f"{scripted or 'the model'} is a TorchScript module, which cannot be traced; give the nn.Module that "
+                "it was made of"
+            )
         copied, source, notes = _copy(model), type(model).__name__.lower(), list[str]()
         to_float_eval(copied, Path(source), notes, None)
         return LoadedModel(copied, None, source, fingerprint(model), tuple(notes))
@@ -125,6 +134,7 @@ def take_in(
             find_input_shape(loaded.module, data_shape=samples.inputs[0].shape[1:])
         raise
     simplify(traced)
+    make_exportable(traced)
     fold_batch_norm(traced)
     if samples is not None:
         check_fits(samples, traced)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import compress
 from compress import api
 from compress.errors import GateError, InputError
+from compress.options import Options
 from compress.realize import Result
 from compress.report.schema import ExportCheck, Report
 from tests.every import every

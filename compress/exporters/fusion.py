@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,19 +74,27 @@ def optimized_nodes(path: Path, provider: str) -> list[tuple[onnx.NodeProto, str
 
 
 def _named(graph: onnx.GraphProto, path: Path) -> list[tuple[onnx.NodeProto, str]]:
-    makers = {value: node for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    makers, own = {value: node for node in nodes for value in node.output}, {node.name for node in nodes}
     found = []
     for node in graph.node:
-        name = name_before(node.name)
-        if name.endswith("_nchwc") and node.op_type in _FLOAT:
+        name = name_before(node.name, own)
+        if name not in own and name.endswith("_nchwc") and node.op_type in _FLOAT:
             name = _layer_behind(name.removesuffix("_nchwc"), makers)
         found.append((node, name))
     return found
 
 
-def name_before(name: str) -> str:
-    """The name that the node called ``name`` in an optimised graph had before."""
-    return _ANOTHER.sub("", name.partition("_token_")[0].removeprefix("fused "))  # "fused": a Gemm with its ReLU
+def name_before(name: str, own: Collection[str] = ()) -> str:
+    """The name that the node called ``name`` in an optimised graph had before, ``own`` being those of the file's nodes.
+
+    What a user's layer is called may look like something the runtime has added, so the longest name that the file has
+    is taken; only where it has none of them everything that looks so is cut off.
+    """
+    bare = name.removeprefix("fused ")  # a Gemm with its ReLU
+    cuts = [bare, *(bare[: match.start()] for match in reversed(list(re.finditer("_token_", bare))))]
+    possible = [name, *(each for cut in cuts for each in (cut, _ANOTHER.sub("", cut)))]
+    return next((each for each in possible if each in own), possible[-1])
 
 
 def fused_operators(path: Path, provider: str) -> dict[str, list[str]]:

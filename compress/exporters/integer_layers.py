@@ -19,7 +19,7 @@ held against its kernels by ``tests/exporters/test_saturation.py``:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,11 +136,12 @@ def read_integer_layers(path: Path, *, signed: bool, provider: str = "CPUExecuti
         open_session(path, "ORT_ENABLE_ALL", provider=provider, optimized=optimized, signed=signed)
         try:
             graph = ir.load(optimized).graph
+            own = {node.name or "" for node in ir.load(path).graph}
         except Exception as error:  # ONNX Runtime reads, and writes, what onnx_ir does not
             raise InputError(f"{path} is damaged ({one_line(error)}); export it again") from error
         layers: dict[str, IntegerLayer] = {}
         for node in ir.traversal.RecursiveGraphIterator(graph):
-            for layer in _layers_of(node):
+            for layer in _layers_of(node, own):
                 name = layer.name or str(node.outputs[0].name)
                 count = sum(known.partition("#")[0] == name for known in layers)
                 name += f"#{count}" if name in layers else ""
@@ -158,8 +159,8 @@ def has_signed_inputs(path: Path) -> bool:
     return any(node.op_type == "QuantizeLinear" and _type_of(node.outputs[0]) == "int8" for node in nodes)
 
 
-def _layers_of(node: ir.Node) -> Iterator[IntegerLayer]:
-    layer = IntegerLayer(name_before(node.name or ""), node.op_type)
+def _layers_of(node: ir.Node, own: Collection[str]) -> Iterator[IntegerLayer]:
+    layer = IntegerLayer(name_before(node.name or "", own), node.op_type)
     if node.op_type in _CONVOLUTIONS:
         yield _convolution(node, layer)
     elif node.op_type in _PRODUCTS:

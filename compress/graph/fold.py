@@ -11,6 +11,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from compress.graph.rewrite import give_bias
 from compress.graph.traced import ChannelStatistics, TracedModel
 
 __all__ = ["fold_batch_norm"]
@@ -67,6 +68,7 @@ def _refusal(norm: fx.Node) -> str | None:
 
 def _fold(traced: TracedModel, norm: fx.Node) -> None:
     layer, gamma_node, beta_node, mean_node, var_node, _, eps = norm.args
+    assert isinstance(layer, fx.Node)
     weight_name = layer.args[1].target
     name = weight_name.removesuffix(".weight")
     weight, mean, variance = (traced.tensor(node.target) for node in (layer.args[1], mean_node, var_node))
@@ -79,10 +81,7 @@ def _fold(traced: TracedModel, norm: fx.Node) -> None:
     folded_weight: Tensor = (weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))).float()
     folded_bias: Tensor = ((bias.double() - mean.double()) * factor + beta.double()).float()
     traced.set_tensor(weight_name, folded_weight)
-    bias_name = f"{name}.bias"
-    traced.set_tensor(bias_name, folded_bias)
-    new_bias = traced.attribute(bias_name, before=layer)
-    layer.args = (*layer.args[:2], new_bias, *layer.args[3:])
+    give_bias(traced, name, [layer], folded_bias)
     traced.statistics[name] = ChannelStatistics(beta.clone(), gamma.abs())
     for user in list(norm.users):
         user.replace_all_uses_with(layer)

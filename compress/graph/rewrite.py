@@ -18,7 +18,16 @@ from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
 from compress.weights import QuantizedWeight
 
-__all__ = ["absorb_activations", "input_quantizer", "layer_bias", "set_bias", "set_grid", "set_weight", "store_biases"]
+__all__ = [
+    "absorb_activations",
+    "give_bias",
+    "input_quantizer",
+    "layer_bias",
+    "set_bias",
+    "set_grid",
+    "set_weight",
+    "store_biases",
+]
 
 _LARGEST_BIAS = 2.0**30  # half of int32: the other half is for the sum
 
@@ -57,13 +66,18 @@ def layer_bias(traced: TracedModel, call: fx.Node) -> Tensor | None:
 
 def set_bias(traced: TracedModel, layer: str, bias: Tensor) -> None:
     """Make every call of ``layer`` add ``bias`` [O]; a layer without a bias gains one."""
-    name = f"{layer}.bias"
-    traced.set_tensor(name, bias)
-    for call in layer_calls(traced)[layer]:
-        node = call.args[2] if len(call.args) > 2 else None
-        if node is None:
-            call.args = (*call.args[:2], traced.attribute(name, before=call), *call.args[3:])
+    give_bias(traced, layer, layer_calls(traced)[layer], bias)
     traced.finish()
+
+
+def give_bias(traced: TracedModel, layer: str, calls: list[fx.Node], bias: Tensor) -> None:
+    """:func:`set_bias` of all ``calls`` of ``layer``, without finishing the graph."""
+    node = calls[0].args[2] if len(calls[0].args) > 2 else None
+    # Its own is nobody else's (compress/graph/settle.py), whatever it is called.
+    name = str(node.target) if node is not None else traced.free_name(f"{layer}.bias")
+    traced.set_tensor(name, bias)
+    for call in calls:
+        call.args = (*call.args[:2], traced.attribute(name, before=call), *call.args[3:])
 
 
 def set_grid(traced: TracedModel, quantizer: str, scale: Tensor, zero_point: Tensor) -> None:

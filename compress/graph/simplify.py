@@ -9,6 +9,7 @@
 6. Weights that are computed are stored, and products with parameters become linears (compress/graph/settle.py).
 7. A size that a reshape leaves open (-1) is written down where it is the same for every batch.
 8. A layer's weight is called ``<layer>.weight``, so that the layer has a name and its bias, codes and scales a place.
+9. A layer's bias is one stored tensor of its own; any other is added behind the layer (compress/graph/settle.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 
 from compress.graph.attention import open_attention
 from compress.graph.layers import LAYER_KINDS, TABLE, weight_position
-from compress.graph.settle import settle_weights
+from compress.graph.settle import settle_biases, settle_weights
 from compress.graph.traced import TracedModel
 
 __all__ = ["simplify"]
@@ -56,6 +57,7 @@ def simplify(traced: TracedModel) -> None:
             _pool_mean(traced, node)
         if node.target in LAYER_KINDS or node.target is TABLE:
             _name_weight(traced, node.args[weight_position(node)])
+    settle_biases(traced)
     traced.finish()
 
 

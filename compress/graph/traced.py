@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import traceback
 import warnings
@@ -109,6 +110,13 @@ class TracedModel:
         if hasattr(owner, leaf):
             delattr(owner, leaf)
         owner.register_buffer(leaf, value.detach().clone())
+
+    def free_name(self, name: str) -> str:
+        """``name``, or where a tensor is called so already, ``name`` with a number."""
+        taken = {each for each, _ in (*self.module.named_parameters(), *self.module.named_buffers())}
+        return next(
+            each for each in itertools.chain([name], (f"{name}_{n}" for n in itertools.count(1))) if each not in taken
+        )
 
     def attribute(self, name: str, before: fx.Node) -> fx.Node:
         """A node that reads the tensor called ``name``, inserted before ``before``."""

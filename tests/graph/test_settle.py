@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import compress
 from compress.exporters.session import open_session
 from compress.graph.layers import list_layers
+from compress.graph.rewrite import set_bias
 from compress.graph.simplify import simplify
 from compress.graph.traced import trace
 
@@ -181,3 +182,138 @@ def test_a_module_whose_weight_was_computed_at_a_call_is_taken_as_it_is() -> Non
     inspection = compress.inspect(module, input_shape=(16,))
     assert [layer.name for layer in inspection.layers] == ["0", "2"]
     assert not any(layer.refusal for layer in inspection.layers)
+
+
+class ComputedBias(nn.Module):
+    """BEiT's: of queries, keys and values only the outer thirds have a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 24, bias=False)
+        self.q, self.v = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight, torch.cat([self.q, torch.zeros_like(self.q), self.v]))
+
+
+class BiasOfTheInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(5, 8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.conv.weight, x[:, 0, :8].mean(0))
+
+
+class TwoBiases(nn.Module):
+    """One weight, called with two biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(16, 16)
+        self.other = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.f(x).relu(), self.f.weight, self.other)
+
+
+class AddedLater(nn.Module):
+    """A module's bias that is no bias of its layer: whatever the layer gains must not take its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.f.weight).relu() + self.f.bias
+
+
+class TiedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+class CrossAttention(nn.Module):
+    """Queries from one place, keys and values from another: parts of one weight and of one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x[:, :2], x, x, need_weights=False)[0]
+
+
+BIASES = {
+    "computed": (ComputedBias, ["qkv"]),
+    "of the input": (BiasOfTheInput, ["conv"]),
+    "two of one layer": (TwoBiases, ["f"]),
+    "added later": (AddedLater, ["f"]),
+    "tied": (TiedBias, ["a", "b"]),
+    "cross-attention": (CrossAttention, ["a", "a.linear_1", "a.out_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+@torch.no_grad()
+def test_biases_of_all_kinds_leave_the_function(case: str) -> None:
+    make, names = BIASES[case]
+    module, x = make().eval(), sequences()
+    traced = trace(module, (x,))
+    simplify(traced)
+    torch.testing.assert_close(traced.module(x), module(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(traced.module(x[:3]), module(x[:3]), rtol=1e-5, atol=1e-6)
+    assert [(layer.name, layer.refusal) for layer in list_layers(traced)] == [(name, None) for name in names]
+
+
+@torch.no_grad()
+def test_a_layers_new_bias_is_nobody_elses() -> None:
+    x, shift = sequences(), torch.randn(16)
+    tied, added = TiedBias().eval(), AddedLater().eval()
+    for module, layer, expected in (
+        (tied, "a", tied.b(F.linear(x, tied.a.weight, shift).relu())),
+        (added, "f", F.linear(x, added.f.weight, shift).relu() + added.f.bias),
+    ):
+        traced = trace(module, (x,))
+        simplify(traced)
+        set_bias(traced, layer, shift)
+        torch.testing.assert_close(traced.module(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_bias_of_fused_attention_can_be_replaced() -> None:
+    module, x, bias = nn.MultiheadAttention(16, 2, batch_first=True), sequences(), torch.randn(48)
+    traced = trace(SelfAttention(module).eval(), (x,))
+    simplify(traced)
+    set_bias(traced, "a.in_proj_weight", bias)
+    module.in_proj_bias.copy_(bias)
+    torch.testing.assert_close(traced.module(x), module(x, x, x)[0], rtol=1e-4, atol=1e-5)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.a = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BIASES)
+def test_biases_of_all_kinds_are_quantized(case: str) -> None:
+    make, names = BIASES[case]
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), make()).eval()
+    x = torch.cat([sequences(), sequences(), sequences()])
+    found = compress.quantize(
+        module, calib=x, bits=8, first_last_bits=7, act_bits=8, method="minmax", bench=False, iterations=2
+    )
+    assert len(found.report.layers) == 1 + len(names)  # a part's name holds a number that depends on the whole
+    with torch.no_grad():
+        torch.testing.assert_close(found.module(x), module(x), rtol=0, atol=0.1)

@@ -169,12 +169,6 @@ def _shared() -> nn.Module:
     return nn.Sequential(conv, nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(4, 4, 3))
 
 
-def _tied_bias() -> nn.Module:
-    one, other = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
-    other.bias = one.bias
-    return nn.Sequential(one, nn.ReLU(), other)
-
-
 class _Shuffle(nn.Module):
     """Two operators that a factor on each channel does not pass, and an output before the end."""
 
@@ -196,7 +190,6 @@ class _Shuffle(nn.Module):
     ("model", "reason"),
     [
         (_shared(), "called 2 times"),
-        (_tied_bias(), "is also read elsewhere"),
         (_Shuffle("roll"), "mixes its channels"),
         (_Shuffle("swap"), "mixes its channels"),
         (_Shuffle("sigmoid"), "sigmoid.default follows"),
@@ -205,7 +198,7 @@ class _Shuffle(nn.Module):
         (nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 3)), "a ReLU6 follows"),
         (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(6, 4)), "mixes its channels"),
     ],
-    ids=["shared", "tied bias", "roll", "swap", "sigmoid", "output", "constant pad", "relu6", "last axis"],
+    ids=["shared", "roll", "swap", "sigmoid", "output", "constant pad", "relu6", "last axis"],
 )
 def test_refusals_change_nothing_and_say_why(model: nn.Module, reason: str) -> None:
     traced = _traced(model, (4, 8, 8))
