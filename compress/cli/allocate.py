@@ -23,14 +23,16 @@ def allocate(
 
     Example: [bold]compress allocate model.pt --budget size=0.15x --calib calib.npz -o plan.json[/]
     """
-    from compress import api
     from compress.cli.progress import ProgressBar
+
+    bar = ProgressBar(enabled=not given["quiet"])
+    from compress import api
 
     settings = settings_of(given)
     if not settings["budgets"]:
         raise InputError("allocate needs at least one --budget, as in --budget size=0.15x")
     path = out or Path(f"{Path(model).stem}-plan.json")
-    with ProgressBar(enabled=not given["quiet"]) as bar:
+    with bar:
         plan = api.allocate(
             model,
             calib=calib,

@@ -24,11 +24,13 @@ def apply(
 
     Example: [bold]compress apply plan.json model.pt --calib calib.npz --eval test.npz[/]
     """
-    from compress import api
     from compress.cli.progress import ProgressBar
 
+    bar = ProgressBar(enabled=not given["quiet"])
+    from compress import api
+
     folder = out or Path(f"{Path(model).stem}-{Path(plan).stem}")
-    with ProgressBar(enabled=not given["quiet"]) as bar:
+    with bar:
         result = api.apply(
             plan,
             model,

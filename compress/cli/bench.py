@@ -107,11 +107,12 @@ def bench(
     dims = parse_dims(dim or [])
     found = parse_capability(capability) if capability is not None else None
 
+    bar = ProgressBar(enabled=not quiet and not to_stdout)
     from rich.console import Console
 
     from compress import benchmark as measuring
 
-    with ProgressBar(enabled=not quiet and not to_stdout) as bar:
+    with bar:
         report = measuring.bench(
             models,
             batch_sizes=batch or [1],
@@ -143,10 +144,11 @@ def _write_kit(
     model: Path, folder: Path, source: Source, machine: str, threads: int, batch: int, rows: int | None,
     overwrite: bool, quiet: bool,
 ) -> None:  # fmt: skip
+    target = find_target(choose_target(None, machine))
+    bar = ProgressBar(enabled=not quiet)
     from compress.latency.kit import write_kit
 
-    target = find_target(choose_target(None, machine))
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         write_kit(
             model, folder, source=source, target=target, threads=threads, batch=batch, rows=rows, overwrite=overwrite,
             progress=bar.update,

@@ -131,6 +131,7 @@ def distill(
     Stopped with Ctrl-C, it keeps its state and a preview in the hidden folder .OUT.work; the same command goes on, and
     with --overwrite another one begins anew.
     """
+    bar = ProgressBar(enabled=not quiet and not dry_run)
     from compress.distill.augment import parse_augmentations
     from compress.distill.distiller import DistillSettings
     from compress.distill.experts import ExpertSettings
@@ -161,7 +162,7 @@ def distill(
         _print_preview(preview(data, out, classes=classes, options=options), json)
         return
     say = (lambda sentence: None) if quiet else _say
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         report = distill_data(data, out, classes=classes, options=options, progress=bar.update, say=say)
     for sentence in report.warnings:
         _warn(sentence)

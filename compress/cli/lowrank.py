@@ -65,10 +65,11 @@ def train(
 
     Example: [bold]compress lowrank train model.pt --data train.npz --test test.npz -o small[/]
     """
+    bar = ProgressBar(enabled=not quiet)
     from compress.training.loop import Recipe
     from compress.training.lowrank import train_lowrank
 
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         result = train_lowrank(
             model, data, out, test=test, options=_options(given), penalty=penalty, threshold=threshold, sampler=sampler,
             recipe=Recipe(epochs=epochs, batch=batch, rate=lr, schedule=schedule, weight_decay=weight_decay, seed=seed),
@@ -108,9 +109,10 @@ def truncate(
 
     Example: [bold]compress lowrank truncate model.pt --calib calib.npz --test test.npz -o small[/]
     """
+    bar = ProgressBar(enabled=not quiet)
     from compress.training.lowrank import truncate as truncate_model
 
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         result = truncate_model(
             model, calib, out, test=test, weighted=weighted, unrolling=unrolling, energy=energy, threshold=threshold,
             options=_options(given), progress=bar.update,
@@ -144,6 +146,7 @@ def extract(
     Latency is measured here: members are exported and timed beside the dense model until the budget is met, and kept in
     the folder's latency.json for the next time.
     """
+    bar = ProgressBar(enabled=not quiet)
     from rich.console import Console
 
     from compress.allocation.budgets import format_value
@@ -155,7 +158,7 @@ def extract(
     check_file(out, overwrite=overwrite)
     module, family = read_family(folder, allow or ())
     budgets = family_budgets(budget or (), family)
-    with claim(out), ProgressBar(enabled=not quiet) as bar:
+    with claim(out), bar:
         timer = MemberTimer(folder, module, family, progress=bar.update, **given)
         member = choose_member(family, budgets, timer)
         number = family.members.index(member)
@@ -194,6 +197,7 @@ def plot(
 
     Every member is exported and timed beside the dense model, unless latency.json in the folder has its time already.
     """
+    bar = ProgressBar(enabled=not quiet)
     from rich.console import Console
 
     from compress.training.family import check_picture, read_family
@@ -203,7 +207,7 @@ def plot(
     path = out or folder / "latency.png"
     check_picture(path)
     module, family = read_family(folder, allow or ())
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         timer = MemberTimer(folder, module, family, progress=bar.update, **given)
         times = timer.times(range(len(family.members)))
     axis = f"ms a call (batch {timer.batch}, threads: {timer.threads})"

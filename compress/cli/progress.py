@@ -1,7 +1,9 @@
-"""A progress bar for anything that takes over two seconds."""
+"""How far a command is: a bar on a terminal, plain lines where there is none (CI, nohup, a notebook)."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -11,12 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["ProgressBar"]
 
 _BAR_AFTER_S = 2.0
+_LINE_EVERY_S = 10.0
 
 
 class ProgressBar:
-    """A bar on stderr, with the time left, that appears when the work has taken two seconds; nothing off a terminal.
+    """Progress on stderr, from the moment it is made.
 
-    It is drawn only when told of progress: a bar that redraws itself in a thread would take time from what is measured.
+    On a terminal it is a bar with the time left, which appears when the work has taken two seconds. Elsewhere it is one
+    line that names the command, at once (verbs make it before they import torch), then one line every ten seconds. It
+    draws only when told of progress: a bar that redraws itself in a thread would take time from what is measured.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -31,7 +36,8 @@ class ProgressBar:
         )
 
         console = Console(stderr=True, emoji=False)
-        self.enabled = enabled and console.is_terminal
+        self.enabled = enabled
+        self._terminal = console.is_terminal
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -39,9 +45,13 @@ class ProgressBar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not self.enabled)
+        hidden = not (enabled and self._terminal)
+        self._bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=hidden)
         self._task: TaskID | None = None
-        self._start = time.monotonic()
+        self._start = self._last_line = time.monotonic()
+        if enabled and not self._terminal:
+            command = shlex.join(["compress", *sys.argv[1:]])
+            _print_line(f"{command}: started at {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -54,9 +64,19 @@ class ProgressBar:
         """Show ``what`` at ``done`` of ``total``."""
         if not self.enabled:
             return
+        now = time.monotonic()
+        if not self._terminal:
+            if now - self._last_line >= _LINE_EVERY_S:
+                self._last_line = now
+                _print_line(f"{now - self._start:.0f} s: {done} of {total}, {what}")
+            return
         if self._task is None:
-            if time.monotonic() - self._start < _BAR_AFTER_S:
+            if now - self._start < _BAR_AFTER_S:
                 return
             self._bar.start()
             self._task = self._bar.add_task(what, total=total)
         self._bar.update(self._task, description=what, completed=done, total=total, refresh=True)
+
+
+def _print_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -47,18 +47,20 @@ def quantize(
     calib.npz[/]. Without --calib only the weights are quantized, which takes no data; layers then compute in floats, as
     in the float file.
     """
-    from compress import api
     from compress.cli.progress import ProgressBar
+
+    bar = ProgressBar(enabled=not given["quiet"])
+    from compress import api
 
     settings = settings_of(given)
     if dry_run:
-        with ProgressBar(enabled=not given["quiet"]) as bar:
+        with bar:
             preview = api.preview(model, calib=calib, eval_data=evaluate, progress=bar.update, bits=bits, **settings)
         _print_preview(preview, given["json"])
         return
     name = "budget" if settings["budgets"] else _widths_name(bits, given["act_bits"], calib)
     folder = out or Path(f"{Path(model).stem}-{name}")
-    with ProgressBar(enabled=not given["quiet"]) as bar:
+    with bar:
         result = api.quantize(
             model,
             calib=calib,

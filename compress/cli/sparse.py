@@ -119,6 +119,7 @@ def train(
     Everything is trained first; the entries that moved most are selected, all goes back to the start, and the selected
     ones are trained alone. A delta makes the file small, not the model fast.
     """
+    bar = ProgressBar(enabled=not quiet)
     from compress.training.loop import Recipe
     from compress.training.sparse import SparseOptions, train_sparse
 
@@ -134,7 +135,7 @@ def train(
         epochs=epochs, batch=batch, rate=rate, schedule=schedule, weight_decay=weight_decay, optimizer=optimizer,
         seed=seed,
     )  # fmt: skip
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         result = train_sparse(
             model, given, out, test=test, dev=dev, options=options, recipe=recipe, sparse_epochs=sparse_epochs,
             sparse_rate=sparse_lr, progress=bar.update,

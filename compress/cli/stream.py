@@ -48,11 +48,13 @@ def stream(
     Writes a folder in the format of compressed-tensors (pack-quantized), which transformers and vLLM load. For an ONNX
     file use [bold]compress quantize[/], which takes the whole model into memory.
     """
-    from compress import api
     from compress.cli.progress import ProgressBar
 
+    bar = ProgressBar(enabled=not quiet)
+    from compress import api
+
     folder = out or Path(f"{model.name}-w{bits}")
-    with ProgressBar(enabled=not quiet) as bar:
+    with bar:
         report = api.stream(
             model,
             folder,

@@ -27,11 +27,13 @@ def sweep(
 
     Each plan can be carried out by `compress apply`. Other budgets hold at every point.
     """
-    from compress import api
     from compress.cli.progress import ProgressBar
 
+    bar = ProgressBar(enabled=not given["quiet"])
+    from compress import api
+
     folder = out or Path(f"{Path(model).stem}-front")
-    with ProgressBar(enabled=not given["quiet"]) as bar:
+    with bar:
         front, _ = api.sweep(
             model,
             calib=calib,

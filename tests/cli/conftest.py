@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,23 @@ def environment(folder: Path) -> dict[str, str]:
     own = {"OMP_NUM_THREADS": "1", "COLUMNS": "250", "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
     own["COMPRESS_CACHE"] = str(folder / "cache")
     return {**os.environ, **own}
+
+
+def complaints(stderr: str) -> str:
+    """``stderr`` without the lines of progress, which tests/cli/test_progress.py looks at."""
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"compress .*: started at |\d+ s: \d+ of \d+, ", line))
+
+
+def run_alone(cwd: Path, *arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """``compress ARGUMENTS`` in a process of its own; of stderr its complaints.
+
+    Args:
+        settings: of :func:`subprocess.run`.
+    """
+    given = {"env": environment(cwd), "timeout": 300, **settings}
+    run = subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, **given)
+    return subprocess.CompletedProcess(run.args, run.returncode, run.stdout, complaints(run.stderr))
 
 
 def command(*arguments: object) -> list[str]:
@@ -128,7 +147,9 @@ class Forks:
         self.server.stdin.write(json.dumps(case) + "\n")
         self.server.stdin.flush()
         code = int(self.server.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, Path(stdout).read_text(), Path(stderr).read_text())
+        return subprocess.CompletedProcess(
+            arguments, code, Path(stdout).read_text(), complaints(Path(stderr).read_text())
+        )
 
     def close(self) -> None:
         self.server.communicate(timeout=60)
@@ -146,9 +167,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 def quiet_run(workplace: Path) -> subprocess.CompletedProcess[str]:
     """``compress quantize --quiet``, the folder ``workplace / "quiet"``."""
     arguments = ("quantize", "model.pt", "--calib", "calib.npz", "--method", "mse", "-q", "-o", "quiet")
-    return subprocess.run(
-        command(*arguments), cwd=workplace, env=environment(workplace), capture_output=True, text=True, timeout=300
-    )
+    return run_alone(workplace, *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -159,11 +178,5 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compress() -> Run:
-    """Run ``compress ARGUMENTS`` in ``cwd``."""
-
-    def run(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments), cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=300
-        )
-
-    return run
+    """Run ``compress ARGUMENTS`` in ``cwd``, in a process of its own."""
+    return run_alone

@@ -72,7 +72,7 @@ def test_weights_and_a_factory_with_data_and_labels(forks: Forks, workplace: Pat
         "--eval", "test.npz", "--iterations", 10, "--bench", "--out", "full",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stderr == "", "no warnings, and no bar off a terminal"
+    assert run.stderr == "", "no warnings, and no bar off a terminal: lines of progress are left out"
     for text in (
         "W8A8",
         "W4A8",

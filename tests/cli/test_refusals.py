@@ -14,7 +14,7 @@ import torch
 
 from compress.cache import remembered
 from compress.cli.main import main
-from tests.cli.conftest import Forks, command, environment, populate  # type: ignore[import-not-found]
+from tests.cli.conftest import Forks, command, environment, populate, run_alone  # type: ignore[import-not-found]
 from tests.sweep import sweep
 
 CASES = {
@@ -120,15 +120,13 @@ def test_weights_alone_get_the_commands_own_answer(
 def test_the_same_in_a_process_of_its_own(crowded: Path, case: str) -> None:
     # Warnings and logs of a fresh start, which a fork of a running program does not show.
     arguments, wanted = CASES[case]
-    run = subprocess.run(
-        command("quantize", *arguments), cwd=crowded, env=environment(crowded), capture_output=True, text=True
-    )
+    run = run_alone(crowded, "quantize", *arguments)
     assert_refused(run, wanted)
 
 
 @pytest.mark.slow
 def test_an_option_that_is_none(tmp_path: Path) -> None:
-    run = subprocess.run(command("quantize", "model.pt", "--bit", "4"), cwd=tmp_path, capture_output=True, text=True)
+    run = run_alone(tmp_path, "quantize", "model.pt", "--bit", "4")
     assert run.returncode == 2
     assert "No such option" in run.stderr
     assert "Traceback" not in run.stderr
@@ -174,9 +172,9 @@ def test_a_full_disk(forks: Forks, tmp_path: Path, tiny_disk: Path, arguments: t
 def test_files_that_may_not_grow(tmp_path: Path) -> None:
     # As a full disk, but without a file system of its own: any file over 3 kB is refused.
     folder = populate(tmp_path / "work")
-    run = subprocess.run(
-        command("quantize", "model.pt", "--out", "out", "--calib", "calib.npz", "--method", "mse"),
-        cwd=folder, env={**environment(folder), "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True,
+    run = run_alone(
+        folder, "quantize", "model.pt", "--out", "out", "--calib", "calib.npz", "--method", "mse",
+        env={**environment(folder), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
     )  # fmt: skip
     assert run.returncode == 2, run.stderr
@@ -201,9 +199,9 @@ def test_other_verbs_say_it_in_one_sentence_and_go_on_afterwards(
 ) -> None:
     folder = populate(tmp_path / "work")
     given = (*arguments, "--out", "out.safetensors" if arguments[0] == "sparse" else "out")
-    run = subprocess.run(
-        command(*given),
-        cwd=folder, env={**environment(folder), "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True,
+    run = run_alone(
+        folder, *given,
+        env={**environment(folder), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
     )  # fmt: skip
     assert run.returncode == 2, run.stderr
