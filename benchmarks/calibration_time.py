@@ -7,6 +7,7 @@ of its own, the two checkouts taking turns; counted is one thread's time within 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -62,7 +63,7 @@ def measure(method: str) -> float:
     """Of ``method`` in this process."""
     import torch
 
-    from compress import api, compression
+    from compress import api, compression, errors
 
     sys.path.insert(0, str(ROOT))  # whose models and data they are, whatever the program
     from benchmarks.zoo import ZOO
@@ -78,7 +79,9 @@ def measure(method: str) -> float:
         return result
 
     compression.calibrate = timed  # type: ignore[assignment]
-    api.quantize(case.module, calib=case.calibration[:256], bits=8, act_bits=8, seed=0, **METHODS[method])  # type: ignore[arg-type]
+    # The gate of an older checkout refuses on some processors; the calibration is done by then.
+    with contextlib.suppress(errors.GateError):
+        api.quantize(case.module, calib=case.calibration[:256], bits=8, act_bits=8, seed=0, **METHODS[method])  # type: ignore[arg-type]
     (seconds,) = spent
     return seconds
 

@@ -27,10 +27,15 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import psutil
+
 from compress.errors import InputError
 from compress.lock import locked
 
-__all__ = ["check_folder", "check_free", "claim", "claims", "kept", "new_file", "new_files", "new_folder", "writing"]
+__all__ = [
+    "check_folder", "check_free", "claim", "claims", "kept", "new_file", "new_files", "new_folder", "remove_abandoned",
+    "writing",
+]  # fmt: skip
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _UNKNOWN_THERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
@@ -268,8 +273,20 @@ def _recover(path: Path) -> None:
             os.rename(former, path)
     if ready.is_dir():
         _carry_out(ready, path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
-        if left.name.removeprefix(f".{path.name}.").rpartition(".")[0].isdigit() or left == _beside(path, "partial"):
+    _remove(_beside(path, "partial"))
+    remove_abandoned(path.parent, glob.escape(path.name), alone=True)
+    remove_abandoned(_beside(path, "work"), alone=True)
+
+
+def remove_abandoned(folder: Path, name: str = "*", *, alone: bool = False) -> None:
+    """Delete what :func:`new_file` was writing in ``folder``, as files that match ``name``, in processes that died.
+
+    Args:
+        alone: no other process can be writing there, so that a number that is another process's by now says nothing.
+    """
+    for left in folder.glob(f".{name}.*.partial"):
+        writer = left.suffixes[-2].removeprefix(".")
+        if writer.isdigit() and (alone or not psutil.pid_exists(int(writer))):
             _remove(left)
 
 

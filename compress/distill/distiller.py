@@ -27,6 +27,7 @@ from compress.distill.state import State, read_state, write_state
 from compress.distill.student import GRADIENTS, Student
 from compress.errors import InputError
 from compress.progress import Progress, silent
+from compress.publication import remove_abandoned
 
 __all__ = ["PREVIEW_FILE", "PROBED", "TRIED_RATES", "DistillSettings", "Distilled", "Distiller"]
 
@@ -339,9 +340,7 @@ class Distiller:
             return
         for name in (self._file.name, PREVIEW_FILE):
             (self._file.parent / name).unlink(missing_ok=True)
-            # What a process that was killed while it wrote has left.
-            for left in self._file.parent.glob(f".{name}.*.tmp"):
-                left.unlink(missing_ok=True)
+            remove_abandoned(self._file.parent, name)
         with contextlib.suppress(OSError):  # there is none, or it holds what is not ours
             self._file.parent.rmdir()
 

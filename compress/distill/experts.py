@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-import psutil
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from compress.distill.penalty import gradient_penalty
 from compress.distill.tensorfile import read_tensors, write_tensors
 from compress.errors import InputError
 from compress.progress import Progress, silent
+from compress.publication import remove_abandoned
 
 __all__ = ["ExpertSettings", "Experts", "accuracy_of", "clipping_factor", "require_learned", "train_expert"]
 
@@ -156,10 +156,7 @@ class Experts:
 
     def _clean(self) -> None:
         """Delete what processes that were killed have left and nothing goes on from."""
-        for left in self.folder.glob(".expert-*.tmp"):
-            owner = left.suffixes[-2].removeprefix(".")
-            if not (owner.isdigit() and psutil.pid_exists(int(owner))):
-                left.unlink(missing_ok=True)
+        remove_abandoned(self.folder, "expert-*")
         for partial in self.folder.glob("expert-*.partial"):
             if partial.with_suffix(".safetensors").exists():
                 partial.unlink(missing_ok=True)

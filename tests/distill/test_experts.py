@@ -93,8 +93,11 @@ def test_killed_in_an_epoch_and_continued_to_the_same_bytes(tmp_path: Path) -> N
 
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     experts(tmp_path, replace(SETTINGS, count=1)).train()
-    gone = (".expert-000.partial.999999999.tmp", ".expert-001.safetensors.999999999.tmp", "expert-000.partial")
-    kept = (f".expert-002.partial.{os.getpid()}.tmp", "mine.tmp")  # a process that is alive, and somebody else's
+    gone = (".expert-000.partial.999999999.partial", ".expert-001.safetensors.999999999.partial", "expert-000.partial")
+    kept = (
+        f".expert-002.partial.{os.getpid()}.partial",
+        ".mine.partial",
+    )  # a process that is alive, and somebody else's
     for name in (*gone, *kept):
         (tmp_path / name).write_bytes(b"half")
     experts(tmp_path).train()

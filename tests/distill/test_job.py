@@ -311,7 +311,7 @@ def test_what_others_keep_in_the_work_folder_stays(tmp_path: Path, cache: Path) 
     work = tmp_path / ".out.work"
     work.mkdir()
     (work / "mine.txt").write_text("mine")
-    (work / ".state.safetensors.1.tmp").write_text("half written")
+    (work / ".state.safetensors.999999999.partial").write_text("half written")
     run(tmp_path / "out", cache, settings={"iterations": 1, "looks": 0})
     run(tmp_path / "out", cache, settings={"iterations": 1, "looks": 0}, overwrite=True)
     assert [each.name for each in work.iterdir()] == ["mine.txt"]
