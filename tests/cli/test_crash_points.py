@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, forks: Forks, request: pytes
     np.savez(folder / "x.npz", x=x)
     np.savez(folder / "train.npz", x=x, y=(x[:, 0] > 0).astype(np.int64) + (x[:, 1] > 0.5))
     np.savez(folder / "images.npz", images=random.standard_normal((30, 1, 8, 8), np.float32), labels=np.arange(30) % 3)
-    np.savez(folder / "ids.npz", input_ids=random.integers(0, 200, (8, 16)))
+    np.savez(folder / "ids.npz", input_ids=random.integers(0, 100, (8, 16)))
     made = forks.run(folder, *VERBS["sparse train"].arguments, "-o", "delta.safetensors")
     assert made.returncode == 0, made.stderr
     return folder
@@ -92,7 +92,7 @@ def test_old_or_new_and_on_to_the_same_end(verb: str, place: Path, tmp_path: Pat
         pytest.importorskip("transformers")
         from tests.streaming.conftest import save_llama  # type: ignore[import-not-found]
 
-        save_llama(work / "llama", 2)
+        save_llama(work / "llama", 3)
     given = VERBS[verb]
     command = (*given.arguments, "-o", given.out)
     cached = {"COMPRESS_CACHE": str(work / "cache")}
