@@ -22,9 +22,9 @@ from torch import Tensor
 import compress
 from benchmarks.peers import peer_files
 from benchmarks.zoo import ZOO, Case
-from compress.benchmark import bench
 from compress.exporters.session import open_session, run_session
-from compress.machine import describe_environment
+from compress.measure.bench import bench
+from compress.measure.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = 1024

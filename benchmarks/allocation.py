@@ -29,13 +29,13 @@ from benchmarks.accuracy import RESULTS, classes
 from benchmarks.zoo import ZOO, Case
 from compress import api
 from compress.calib.output_loss import output_loss
-from compress.calib.samples import load_samples
-from compress.intake import take_in
-from compress.machine import describe_environment
+from compress.data.samples import load_samples
+from compress.intake.model import take_in
+from compress.measure.machine import describe_environment
 from compress.options import Options, Search
-from compress.records import Plan
-from compress.report.front import write_front
+from compress.records.plan import Plan
 from compress.search.front import sweep_front
+from compress.search.front_folder import write_front
 from compress.search.prepare import Prepared, prepare
 
 PARTS = ("accuracy", "spread", "latency", "front")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import compress
 from benchmarks.zoo import ZOO, Case
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 _BATCH = 100

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.distill.convnet import convnet
-from compress.distill.distiller import Distilled, Distiller, DistillSettings
-from compress.distill.episode import Episode, checkpoints, inner_batches
-from compress.distill.experts import Experts, ExpertSettings
-from compress.distill.judge import Judge
-from compress.distill.network import FlatNetwork
-from compress.distill.representatives import random_images, representatives
-from compress.distill.standardisation import Standardisation
-from compress.distill.student import GRADIENTS, Student
-from compress.machine import describe_environment
+from compress.distillation.convnet import convnet
+from compress.distillation.distiller import Distilled, Distiller, DistillSettings
+from compress.distillation.episode import Episode, checkpoints, inner_batches
+from compress.distillation.experts import Experts, ExpertSettings
+from compress.distillation.judge import Judge
+from compress.distillation.network import FlatNetwork
+from compress.distillation.representatives import random_images, representatives
+from compress.distillation.standardisation import Standardisation
+from compress.distillation.student import GRADIENTS, Student
+from compress.measure.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"

@@ -24,14 +24,14 @@ import compress
 from benchmarks.accuracy import RESULTS
 from benchmarks.sparse_composition import told
 from benchmarks.zoo import ZOO, Case, cifar_images
-from compress.calib.samples import Samples
-from compress.distill.distiller import DistillSettings
-from compress.distill.experts import ExpertSettings
-from compress.distill.folder import SET_FILE
-from compress.distill.job import DistillOptions, distill
-from compress.distill.model_terms import ModelTerms
-from compress.distill.standardisation import Standardisation
-from compress.machine import describe_environment
+from compress.data.samples import Samples
+from compress.distillation.distiller import DistillSettings
+from compress.distillation.experts import ExpertSettings
+from compress.distillation.job import DistillOptions, distill
+from compress.distillation.model_terms import ModelTerms
+from compress.distillation.standardisation import Standardisation
+from compress.files.known_folders import SET_FILE
+from compress.measure.machine import describe_environment
 
 EACH, IMAGES, BITS = 10, 2000, 4
 AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")

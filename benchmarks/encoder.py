@@ -25,10 +25,10 @@ from scipy.stats import spearmanr
 from benchmarks.accuracy import RESULTS
 from benchmarks.zoo import DATA
 from compress import api
-from compress.benchmark import ratio_of_medians, time_models
 from compress.exporters.session import open_session
-from compress.huggingface import open_pretrained
-from compress.machine import describe_environment
+from compress.measure.bench import ratio_of_medians, time_models
+from compress.measure.machine import describe_environment
+from compress.models.huggingface import open_pretrained
 
 LENGTH = 128
 CALIBRATION = 256

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.accuracy import RESULTS
 from compress.calib.gptq import OptimalRounding
-from compress.machine import describe_environment
-from compress.problem import Effort, LayerProblem
+from compress.measure.machine import describe_environment
+from compress.quant.problem import Effort, LayerProblem
 from compress.quant.rtn import MIN_MAX
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 
 BITS, GROUP = 4, 128
 

@@ -1,8 +1,8 @@
 """Where integers pay: integer and float operators of ONNX Runtime, one thread, batch 1, all of a kind in turn.
 
 ``python -m benchmarks.integers_pay`` measures the machine at hand, puts what it finds into
-``compress/instruction_sets.json``, and writes that set's table to ``benchmarks/results/integers-SET.md``. ``--as-avx2``
-hides AVX-512 from ONNX Runtime first (benchmarks/mask_cpuid.c): its AVX2 kernels, on this processor.
+``compress/quant/instruction_sets.json``, and writes that set's table to ``benchmarks/results/integers-SET.md``.
+``--as-avx2`` hides AVX-512 from ONNX Runtime first (benchmarks/mask_cpuid.c): its AVX2 kernels, on this processor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.accuracy import RESULTS
-from compress.instruction_sets import DATA_FILE, InstructionSet, Measurement, Speed, instruction_sets
-from compress.latency.operators import Shape, Variant, time_operators
-from compress.latency.table import Operator
-from compress.machine import describe_environment
+from compress.measure.latency_table import Operator
+from compress.measure.machine import describe_environment
+from compress.measure.operators import Shape, Variant, time_operators
 from compress.progress import silent
-from compress.records import QuantOption
-from compress.targets import find_target
+from compress.quant.instruction_sets import DATA_FILE, InstructionSet, Measurement, Speed, instruction_sets
+from compress.quant.targets import find_target
+from compress.records.layers import QuantOption
 
 # Output sizes of a convolution by its channels, as networks have them.
 SIZES = {8: (112, 56, 28), 16: (112, 56, 28), 32: (56, 28), 64: (56, 28), 128: (28, 14), 256: (14, 7), 512: (14, 7)}

@@ -20,14 +20,14 @@ from benchmarks.encoder import encoder, read_pairs, spearman
 from benchmarks.zoo import ZOO
 from compress.errors import InfeasibleBudget
 from compress.exporters.session import open_session
-from compress.machine import describe_environment
+from compress.intake.job import Work, open_work
+from compress.measure.machine import describe_environment
 from compress.options import Options, Search, Source
-from compress.realize import realize
-from compress.records import Plan
+from compress.pipeline.run import realize
+from compress.records.plan import Plan
 from compress.search.allocator import Allocator
 from compress.search.prepare import Prepared, prepare
 from compress.search.space import Way
-from compress.work import Work, open_work
 
 RANKS = (0.25, 0.5, 0.75)
 KINDS: dict[str, Callable[[Way], bool]] = {

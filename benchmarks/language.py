@@ -19,7 +19,7 @@ from benchmarks.accuracy import RESULTS
 from benchmarks.language_models import LANGUAGE_MODELS, LanguageCase
 from compress import api
 from compress.exporters.session import open_session, run_session
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 
 METHODS = ("minmax", "mse", "hqq", "gptq")
 GROUPS = (32, 64, 128)

@@ -23,9 +23,9 @@ from torch import nn
 from benchmarks.accuracy import RESULTS
 from benchmarks.peers import peer_files
 from compress import api
-from compress.benchmark import time_models
 from compress.exporters.session import open_session
-from compress.machine import describe_environment
+from compress.measure.bench import time_models
+from compress.measure.machine import describe_environment
 
 SHAPES = ((3072, 768), (768, 3072), (4096, 4096))
 ROWS = (1, 16, 197)

@@ -20,10 +20,10 @@ from torch import nn
 from benchmarks.accuracy import RESULTS
 from compress.lowrank.decompose import decompose, decomposed_layers
 from compress.lowrank.maestro import Maestro
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, evaluate, fit
-from compress.training.lowrank import MaestroCompanion
+from compress.training.lowrank.job import MaestroCompanion
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 TRAINED = 1297

@@ -32,11 +32,11 @@ from compress.lowrank.maestro import Maestro
 from compress.lowrank.norms import recalibrate
 from compress.lowrank.shrink import shrink
 from compress.lowrank.truncate import count_positions, cut_to, model_macs, truncation_path
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, evaluate, fit
-from compress.training.lowrank import MaestroCompanion
-from compress.training.ordering import order_layers
+from compress.training.lowrank.job import MaestroCompanion
+from compress.training.lowrank.ordering import order_layers
 
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)

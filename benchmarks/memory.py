@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.zoo import ZOO
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,16 +31,17 @@ from benchmarks.accuracy import RESULTS, SAMPLES
 from benchmarks.peers import prepare_file, quantize_statically
 from benchmarks.zoo import ZOO, Case
 from compress import api
-from compress.benchmark import ratio_of_medians, time_models
 from compress.calib.resume import ResumeStore
-from compress.compression import apply_plan
-from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.build import build_onnx, write_onnx
 from compress.exporters.session import open_session, run_session
-from compress.intake import ModelLike
-from compress.machine import Environment, describe_environment
+from compress.intake.job import open_work
+from compress.intake.model import ModelLike
+from compress.measure.bench import ratio_of_medians, time_models
+from compress.measure.machine import describe_environment
 from compress.options import gather
-from compress.planning import make_plan
-from compress.work import open_work
+from compress.pipeline.apply_plan import apply_plan
+from compress.plans.frame import make_plan
+from compress.records.environment import Environment
 
 PEER = "onnxruntime static, 7 bits (reduce_range)"
 SATURATING_PEER = "onnxruntime static, 8 bits"

@@ -24,7 +24,7 @@ from benchmarks.peers import peer_files
 from benchmarks.zoo import ZOO, Case
 from compress.exporters.saturation import prove
 from compress.exporters.session import open_session, run_session
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 CALIBRATION, TEST = 256, 1000

@@ -29,7 +29,7 @@ from compress.allocation.checker import check
 from compress.allocation.greedy import greedy
 from compress.allocation.program import Answer, Program
 from compress.allocation.solver import SOLVERS, solve
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 UNITS, CHOICES = 1000, 20

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from benchmarks.accuracy import RESULTS
 from benchmarks.sparse_digits import shown
 from benchmarks.zoo import CIFAR_MEAN, CIFAR_STD, ZOO, cifar_images
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 from compress.sparse.application import apply_deltas
 from compress.sparse.delta import SparseDelta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, evaluate, fit
-from compress.training.sparse import SparseCompanion
+from compress.training.sparse.job import SparseCompanion
 
 DENSE = "dense"
 # Share of the maskable entries, and learning rates to choose from.

@@ -19,11 +19,11 @@ from torch import nn
 
 from benchmarks.accuracy import RESULTS
 from benchmarks.lowrank import digits
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, evaluate, fit
-from compress.training.sparse import SparseCompanion
+from compress.training.sparse.job import SparseCompanion
 
 FULL, LOTTERY = "full fine-tuning", "LT-SFT"
 BASELINES = {"random mask": "random", "BitFit": "bitfit"}

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import RESULTS
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 from compress.sparse.application import apply_deltas
 from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.criteria import scores_of

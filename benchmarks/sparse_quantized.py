@@ -23,11 +23,11 @@ import compress
 from benchmarks.accuracy import RESULTS
 from benchmarks.sparse_composition import TASKS, added, data_of, tuned
 from benchmarks.zoo import ZOO, cifar_images
-from compress.machine import describe_environment
+from compress.measure.machine import describe_environment
 from compress.sparse.deltafile import read_delta, write_delta
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, evaluate, fit
-from compress.training.sparse import SparseCompanion
+from compress.training.sparse.job import SparseCompanion
 
 TRAINED, TESTED, CALIBRATED = 2000, 2000, 256
 WIDTHS = ((8, None), (4, None), (3, None), (4, 8))

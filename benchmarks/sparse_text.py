@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from benchmarks.accuracy import RESULTS
 from benchmarks.sparse_composition import told
 from benchmarks.zoo import DATA
-from compress.calib.samples import load_samples
-from compress.checkpoint import LoadedModel, load_model
-from compress.machine import describe_environment
+from compress.data.samples import load_samples
+from compress.measure.machine import describe_environment
+from compress.models.checkpoint import LoadedModel, load_model
 from compress.sparse.deltafile import write_delta
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, evaluate, fit
-from compress.training.sparse import SparseCompanion
+from compress.training.sparse.job import SparseCompanion
 
 DENSITIES = (0.05, 0.005)
 HEAD = ("classifier",)

@@ -24,9 +24,9 @@ from benchmarks.accuracy import RESULTS
 from benchmarks.distill_calibration import calibrated, difference
 from benchmarks.sparse_composition import told
 from benchmarks.zoo import ZOO, Case
-from compress.calib.synthetic import SYNTHETIC, synthetic_count
-from compress.machine import describe_environment
-from compress.training.lowrank import LowRankOptions, truncate
+from compress.data.synthetic import SYNTHETIC, synthetic_count
+from compress.measure.machine import describe_environment
+from compress.training.lowrank.job import LowRankOptions, truncate
 
 _FILE = RESULTS / "synthetic.json"
 SETS = ("real", "synthetic", "noise")

@@ -18,16 +18,16 @@ import torch
 
 from benchmarks.accuracy import RESULTS
 from benchmarks.linears import Linear
-from compress.benchmark import ratio_of_medians, time_models
-from compress.calib.samples import load_samples
+from compress.data.samples import load_samples
 from compress.exporters.session import open_session
-from compress.intake import take_in
+from compress.intake.model import take_in
 from compress.kernels.table import register_operators
-from compress.machine import describe_environment
-from compress.records import QuantOption
+from compress.measure.bench import ratio_of_medians, time_models
+from compress.measure.machine import describe_environment
+from compress.quant.targets import find_target
+from compress.records.layers import QuantOption
 from compress.search.costs import export_ways
 from compress.search.space import FLOAT, Way
-from compress.targets import find_target
 
 SHAPES = ((3072, 768), (768, 3072))
 ROWS = 197

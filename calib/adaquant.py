@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
 from compress.quant.grid import mse_grid, quantize
 from compress.quant.pairs import bound_of
-from compress.records import QuantOption
+from compress.quant.problem import STEP_SAMPLES, ActivationGrid, Effort, LayerProblem, RowSource, Solution
+from compress.records.layers import QuantOption
 
 __all__ = ["PARALLEL", "SEQUENTIAL", "AdaQuant", "evaluation_rows"]
 

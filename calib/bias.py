@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.graph.quantizers import on_grid
-from compress.problem import LayerProblem, Solution
+from compress.quant.problem import LayerProblem, Solution
 
 __all__ = ["corrected_bias"]
 

@@ -20,11 +20,11 @@ from compress.errors import InputError
 from compress.graph.layers import is_stored, layer_calls, tied_tables
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.rewrite import layer_bias, set_bias, set_grid, set_weight
-from compress.methods import METHODS
-from compress.problem import STEP_SAMPLES, ActivationGrid, Effort, Solution
-from compress.records import Plan
-from compress.registry import resolve
-from compress.weights import QuantizedWeight
+from compress.quant.methods import METHODS
+from compress.quant.problem import STEP_SAMPLES, ActivationGrid, Effort, Solution
+from compress.quant.weights import QuantizedWeight
+from compress.records.plan import Plan
+from compress.records.registry import resolve
 
 __all__ = ["BlockWalk", "layer_seed"]
 

@@ -28,11 +28,11 @@ from compress.graph.layers import layer_calls, tied_tables
 from compress.graph.quantizers import Quantizer, on_grid
 from compress.graph.rewrite import set_bias, set_grid, set_weight
 from compress.graph.traced import TracedModel
-from compress.methods import METHODS
-from compress.problem import Effort, LayerProblem, Method, Solution
-from compress.records import Choice, Plan
-from compress.registry import resolve
-from compress.weights import QuantizedWeight
+from compress.quant.methods import METHODS
+from compress.quant.problem import Effort, LayerProblem, Method, Solution
+from compress.quant.weights import QuantizedWeight
+from compress.records.plan import Choice, Plan
+from compress.records.registry import resolve
 
 __all__ = ["LayerResult", "calibrate", "layer_seed", "quantize_table"]
 

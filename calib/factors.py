@@ -20,10 +20,10 @@ from torch import Tensor
 from compress.calib.observers import activation_grid
 from compress.graph.quantizers import on_grid
 from compress.lowrank.factors import Factors, plain_factors, weighted_factors
-from compress.methods import METHODS
-from compress.problem import ActivationGrid, Effort, LayerProblem
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.quant.methods import METHODS
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem
+from compress.records.layers import QuantOption
+from compress.records.registry import resolve
 
 __all__ = ["BRANCH_BITS", "Thin", "balanced", "best_factors", "correction", "multiply_up"]
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from compress.calib.adaquant import evaluation_rows
 from compress.calib.gram import Gram
 from compress.graph.quantizers import on_grid
-from compress.problem import Effort, LayerProblem, Solution
 from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR, CodeBound, bound_of
+from compress.quant.problem import Effort, LayerProblem, Solution
 from compress.quant.rtn import MSE
-from compress.records import QuantOption
-from compress.weights import QuantizedWeight, spread
+from compress.quant.weights import QuantizedWeight, spread
+from compress.records.layers import QuantOption
 
 __all__ = ["GPTQ", "OptimalRounding"]
 

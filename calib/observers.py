@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import InputError
-from compress.registry import resolve
+from compress.records.registry import resolve
 
 __all__ = ["OBSERVERS", "Histogram", "activation_grid", "observe_range"]
 

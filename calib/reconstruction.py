@@ -29,11 +29,11 @@ from compress.calib.frontier import Frontier
 from compress.calib.importance import Importance
 from compress.calib.metaaug.settings import MetaAug
 from compress.calib.soft import Masks, SoftGrid, SoftWeight
-from compress.problem import ActivationGrid, Effort, LayerProblem, Solution
 from compress.quant.grid import mse_grid, quantize
 from compress.quant.pairs import step_bound
-from compress.records import QuantOption
-from compress.weights import QuantizedWeight
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem, Solution
+from compress.quant.weights import QuantizedWeight
+from compress.records.layers import QuantOption
 
 __all__ = [
     "ADAROUND",

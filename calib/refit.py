@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.graph.quantizers import on_grid
-from compress.problem import LayerProblem
+from compress.quant.problem import LayerProblem
 
 __all__ = ["refit_up"]
 

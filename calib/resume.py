@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compress.errors import InputError
-from compress.publication import new_file
+from compress.files.outputs import new_file
 
 __all__ = ["ResumeStore", "open_store"]
 

@@ -40,7 +40,7 @@ from compress.calib.walk import Walk
 from compress.graph.layers import layer_calls, table_calls
 from compress.graph.quantizers import on_grid
 from compress.graph.traced import TracedModel, first_output
-from compress.problem import Effort, LayerProblem, RowSource
+from compress.quant.problem import Effort, LayerProblem, RowSource
 
 __all__ = [
     "BASE",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.problem import ActivationGrid
-from compress.weights import QuantizedWeight, spread
+from compress.quant.problem import ActivationGrid
+from compress.quant.weights import QuantizedWeight, spread
 
 __all__ = ["Masks", "SoftGrid", "SoftWeight"]
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from compress.calib.output_loss import judged_batches, loss_between
 from compress.graph.traced import TracedModel
-from compress.methods import METHODS
-from compress.problem import Effort, LayerProblem
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.quant.methods import METHODS
+from compress.quant.problem import Effort, LayerProblem
+from compress.records.layers import QuantOption
+from compress.records.registry import resolve
 
 __all__ = ["measure_table"]
 

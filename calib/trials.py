@@ -13,10 +13,10 @@ from compress.calib.gram import SeenRows, rows_read_by
 from compress.calib.observers import Histogram, activation_grid, observe_range
 from compress.graph.quantizers import on_grid
 from compress.lowrank.factors import Factors
-from compress.methods import METHODS
-from compress.problem import ActivationGrid, Effort, LayerProblem, RowSource, Solution
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.quant.methods import METHODS
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem, RowSource, Solution
+from compress.records.layers import QuantOption
+from compress.records.registry import resolve
 
 __all__ = ["Trial", "TrialLayer", "Tried", "row_batches"]
 
@@ -27,7 +27,8 @@ _BATCH = 64
 class Trial:
     """One way to do one layer; an option without ``act_bits`` reads the base's input as it is.
 
-    ``option`` None is on floats; ``rank`` None is as one layer; ``form`` is one of :class:`~compress.records.Split`'s.
+    ``option`` None is on floats; ``rank`` None is as one layer; ``form`` is one of
+    :class:`~compress.records.layers.Split`'s.
     """
 
     method: str

@@ -14,14 +14,14 @@ from compress.graph.layers import activation_of, channel_groups, layer_calls
 from compress.graph.quantizers import Quantizer
 from compress.graph.rewrite import input_quantizer, layer_bias
 from compress.graph.traced import TracedModel
-from compress.problem import ActivationGrid, LayerProblem, RowSource
+from compress.quant.problem import ActivationGrid, LayerProblem, RowSource
 
 __all__ = ["LayerInputs", "TensorRows", "Walk"]
 
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Samples in memory as a :class:`~compress.problem.RowSource`."""
+    """Samples in memory as a :class:`~compress.quant.problem.RowSource`."""
 
     values: Tensor
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.api import allocate, apply, diff, export, inspect, load, quantize, stream, sweep, verify
-    from compress.benchmark import bench
     from compress.errors import CompressError, GateError, InfeasibleBudget, InputError
+    from compress.measure.bench import bench
     from compress.options import Options, Search, Source
 
     __version__: str
@@ -52,7 +52,7 @@ _HOMES = {
     "Source": "compress.options",
     "allocate": "compress.api",
     "apply": "compress.api",
-    "bench": "compress.benchmark",
+    "bench": "compress.measure.bench",
     "diff": "compress.api",
     "export": "compress.api",
     "inspect": "compress.api",

@@ -15,38 +15,40 @@ from typing import Unpack
 
 import torch
 
-from compress.allocation.diff import PlanDiff, diff_plans
-from compress.allocation.ranks import layers_of
-from compress.allocation.review import review_plan
-from compress.artifact import load_plan, save_plan
-from compress.auto import settle_method
-from compress.cache import remembered
-from compress.calib.text import check_length
-from compress.compression import plan_fingerprint
-from compress.deltas import add_deltas, doubts, open_deltas
+from compress.data.text import check_length
 from compress.errors import GateError, InputError
-from compress.estimate import Estimate, estimate
-from compress.intake import Intake, ModelLike, read_model, take_in
-from compress.onnxfile import export_shared, export_whole, prove_file
+from compress.files.cache import remembered
+from compress.files.known_folders import FAMILY_FILE
+from compress.files.outputs import check_folder, check_free, claims
+from compress.intake.job import Work, open_work
+from compress.intake.model import Intake, ModelLike, read_model, take_in
+from compress.lowrank.ranks import layers_of
 from compress.options import Options, Settings, Source, check_unused, gather
-from compress.planning import check_options, make_plan
+from compress.pipeline.apply_plan import plan_fingerprint
+from compress.pipeline.export import export_shared, export_whole, prove_file
+from compress.pipeline.floats import float_note
+from compress.pipeline.run import Result, realize_work
+from compress.pipeline.verification import verify_folder
+from compress.plans.auto import settle_method
+from compress.plans.diff import PlanDiff, diff_plans
+from compress.plans.estimate import Estimate, estimate
+from compress.plans.frame import check_options, make_plan
+from compress.plans.plan_file import load_plan, save_plan
+from compress.plans.review import review_plan
 from compress.progress import Progress, silent
-from compress.publication import check_folder, check_free, claims
-from compress.realize import Result, realize_work
-from compress.records import Front, LayerSpec, Plan
-from compress.report.floats import float_note
-from compress.report.front import FRONT, write_front
-from compress.report.schema import ExportCheck, Proof, StreamReport
+from compress.records.allocation import Front
+from compress.records.layers import LayerSpec
+from compress.records.plan import Plan
+from compress.records.report import ExportCheck, Proof, StreamReport
 from compress.runtime.device import check_device
 from compress.runtime.load import load_on
 from compress.search.find import find_plan
 from compress.search.front import check_points, sweep_front
+from compress.search.front_folder import FRONT, write_front
 from compress.search.prepare import check_search, prepare
+from compress.sparse.deltas import add_deltas, doubts, open_deltas
 from compress.streaming.run import stream
-from compress.training.elastic import load_elastic
-from compress.training.family import FAMILY_FILE
-from compress.verification import verify_folder
-from compress.work import Work, open_work
+from compress.training.lowrank.elastic import load_elastic
 
 __all__ = [
     "Preview",
@@ -88,9 +90,9 @@ def quantize(
     """Quantize ``model``, export it, prove it, and write the folder ``out``.
 
     Args:
-        model: a path (see compress.checkpoint.load_model) or a module.
-        calib: calibration samples (see compress.calib.samples.load_samples), or ``synthetic``: made of noise that fits
-            the model's BatchNorm statistics (compress/calib/synthetic.py); None quantizes the weights only.
+        model: a path (see compress.models.checkpoint.load_model) or a module.
+        calib: calibration samples (see compress.data.samples.load_samples), or ``synthetic``: made of noise that fits
+            the model's BatchNorm statistics (compress/data/synthetic.py); None quantizes the weights only.
         eval_data: labelled samples for the metric before and after.
         out: folder to write; None leaves nothing on disk.
         progress: called with a label, steps done and steps in all.
@@ -262,7 +264,7 @@ def preview(
 
 
 def inspect(model: ModelLike, **settings: Unpack[Settings]) -> Intake:
-    """The model's layers, shapes and MACs, and what can be compressed; see :class:`~compress.intake.Intake`."""
+    """The model's layers, shapes and MACs, and what can be compressed; see :class:`~compress.intake.model.Intake`."""
     _, source = gather(settings)
     loaded = read_model(model, factory=source.model_factory, allow=source.allow, classes=source.classes)
     return take_in(add_deltas(loaded, source.deltas), input_shape=source.input_shape)
@@ -277,7 +279,7 @@ def load(
 
     On a GPU linears keep their weights packed, in the layout of our Triton kernels, and other layers run on floats.
     Files are checked and the model has run once, on the CPU, before anything is put on a GPU. A family of ``compress
-    lowrank`` gives an :class:`~compress.training.elastic.ElasticModel`: its size is set by call.
+    lowrank`` gives an :class:`~compress.training.lowrank.elastic.ElasticModel`: its size is set by call.
 
     Args:
         deltas: delta files of ``compress sparse`` to the float model that was compressed. Linears keep their codes and

@@ -6,7 +6,7 @@ command line prints it as it stands.
 
 from __future__ import annotations
 
-__all__ = ["CompressError", "FactoryError", "GateError", "InfeasibleBudget", "InputError", "SolverError"]
+__all__ = ["CompressError", "FactoryError", "GateError", "InfeasibleBudget", "InputError", "SolverError", "one_line"]
 
 
 class CompressError(Exception):
@@ -41,3 +41,10 @@ class SolverError(CompressError):
     """The integer program's solver is missing, died, or found nothing in its time."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The kind and first line of an exception, for the end of a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -93,23 +93,23 @@ class Options:
             without calibration data.
         group_size: weights of a linear's row that share a grid (``--group-size``); None: the whole row.
         rows: rows that a linear has in a call (tokens times batch): the fastest format for each is measured and chosen.
-        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/allocation/budgets.py); with
+        budgets: limits such as ``size=0.15x``, ``latency=3ms``, ``drop=0.5`` (compress/plans/budgets.py); with
             them the widths are chosen layer by layer.
-        method: a name from compress/methods.py, or ``auto`` (compress/auto.py). None: ``adaquant`` with data, ``mse``
-            without.
+        method: a name from compress/quant/methods.py, or ``auto`` (compress/plans/auto.py). None: ``adaquant`` with
+            data, ``mse`` without.
         samples: how many calibration samples to use.
         minutes: with the method ``auto``: how long calibration may take.
         first_last_bits: width of the first and the last layer, where that is more than ``bits``. None: 8, or whatever
             the budgets allow.
-        target: a name from compress/targets.py. None: the one of ``machine``, ``onnx-cpu`` for any.
-        machine: the instruction set that the file is for (``--for``, compress/instruction_sets.py): avx2, vnni, arm, or
-            any: layers that were slower than float on one that was measured stay float.
+        target: a name from compress/quant/targets.py. None: the one of ``machine``, ``onnx-cpu`` for any.
+        machine: the instruction set that the file is for (``--for``, compress/quant/instruction_sets.py): avx2, vnni,
+            arm, or any: layers that were slower than float on one that was measured stay float.
         observer: how activation ranges are chosen (compress/calib/observers.py). None: ``mse``, or ``minmax`` for a
             transformer's 8-bit inputs, whose outliers carry what the model knows.
         iterations: optimisation steps a layer, or a block. None: what the method takes by default.
         ignore: layers to leave float, by shell pattern or ``re:`` regular expression.
         smoothquant: whether SmoothQuant comes first. None: where linears of a transformer get quantized inputs.
-        equalize, awq, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.Steps.
+        equalize, awq, bias_correction, statistics_tuning, bias_tuning: the steps of compress.records.plan.Steps.
         seed: of everything random.
         bench: whether the finished file is timed beside the float one, for the report.
         search: how budgets are met.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.packing import unpack
-from compress.weights import spread
+from compress.quant.packing import unpack
+from compress.quant.weights import spread
 
 __all__ = ["dequantize_bias", "dequantize_weight"]
 
@@ -29,7 +29,8 @@ def dequantize_weight(
     compute: str,
     group_size: int | None = None,
 ) -> Tensor:
-    """Reference: ``packed`` uint8 in compress.packing's layout; ``scale`` float32, ``zero_point`` uint8, [O] or [O, G].
+    """Reference: ``packed`` uint8 in compress.quant.packing's layout; ``scale`` float32, ``zero_point`` uint8, [O] or
+    [O, G].
 
     With ``group_size``, that many weights of a flattened row share a grid, the last of a row maybe fewer.
 

@@ -16,7 +16,7 @@ import torch
 
 from compress.kernels.launch import capability
 from compress.kernels.table import KERNELS
-from compress.registry import resolve
+from compress.records.registry import resolve
 
 __all__ = ["Call", "Choice", "Kernel", "Requires", "choose", "has_triton"]
 

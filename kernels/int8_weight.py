@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 __all__ = ["MOST_INPUTS", "Int8Weight"]
 

@@ -1,12 +1,12 @@
 """The layout packed weights have on a GPU: one owner, specified here, tested against golden bytes.
 
-Storage (compress/packing.py) is made for the file; this one is made once, when a model is loaded, so that a kernel can
-load 16 bytes a thread, unpack with one mask a code, and meet its inputs in runs of 16 neighbours.
+Storage (compress/quant/packing.py) is made for the file; this one is made once, when a model is loaded, so that a
+kernel can load 16 bytes a thread, unpack with one mask a code, and meet its inputs in runs of 16 neighbours.
 
 A row of ``I`` unsigned codes of ``b`` bits becomes a row of *units*, integers of 16 bits:
 
-- Codes are cut into planes of 8, 4, 2 or 1 bits as in compress/packing.py (3 = 2 + 1), widest first. The planes of a
-  row stand one behind the other.
+- Codes are cut into planes of 8, 4, 2 or 1 bits as in compress/quant/packing.py (3 = 2 + 1), widest first. The planes
+  of a row stand one behind the other.
 - A plane of width ``w`` keeps ``16 / w`` codes in a unit, *position* 0 in the lowest bits.
 - There are 16 *lanes*: column ``c`` belongs to lane ``c % 16``, and a lane's codes follow each other in it, columns
   ``lane``, ``lane + 16``, ``lane + 32`` ..., position by position, then unit by unit.
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.packing import planes
-from compress.weights import QuantizedWeight
+from compress.quant.packing import planes
+from compress.quant.weights import QuantizedWeight
 
 __all__ = ["CHUNK", "LANES", "STRIPE", "LaneWeight", "block_columns", "pack_lanes", "unit_shape", "unpack_lanes"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import Kernel, Requires
 from compress.kernels.lanes import LaneWeight, unpack_lanes
-from compress.weights import spread
+from compress.quant.weights import spread
 
 __all__ = ["KERNEL", "lane_weight_floats", "packed_reference"]
 

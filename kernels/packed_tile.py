@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from compress.kernels.lanes import LANES, block_columns
 from compress.kernels.launch import power_of_two
-from compress.packing import planes
+from compress.quant.packing import planes
 
 __all__ = ["Step", "default_tile", "step_units"]
 

@@ -3,7 +3,7 @@ kernels of each, in the order in which they are asked (kernels/dispatch.py)."""
 
 from __future__ import annotations
 
-from compress.registry import resolve
+from compress.records.registry import resolve
 
 __all__ = ["KERNELS", "OPERATORS", "register_operators"]
 

@@ -18,15 +18,15 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import pytest
 
-from compress import instruction_sets
 from compress.options import Options
+from compress.quant import instruction_sets
 from tests import cases, processor_time, shares
 from tests.processor_time import pytest_runtest_call, pytest_runtest_protocol
 
 __all__ = ["pytest_runtest_call", "pytest_runtest_protocol"]
 
 # What is planned here does not change when another processor is measured: leading convolutions of fewer than 16
-# channels are float, and depthwise ones. tests/test_instruction_sets.py reads what is shipped.
+# channels are float, and depthwise ones. tests/quant/test_instruction_sets.py reads what is shipped.
 SHIPPED_SPEEDS = instruction_sets.DATA_FILE
 instruction_sets.DATA_FILE = Path(__file__).with_name("instruction_sets.json")
 
@@ -91,11 +91,11 @@ def compress_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     Rounds to nearest on min-max ranges, unless told otherwise, and measures nothing. ``shape`` is a sample's.
     """
     from compress.calib.resume import ResumeStore
-    from compress.calib.samples import load_samples
-    from compress.compression import apply_plan
-    from compress.intake import take_in
+    from compress.data.samples import load_samples
+    from compress.intake.model import take_in
     from compress.options import Options
-    from compress.planning import make_plan
+    from compress.pipeline.apply_plan import apply_plan
+    from compress.plans.frame import make_plan
 
     def run(module: Any, calib: Any, shape: tuple[int, ...] | None = None, **settings: Any) -> Any:
         options = Options(**({"method": "mse", "observer": "minmax"} | settings))

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from compress.exporters.saturation import prove
-from compress.report.schema import LayerProof
+from compress.records.report import LayerProof
 
 Sums = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from compress.digests import file_digests
+from compress.files.digests import file_digests
 
 
 def forge_report(folder: Path) -> None:

@@ -14,16 +14,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress import api
-from compress.artifact import load_artifact, load_plan
-from compress.calib.samples import load_samples
-from compress.checkpoint import load_model
-from compress.huggingface import open_pretrained
-from compress.latency.table import LatencyTable, Operator, open_table
-from compress.machine import describe_environment
+from compress.data.samples import load_samples
+from compress.files.known_folders import FAMILY_FILE
+from compress.measure.latency_table import LatencyTable, Operator, open_table
+from compress.measure.machine import describe_environment
+from compress.models.checkpoint import load_model
+from compress.models.huggingface import open_pretrained
+from compress.plans.plan_file import load_plan
+from compress.runtime.artifact import load_artifact
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.deltafile import read_delta, write_delta
-from compress.training.family import FAMILY_FILE, read_family
-from compress.training.lowrank import LowRankOptions, truncate
+from compress.training.lowrank.family import read_family
+from compress.training.lowrank.job import LowRankOptions, truncate
 from tests.forgery import forge_report
 
 __all__ = ["KINDS", "Kind", "good_files", "net"]
@@ -129,7 +131,7 @@ def good_files(folder: Path) -> Path:
 
 def _pretrained(folder: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the package transformers")
-    from tests.test_huggingface import WORDS, bert, save_tokenizer
+    from tests.models.test_huggingface import WORDS, bert, save_tokenizer
 
     module = bert(1)
     assert isinstance(module, transformers.PreTrainedModel)

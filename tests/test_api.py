@@ -17,8 +17,8 @@ import compress
 from compress import api
 from compress.errors import GateError, InputError
 from compress.options import Options
-from compress.realize import Result
-from compress.report.schema import ExportCheck, Report
+from compress.pipeline.run import Result
+from compress.records.report import ExportCheck, Report
 from tests.every import every
 from tests.forgery import forge_report
 from tests.sweep import sweep
@@ -278,7 +278,7 @@ def test_a_failed_gate_writes_no_folder_and_keeps_the_work(tmp_path: Path, monke
             agreement_optimized=None, integer_layers=1, float_layers=0, failures=("layer 3 is off",),
         )  # fmt: skip
 
-    monkeypatch.setattr("compress.realize.verify", failed)
+    monkeypatch.setattr("compress.pipeline.run.verify", failed)
     with pytest.raises(GateError, match="did not pass the gate: layer 3 is off"):
         quantize(tmp_path / "out", data(), method="mse")
     assert not (tmp_path / "out").exists()
@@ -297,7 +297,7 @@ def test_what_another_model_with_the_same_weights_left_is_refused(
 
     first = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     second = nn.Sequential(first[0], nn.Tanh(), first[2])
-    monkeypatch.setattr("compress.realize.build_onnx", stop)
+    monkeypatch.setattr("compress.pipeline.run.build_onnx", stop)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(first, calib=data(20).flatten(1)[:, :6], out=tmp_path / "out", iterations=2)
     monkeypatch.undo()

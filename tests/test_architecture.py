@@ -17,86 +17,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Which part of the package may import which. A part is a module or folder directly under compress/. Parts of one level
-# may import each other only where their row says so; test_imports_form_no_cycle keeps that honest.
-LEVEL_0 = {"errors", "registry", "records", "options", "packing", "weights", "problem", "formats"}
-LEVEL_0 |= {"targets", "instruction_sets", "machine", "cache", "progress", "lock", "publication", "digests"}
-LEVEL_0 |= {"distance", "pickles", "trust", "expression"}
-LEVEL_1 = {
-    "checkpoint",
-    "factory",
-    "pt2",
-    "torchfile",
-    "weightfiles",
-    "growth",
-    "huggingface",
-    "lookalike",
-    "shapes",
-    "methods",
-    "graph",
-}
-LEVEL_2 = {"quant", "calib", "kernels", "lowrank", "sparse"}
-LEVEL_4 = {"transform", "allocation", "compression", "artifact", "runtime"}
-LEVEL_5 = {
-    "exporters",
-    "gate",
-    "gate_inputs",
-    "layer_check",
-    "benchmark",
-    "benchmark_alone",
-    "benchmark_folder",
-    "benchmark_session",
-    "report",
-    "intake",
-    "estimate",
-    "file_tensors",
-    "float_distance",
-} | {
-    "planning",
-    "auto",
-    "doubts",
-    "rounding_noise",
-    "verification",
-    "realize",
-    "work",
-    "deltas",
-    "modelfile",
-    "onnxfile",
-    "streaming",
-    "training",
-    "distill",
-    "skeleton",
-    "latency",
-    "search",
-}
-BELOW_4 = LEVEL_0 | LEVEL_1 | LEVEL_2
-BELOW_5 = BELOW_4 | LEVEL_4
-BELOW_6 = BELOW_5 | LEVEL_5
+# Each room, a module or folder directly under compress/ or one of the two in training/, imports only itself and what
+# stands before it. ARCHITECTURE.md has a sentence for each.
+ROOMS = (
+    "errors", "progress", "files", "records", "lowrank", "options", "quant",
+    "allocation", "graph", "kernels",
+    "models", "calib", "data", "exporters", "sparse", "transform",
+    "intake", "runtime", "training", "proof", "measure", "distillation", "training/sparse",
+    "plans", "streaming", "pipeline", "training/lowrank", "search",
+    "api", "__init__", "cli", "__main__",
+)  # fmt: skip
+# `ls compress`: a newcomer reads the list in one look.
+MOST_ENTRIES = 32
 
-MAY_IMPORT: dict[str, set[str]] = {
-    **dict.fromkeys(LEVEL_0, LEVEL_0),
-    **dict.fromkeys(LEVEL_1, LEVEL_0 | LEVEL_1),
-    "methods": set(),  # a table of names: importing it must load nothing
-    "quant": LEVEL_0 | {"quant"},
-    "calib": LEVEL_0 | LEVEL_1 | {"quant", "calib", "lowrank"},
-    "kernels": LEVEL_0 | {"kernels"},
-    "lowrank": {"lowrank"},
-    "sparse": LEVEL_0 | LEVEL_1 | {"sparse"},
-    **dict.fromkeys(LEVEL_4, BELOW_5),
-    **dict.fromkeys(LEVEL_5, BELOW_6),
-    "api": BELOW_6,
-    # Commands call the API; the rest are the light tables and records that parsing and printing need.
-    "cli": {"__init__", "cli", "api", "benchmark", "report", "shapes", "errors", "records", "options", "training"}
-    | {"deltas", "distill", "registry", "methods", "formats", "targets", "allocation", "cache", "latency"}
-    | {"publication"},
-    "__main__": {"cli"},
-    "__init__": {"api", "benchmark", "errors", "options"},
-}
-
-# Parts that may name a method's module; everyone else goes through compress.methods.
-MAY_IMPORT_METHODS = {"quant", "calib"}
-# The parts where Triton may be imported, and the modules in them that must stay importable without it.
-TRITON_PARTS = {"kernels"}
+# Rooms that may name a method's module; everyone else goes through compress.quant.methods.
+ROOMS_WITH_METHODS = {"quant", "calib"}
+# The rooms where Triton may be imported, and the modules in them that must stay importable without it.
+TRITON_ROOMS = {"kernels"}
 TRITON_FREE = {"compress.kernels.table", "compress.kernels.dispatch"}
 
 MAX_LINES = 400
@@ -120,9 +57,11 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 
 
-def part_of(module: str) -> str:
-    """``compress.graph.traced`` -> ``graph``; the package itself is ``__init__``."""
-    return module.split(".")[1] if "." in module else "__init__"
+def room_of(module: str) -> str:
+    """``compress.graph.traced`` -> ``graph``; of ``compress.training.sparse.job`` ``training/sparse``."""
+    _, *rest = module.split(".")
+    inner = "/".join(rest[:2])
+    return inner if inner in ROOMS else rest[0] if rest else "__init__"
 
 
 @functools.cache
@@ -158,27 +97,47 @@ def report(problems: list[str]) -> None:
         pytest.fail("\n".join(problems), pytrace=False)
 
 
-def test_every_part_has_a_row_in_the_table() -> None:
-    unknown = {part_of(module): path for module, path in MODULES.items() if part_of(module) not in MAY_IMPORT}
+def test_every_room_has_its_place_in_the_order() -> None:
+    unknown = {room_of(module): path for module, path in MODULES.items() if room_of(module) not in ROOMS}
     report(
         [
-            f"{path}: compress.{part} is new: decide its level and add it to the table in tests/test_architecture.py"
-            for part, path in unknown.items()
+            f"{path}: compress/{room} is new: decide what it stands on, and give it a place in ROOMS"
+            for room, path in unknown.items()
         ]
     )
+    assert set(ROOMS) <= {room_of(module) for module in MODULES}
 
 
 @pytest.mark.slow
-def test_imports_point_down() -> None:
+def test_a_room_imports_only_what_stands_before_it() -> None:
+    place = {room: number for number, room in enumerate(ROOMS)}
     report(
         [
-            f"{path}:{line}: compress.{part_of(module)} may not import {name}; it may import: "
-            + (", ".join(sorted(MAY_IMPORT[part_of(module)])) or "nothing")
+            f"{path}:{line}: {room_of(module)} may not import {name}: in ROOMS {room_of(name)} stands behind it"
             for module, path in MODULES.items()
             for line, name in our_imports(path)
-            if part_of(name) not in MAY_IMPORT.get(part_of(module), {part_of(name)})
+            if place[room_of(name)] > place[room_of(module)]
         ]
     )
+
+
+def test_the_first_look_shows_few_names_and_each_says_what_it_is() -> None:
+    entries = {path.name for path in (ROOT / "compress").iterdir()} - {"__pycache__"}
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
+    problems = []
+    for folder in sorted({path.parent for path in python_files("compress")} - {Path("compress")}):
+        if not (ROOT / folder / "__init__.py").is_file():
+            problems.append(f"{folder} has no __init__.py: it says in one line what the room is for")
+        elif len((ast.get_docstring(parse(folder / "__init__.py")) or "\n").splitlines()) != 1:
+            problems.append(f"{folder}/__init__.py: its docstring is one line: what the room is for")
+    report(problems)
+
+
+def test_no_public_name_is_a_modules() -> None:
+    """Importing a submodule puts it into its package under its name, in the place of a function of that name."""
+    import compress
+
+    report([f"compress.{name} is a public name and a room" for name in compress.__all__ if name in ROOMS])
 
 
 @pytest.mark.slow
@@ -192,16 +151,16 @@ def test_imports_form_no_cycle() -> None:
 
 @pytest.mark.slow
 def test_methods_are_reached_through_their_table() -> None:
-    table = parse(MODULES["compress.methods"])
+    table = parse(MODULES["compress.quant.methods"])
     rows = {node.value for node in ast.walk(table) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     methods = {row.partition(":")[0] for row in rows if re.fullmatch(r"compress[\w.]+:\w+", row)}
-    assert methods, "compress/methods.py holds no row of the form 'compress.module:object'"
+    assert methods, "compress/quant/methods.py holds no row of the form 'compress.module:object'"
     report(
         [
-            f"{path}:{line}: {name} is a method: take it from compress.methods with compress.registry.resolve"
+            f"{path}:{line}: {name} is a method: take it from compress.quant.methods with resolve"
             for module, path in MODULES.items()
             for line, name in our_imports(path)
-            if name in methods and part_of(module) not in MAY_IMPORT_METHODS
+            if name in methods and room_of(module) not in ROOMS_WITH_METHODS
         ]
     )
 
@@ -213,7 +172,7 @@ def test_triton_only_in_kernel_files() -> None:
             f"{path}:{line}: triton may be imported only inside a kernel file: elsewhere there may be no GPU"
             for module, path in MODULES.items()
             for line, name in imports_of(path)
-            if name.split(".")[0] == "triton" and (part_of(module) not in TRITON_PARTS or module in TRITON_FREE)
+            if name.split(".")[0] == "triton" and (room_of(module) not in TRITON_ROOMS or module in TRITON_FREE)
         ]
     )
 
@@ -272,7 +231,7 @@ def test_all_is_present_sorted_and_defined() -> None:
     for module, path in MODULES.items():
         tree = parse(path)
         # Commands and `python -m` are run, not imported; a folder's __init__ may be nothing but its docstring.
-        if part_of(module) in {"cli", "__main__"} or len(tree.body) <= 1:
+        if room_of(module) in {"cli", "__main__"} or len(tree.body) <= 1:
             continue
         values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
         if not values:

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
-_PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels/README.md", ROOT / "calib/README.md")
+_ROOMS = (ROOT / "kernels/README.md", ROOT / "calib/README.md", *ROOT.glob("compress/[!kc]*/README.md"))
+_PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *_ROOMS)
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in _PAGES)
 # CHANGELOG.md speaks of what once was, CONTRIBUTING.md of files to come.
 PRESENT = [name for name in DOCUMENTS if name not in ("CHANGELOG.md", "CONTRIBUTING.md")]
@@ -75,10 +76,30 @@ def test_options_and_verbs_exist(name: str, verbs: dict[str, set[str]]) -> None:
         assert not missing, f"{name}: compress {verb} has no {missing}"
 
 
+CODE = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("compress", "kernels", "calib", "tests", "benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.resolve() == path and path.name not in ("test_mutations.py", "test_documents.py")
+)
+_ROOM_NAMES = "|".join(sorted(path.name for path in (ROOT / "compress").iterdir() if path.is_dir()))
+_FILE = re.compile(
+    rf"(?<![\w./-])((?:compress|kernels|calib|tests|benchmarks|docs|examples|{_ROOM_NAMES})/[\w/]+\.(?:py|md))\b"
+)
+
+
+def test_files_that_code_and_documents_name_are_there() -> None:
+    missing = [
+        f"{name} names {path}"
+        for name in (*PRESENT, *CODE)
+        for path in _FILE.findall(read(name))
+        if not ((ROOT / path).exists() or (ROOT / "compress" / path).exists())
+    ]
+    assert not missing, "\n".join(missing)
+
+
 @pytest.mark.parametrize("name", [each for each in PRESENT if each != "ARCHITECTURE.md"])
-def test_modules_and_files_exist(name: str) -> None:
-    for path in re.findall(r"`((?:compress|kernels|calib|benchmarks|docs|examples)/[\w/.-]+\.\w+)`", read(name)):
-        assert (ROOT / path).exists(), f"{name} names {path}"
+def test_modules_exist(name: str) -> None:
     for module in re.findall(r"`(?:python -m )?((?:compress|benchmarks)\.[a-z_.]+)", read(name)):
         assert _there(module.rstrip(".")), f"{name}: {module}"
 

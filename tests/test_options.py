@@ -66,7 +66,7 @@ def data() -> Tensor:
 def test_what_cannot_be_is_refused_in_a_sentence_before_any_work(
     settings: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.realize.apply_plan", None)  # the work
+    monkeypatch.setattr("compress.pipeline.run.apply_plan", None)  # the work
     given = {"calib": data(), "iterations": 8, **settings}
     with pytest.raises(InputError) as error:
         api.quantize(net(), out=tmp_path / "out", **given)  # type: ignore[arg-type]

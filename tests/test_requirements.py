@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = ROOT / "tests" / "data" / "torch-requirements.txt"
+TORCH = ROOT / "tests" / "golden" / "torch-requirements.txt"
 PYTHONS = ("3.11", "3.12", "3.13")
 # Of the CUDA build alone.
 CUDA = ("cuda-", "nvidia-", "triton")

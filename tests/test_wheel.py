@@ -61,7 +61,7 @@ def test_wheel_is_complete_and_alone(wheel: Path) -> None:
     expected = {f"compress/{path}" for path in python_files("kernels", "calib")}
     assert all(any(name.startswith(f"{link}/") for name in expected) for link in LINKS)
     expected |= {f"compress/kernels/{path.name}" for path in (ROOT / "kernels").glob("tiles-*.json")}
-    expected |= {"compress/gate_text.txt", "compress/instruction_sets.json", "compress/py.typed"}
+    expected |= {"compress/proof/gate_text.txt", "compress/quant/instruction_sets.json", "compress/py.typed"}
     assert (expected | {str(path) for path in python_files("compress")}) - names == set()
 
 
@@ -93,6 +93,6 @@ def test_types_are_those_of_whoever_installs_it(wheel: Path, tmp_path: Path) -> 
     mypy += ["--config-file", "", "--cache-dir", str(tmp_path / "cache"), "--ignore-missing-imports", "consumer.py"]
     found = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert 'consumer.py:6: note: Revealed type is "str"' in found.stdout, found.stdout + found.stderr
-    assert 'consumer.py:7: note: Revealed type is "compress.report.schema.Size"' in found.stdout, found.stdout
+    assert 'consumer.py:7: note: Revealed type is "compress.records.report.Size"' in found.stdout, found.stdout
     wrong = [line.split(": ")[0] for line in found.stdout.splitlines() if ": error:" in line]
     assert wrong == ["consumer.py:8", "consumer.py:9"], found.stdout

@@ -10,8 +10,8 @@ from compress.calib.blocks import find_blocks
 from compress.calib.reconstruction import BlockMethod
 from compress.errors import InputError
 from compress.graph.traced import TracedModel
-from compress.methods import METHODS
-from compress.registry import resolve
+from compress.quant.methods import METHODS
+from compress.records.registry import resolve
 
 __all__ = ["check_transformable", "find_site"]
 

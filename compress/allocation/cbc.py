@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pulp
 
-from compress.allocation.model import Model, Outcome
+from compress.allocation.pulp_model import Model, Outcome
 from compress.errors import SolverError
 
 __all__ = ["bound_in", "run"]

@@ -6,7 +6,7 @@ import highspy
 import numpy as np
 import pulp
 
-from compress.allocation.model import Model, Outcome
+from compress.allocation.pulp_model import Model, Outcome
 from compress.errors import SolverError
 
 __all__ = ["run"]

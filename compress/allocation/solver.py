@@ -21,12 +21,12 @@ import pulp
 from numpy.typing import NDArray
 
 from compress.allocation.greedy import greedy, neighbour
-from compress.allocation.model import Model, Outcome, build
 from compress.allocation.program import Answer, Picks, Program
+from compress.allocation.pulp_model import Model, Outcome, build
 from compress.allocation.reduction import Reduced, affordable, undominated
 from compress.allocation.relaxation import Relaxation, relax
 from compress.errors import CompressError, SolverError
-from compress.registry import resolve
+from compress.records.registry import resolve
 
 __all__ = ["SOLVERS", "InfeasibleProgram", "smallest", "solve"]
 

@@ -10,16 +10,16 @@ import typer
 from compress.cli.inputs import Allow, Factory, For, InputShape, Seed, shape
 from compress.cli.progress import ProgressBar
 from compress.errors import InputError
+from compress.files.outputs import new_file
 from compress.options import Source
-from compress.publication import new_file
-from compress.targets import choose_target, find_target
+from compress.quant.targets import choose_target, find_target
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from compress.benchmark import BenchReport, BenchRow, Explanation
-    from compress.records import LayerRun
+    from compress.measure.bench import BenchReport, BenchRow, Explanation
+    from compress.records.layers import LayerRun
 
 # One file opened twice and compared with itself came out at 0.97 to 1.02, each time with a narrow interval: where a
 # session's memory happens to lie is the same for all of its runs, and no number of runs averages it out.
@@ -110,7 +110,7 @@ def bench(
     bar = ProgressBar(enabled=not quiet and not to_stdout)
     from rich.console import Console
 
-    from compress import benchmark as measuring
+    from compress.measure import bench as measuring
 
     with bar:
         report = measuring.bench(
@@ -146,7 +146,7 @@ def _write_kit(
 ) -> None:  # fmt: skip
     target = find_target(choose_target(None, machine))
     bar = ProgressBar(enabled=not quiet)
-    from compress.latency.kit import write_kit
+    from compress.measure.kit import write_kit
 
     with bar:
         write_kit(

@@ -11,8 +11,8 @@ from compress.cli.inputs import Allow, Mean, Seed, Std, numbers
 from compress.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from compress.distill.folder import DistillReport
-    from compress.distill.preview import DistillPreview
+    from compress.distillation.folder import DistillReport
+    from compress.distillation.preview import DistillPreview
 
 __all__ = ["distill"]
 
@@ -132,11 +132,11 @@ def distill(
     with --overwrite another one begins anew.
     """
     bar = ProgressBar(enabled=not quiet and not dry_run)
-    from compress.distill.augment import parse_augmentations
-    from compress.distill.distiller import DistillSettings
-    from compress.distill.experts import ExpertSettings
-    from compress.distill.job import DistillOptions
-    from compress.distill.job import distill as distill_data
+    from compress.distillation.augment import parse_augmentations
+    from compress.distillation.distiller import DistillSettings
+    from compress.distillation.experts import ExpertSettings
+    from compress.distillation.job import DistillOptions
+    from compress.distillation.job import distill as distill_data
 
     if method == "mtt":
         _refuse_ast_parts(context)
@@ -157,7 +157,7 @@ def distill(
         allow_originals=allow_originals,
     )  # fmt: skip
     if dry_run:
-        from compress.distill.preview import preview
+        from compress.distillation.preview import preview
 
         _print_preview(preview(data, out, classes=classes, options=options), json)
         return

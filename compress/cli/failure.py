@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from compress.cache import cache_folder
+from compress.files.cache import cache_folder
 
 __all__ = ["TRACEBACK", "describe_failure", "take_traceback_option"]
 

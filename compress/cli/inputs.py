@@ -78,6 +78,6 @@ def shape(text: str | None) -> tuple[int, ...] | None:
     """``"3,32,32"`` as a tuple; None stays None."""
     if text is None:
         return None
-    from compress.shapes import parse_shape
+    from compress.models.input_shape import parse_shape
 
     return parse_shape(text)

@@ -12,8 +12,8 @@ from compress.cli.options import takes, timing
 from compress.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from compress.training.family import Family, FamilyMember
-    from compress.training.members import LowRankOptions
+    from compress.training.lowrank.family import Family, FamilyMember
+    from compress.training.lowrank.members import LowRankOptions
 
 __all__ = ["app"]
 
@@ -39,7 +39,7 @@ def cutting(
     length: Length = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there")] = False,
 ) -> None:
-    """What training and truncation share: fields of :class:`compress.training.members.LowRankOptions`."""
+    """What training and truncation share: fields of :class:`compress.training.lowrank.members.LowRankOptions`."""
 
 
 @app.command(no_args_is_help=True)
@@ -67,7 +67,7 @@ def train(
     """
     bar = ProgressBar(enabled=not quiet)
     from compress.training.loop import Recipe
-    from compress.training.lowrank import train_lowrank
+    from compress.training.lowrank.job import train_lowrank
 
     with bar:
         result = train_lowrank(
@@ -110,7 +110,7 @@ def truncate(
     Example: [bold]compress lowrank truncate model.pt --calib calib.npz --test test.npz -o small[/]
     """
     bar = ProgressBar(enabled=not quiet)
-    from compress.training.lowrank import truncate as truncate_model
+    from compress.training.lowrank.job import truncate as truncate_model
 
     with bar:
         result = truncate_model(
@@ -149,11 +149,11 @@ def extract(
     bar = ProgressBar(enabled=not quiet)
     from rich.console import Console
 
-    from compress.allocation.budgets import format_value
-    from compress.publication import claim
-    from compress.training.choice import WEIGHT_BYTES, choose_member, family_budgets
-    from compress.training.family import check_file, cut, read_family, save_module
-    from compress.training.timing import MemberTimer
+    from compress.files.outputs import claim
+    from compress.plans.budgets import format_value
+    from compress.training.lowrank.choice import WEIGHT_BYTES, choose_member, family_budgets
+    from compress.training.lowrank.family import check_file, cut, read_family, save_module
+    from compress.training.lowrank.timing import MemberTimer
 
     check_file(out, overwrite=overwrite)
     module, family = read_family(folder, allow or ())
@@ -200,9 +200,9 @@ def plot(
     bar = ProgressBar(enabled=not quiet)
     from rich.console import Console
 
-    from compress.training.family import check_picture, read_family
-    from compress.training.family import plot as draw
-    from compress.training.timing import MemberTimer
+    from compress.training.lowrank.family import check_picture, read_family
+    from compress.training.lowrank.family import plot as draw
+    from compress.training.lowrank.timing import MemberTimer
 
     path = out or folder / "latency.png"
     check_picture(path)
@@ -222,7 +222,7 @@ def plot(
 
 
 def _options(given: dict[str, Any]) -> LowRankOptions:
-    from compress.training.members import LowRankOptions
+    from compress.training.lowrank.members import LowRankOptions
 
     return LowRankOptions(**given | {name: tuple(given[name] or ()) for name in ("ignore", "allow")})
 

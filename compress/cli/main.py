@@ -32,7 +32,7 @@ from compress.cli.stream import stream
 from compress.cli.sweep import sweep
 from compress.cli.verify import verify
 from compress.errors import CompressError, FactoryError
-from compress.publication import kept
+from compress.files.outputs import kept
 
 __all__ = ["app", "main"]
 
@@ -137,7 +137,7 @@ def _listening() -> Iterator[list[int]]:
 
 def _remedy(error: OSError) -> str:
     """What to do about it, where that is known."""
-    from compress.cache import cache_folder
+    from compress.files.cache import cache_folder
 
     if isinstance(error.filename, str) and Path(error.filename).is_relative_to(cache_folder()):
         return "; name a folder that can be written in COMPRESS_CACHE"

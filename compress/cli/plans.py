@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from compress.allocation.budgets import format_value
-from compress.allocation.diff import LayerDiff, PlanDiff
-from compress.records import Allocation, Budget, Front
+from compress.plans.budgets import format_value
+from compress.plans.diff import LayerDiff, PlanDiff
+from compress.records.allocation import Allocation, Budget, Front
 
 __all__ = ["allocation_lines", "allocation_table", "diff_lines", "diff_table", "front_table"]
 

@@ -22,7 +22,7 @@ from compress.cli.options import (
 
 if TYPE_CHECKING:
     from compress.api import Preview
-    from compress.report.schema import Report
+    from compress.records.report import Report
 
 
 @takes(planning, searching, timing, benching, reading, writing)

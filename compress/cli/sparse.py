@@ -13,8 +13,8 @@ from compress.cli.progress import ProgressBar
 from compress.errors import InputError
 
 if TYPE_CHECKING:
-    from compress.deltas import Composed
-    from compress.training.sparse import SparseResult
+    from compress.sparse.deltas import Composed
+    from compress.training.sparse.job import SparseResult
 
 __all__ = ["app"]
 
@@ -121,7 +121,7 @@ def train(
     """
     bar = ProgressBar(enabled=not quiet)
     from compress.training.loop import Recipe
-    from compress.training.sparse import SparseOptions, train_sparse
+    from compress.training.sparse.job import SparseOptions, train_sparse
 
     given, sources = _sources(data, source or [], repeat or [])
     options = SparseOptions(
@@ -201,7 +201,7 @@ def revert(
 
     Example: [bold]compress sparse revert model.pt -o base.pt[/]
     """
-    from compress.deltas import restore
+    from compress.sparse.deltas import restore
 
     count = restore(model, out, undo, factory=factory, allow=allow or (), overwrite=overwrite)
     if not quiet:
@@ -222,7 +222,7 @@ def compose(
 
     Example: [bold]compress sparse compose task.safetensors language.safetensors -o both.safetensors[/]
     """
-    from compress.deltas import compose as compose_deltas
+    from compress.sparse.deltas import compose as compose_deltas
 
     done = compose_deltas(
         deltas, out, numbers(given["weights"], "--weights"), head=given["head"], heads=given["heads"], values=values,
@@ -240,7 +240,7 @@ def inspect(
 
     Example: [bold]compress sparse inspect task.safetensors[/]
     """
-    from compress.deltas import inspect as inspect_delta
+    from compress.sparse.deltas import inspect as inspect_delta
 
     found = inspect_delta(delta)
     if json:
@@ -270,8 +270,8 @@ def _apply(
     base: Path, deltas: list[Path], out: Path, any_base: bool, factory: str | None, allow: list[str] | None, *,
     undo: bool, given: dict[str, Any],
 ) -> None:  # fmt: skip
-    from compress.deltas import apply as apply_deltas
-    from compress.deltas import undo_path
+    from compress.sparse.deltas import apply as apply_deltas
+    from compress.sparse.deltas import undo_path
 
     done = apply_deltas(
         base, deltas, out, numbers(given["weights"], "--weights"), head=given["head"], heads=given["heads"],

@@ -11,7 +11,7 @@ from compress.cli.inputs import Length, Seed
 from compress.cli.options import no_data
 
 if TYPE_CHECKING:
-    from compress.report.schema import StreamReport
+    from compress.records.report import StreamReport
 
 
 def stream(

@@ -7,10 +7,11 @@ from typing import Literal
 
 from rich.table import Table
 
-from compress.allocation.ranks import layers_of
 from compress.cli.plans import allocation_lines
-from compress.records import LayerSpec, Plan
-from compress.report.schema import ExportCheck, FloatDistance, LayerProof, Metric, Proof, Report
+from compress.lowrank.ranks import layers_of
+from compress.records.layers import LayerSpec
+from compress.records.plan import Plan
+from compress.records.report import ExportCheck, FloatDistance, LayerProof, Metric, Proof, Report
 
 __all__ = [
     "export_check_text",

@@ -36,7 +36,7 @@ def verify(
     from compress import api
     from compress.cli.tables import export_check_text, mending, proof_table, proof_text
     from compress.errors import GateError
-    from compress.report.schema import Proof, StreamReport
+    from compress.records.report import Proof, StreamReport
 
     found = api.verify(path, data=data, mean=numbers(mean, "--mean"), std=numbers(std, "--std"), size=size)
     if json:

@@ -2,8 +2,8 @@
 
 The exporter leaves a marker for the weight, ``BlockWeight<bits>g<group>k<row>l<level>(packed, scale, zero_point)``, and
 an ordinary product that reads it. Here both, and the bias behind them, become one MatMulNBits. For 2, 4 and 8 bits its
-layout ([N, blocks, bytes of a block], first code in the lowest bits) is compress.packing's; only rows that end within a
-block are filled up.
+layout ([N, blocks, bytes of a block], first code in the lowest bits) is compress.quant.packing's; only rows that end
+within a block are filled up.
 
 ``accuracy_level`` is always written: without it 8- and 2-bit nodes run many times slower than floats. Level 4 rounds
 each block of the input to int8, which calibration measures for every layer; one that suffers computes in floats
@@ -23,7 +23,7 @@ from torch.nn import functional
 from compress.exporters.functions import DOMAIN
 from compress.exporters.initializers import constant_of, initialise
 from compress.exporters.products import MICROSOFT, replace_product
-from compress.packing import pack, unpack
+from compress.quant.packing import pack, unpack
 
 __all__ = ["ACCURACY_LEVEL", "block_weight_name", "declare_block_weight", "use_matmul_nbits"]
 

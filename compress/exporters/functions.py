@@ -2,7 +2,7 @@
 
 ONNX Runtime inlines model-local functions when it loads a file and folds whatever depends on initialisers alone, before
 it looks for quantized patterns: the packed codes become a plain int8 initialiser, and the layer runs on the kernels an
-int8 file would use. The layout is compress.packing's.
+int8 file would use. The layout is compress.quant.packing's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from compress.packing import planes
+from compress.quant.packing import planes
 
 __all__ = [
     "DOMAIN",

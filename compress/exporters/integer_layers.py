@@ -26,11 +26,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from compress.errors import InputError
+from compress.errors import InputError, one_line
 from compress.exporters.fusion import name_before
 from compress.exporters.initializers import constant_of
 from compress.exporters.session import open_session
-from compress.factory import one_line
 
 __all__ = ["IntegerLayer", "has_signed_inputs", "read_integer_layers"]
 

@@ -73,7 +73,7 @@ def _dequantize_weight(
 
 
 def _spread(grid: Any, shape: Sequence[int], group_size: int | None) -> Any:
-    """compress.weights.spread in ONNX."""
+    """compress.quant.weights.spread in ONNX."""
     if group_size is None:
         return op.Reshape(grid, _ints(-1, *[1] * (len(shape) - 1)))
     row = math.prod(shape[1:])

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from compress.exporters.integer_layers import IntegerLayer, has_signed_inputs, read_integer_layers
-from compress.report.schema import LayerProof, Proof
+from compress.records.report import LayerProof, Proof
 
 __all__ = ["INSTRUCTION_SETS", "InstructionSet", "largest_sum", "prove"]
 

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from compress.errors import InputError
-from compress.publication import new_file
+from compress.files.outputs import new_file
 
 __all__ = ["Shares", "check_name", "write_shared"]
 

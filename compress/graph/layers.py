@@ -9,7 +9,7 @@ from torch import fx
 
 from compress.graph.products import other_tensors, stored_products
 from compress.graph.traced import TracedModel, node_sizes
-from compress.records import LayerSpec
+from compress.records.layers import LayerSpec
 
 __all__ = [
     "ACTIVATIONS",

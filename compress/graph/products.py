@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.graph.traced import TracedModel, node_sizes
-from compress.records import LayerSpec
+from compress.records.layers import LayerSpec
 
 __all__ = ["other_tensors", "stored_products"]
 

@@ -25,9 +25,9 @@ from torch import fx
 
 from compress.graph.layers import ACTIVATIONS, LAYER_KINDS, activation_of, layer_name
 from compress.graph.traced import TracedModel
-from compress.problem import ActivationGrid
-from compress.records import Choice
-from compress.targets import Target
+from compress.quant.problem import ActivationGrid
+from compress.quant.targets import Target
+from compress.records.plan import Choice
 
 __all__ = [
     "INTEGER_BITS",

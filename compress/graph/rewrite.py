@@ -16,7 +16,7 @@ from compress.graph.layers import (
 )
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 __all__ = [
     "absorb_activations",
@@ -35,7 +35,7 @@ _LARGEST_BIAS = 2.0**30  # half of int32: the other half is for the sum
 def set_weight(traced: TracedModel, layer: str, weight: QuantizedWeight, compute: str) -> None:
     """Replace the weight of ``layer`` by its packed codes and ``compress::dequantize_weight``.
 
-    ``compute`` is a :class:`~compress.formats.Format`'s: how a runtime is to use it. Storing a layer again
+    ``compute`` is a :class:`~compress.quant.formats.Format`'s: how a runtime is to use it. Storing a layer again
     replaces the tensors.
     """
     for part, tensor in weight.tensors().items():

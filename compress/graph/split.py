@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
-from compress.records import Split
+from compress.records.layers import Split
 
 __all__ = ["split_layer"]
 

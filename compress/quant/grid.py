@@ -12,7 +12,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from compress.weights import QuantizedWeight, spread
+from compress.quant.weights import QuantizedWeight, spread
 
 __all__ = ["groups_of", "min_max_grid", "mse_grid", "quantize"]
 

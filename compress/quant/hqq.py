@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.problem import Effort, LayerProblem, Solution
 from compress.quant.grid import groups_of, mse_grid, quantize
 from compress.quant.pairs import step_bound
-from compress.records import QuantOption
+from compress.quant.problem import Effort, LayerProblem, Solution
+from compress.records.layers import QuantOption
 
 __all__ = ["HQQ", "HalfQuadratic"]
 

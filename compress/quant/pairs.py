@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.problem import LayerProblem
-from compress.records import QuantOption
+from compress.quant.problem import LayerProblem
+from compress.records.layers import QuantOption
 
 __all__ = [
     "LARGEST_CODE",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.problem import Effort, LayerProblem, Solution
 from compress.quant.grid import min_max_grid, mse_grid, quantize
 from compress.quant.pairs import step_bound
-from compress.records import QuantOption
+from compress.quant.problem import Effort, LayerProblem, Solution
+from compress.records.layers import QuantOption
 
 __all__ = ["MIN_MAX", "MSE", "RoundToNearest"]
 

@@ -33,13 +33,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from compress.errors import InputError
+from compress.files.known_folders import BASE_FILE
 from compress.graph.traced import TracedModel
 from compress.sparse.base import base_tensors, tensor_hashes
 from compress.sparse.deltafile import content_digest
 
-__all__ = ["BASE_FILE", "FloatBase", "compare_base", "read_base", "write_base"]
+__all__ = ["FloatBase", "compare_base", "read_base", "write_base"]
 
-BASE_FILE = "base.safetensors"
 _HEADER = "compress.base"
 _ROUNDING = 1e-4  # of the largest weight: transforms work in float32, several one after another
 

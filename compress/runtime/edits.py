@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from compress.graph.layers import LAYER_KINDS, TABLE
 from compress.graph.traced import TracedModel
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 __all__ = [
     "UNPACKED",

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from compress.graph.layers import LAYER_KINDS, TABLE, is_stored, layer_name, weight_position
 from compress.graph.traced import TracedModel
 from compress.kernels.dispatch import Call, choose
-from compress.records import LayerRun
+from compress.records.layers import LayerRun
 from compress.runtime.edits import UNPACKED, group_size_of
 from compress.runtime.pack import factor_place, packed_operator
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from compress.artifact import load_artifact, tensors_digest
 from compress.errors import InputError
 from compress.graph.traced import TracedModel
+from compress.runtime.artifact import load_artifact, tensors_digest
 from compress.runtime.base import read_base
 from compress.runtime.delta import add_to_graph
 from compress.runtime.device import check_device, move_graph

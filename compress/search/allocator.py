@@ -17,27 +17,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.allocation.budgets import format_value
 from compress.allocation.checker import check
 from compress.allocation.program import Answer, Pair, Picks, Program
-from compress.allocation.review import settings_digest
 from compress.allocation.solver import InfeasibleProgram, solve
 from compress.errors import InfeasibleBudget, SolverError
 from compress.graph.traced import TracedModel
-from compress.latency.model import COMPUTE_OF
+from compress.measure.latency_model import COMPUTE_OF
 from compress.options import Search
-from compress.planning import with_times
+from compress.plans.budgets import format_value
+from compress.plans.frame import with_times
+from compress.plans.review import settings_digest
 from compress.progress import Progress
-from compress.records import Allocation, Budget, Candidate, Plan, Skip
+from compress.quant.targets import Target
+from compress.records.allocation import Allocation, Budget, Candidate
+from compress.records.plan import Plan, Skip
 from compress.search.costs import Costs, export_ways, time_files
 from compress.search.space import Space, Way
-from compress.targets import Target
 
 __all__ = ["Allocator", "Draft"]
 
 _ATTEMPTS = 8
 _LEAST_SECONDS = 1.0  # for a solver that others have left no time
-# Two sessions on one file differ by this much (compress/benchmark.py): a plan is to hold in the next one too.
+# Two sessions on one file differ by this much (compress/measure/bench.py): a plan is to hold in the next one too.
 _LATENCY_RESERVE = 0.02
 # Share of the file that the functions of all widths must be for a plan to be looked for without some of them.
 _SHARED_MATTERS = 0.005

@@ -1,7 +1,7 @@
 """What each way costs in bytes, bit operations and microseconds, fixed by whole files exported and timed first.
 
-Three base files are made without calibration (compress/skeleton.py): all float, all at 8 bits, all at the narrowest
-widths. A layer's own bytes are known; what a file holds besides is read off the bases. Latency comes from
+Three base files are made without calibration (compress/exporters/skeleton.py): all float, all at 8 bits, all at the
+narrowest widths. A layer's own bytes are known; what a file holds besides is read off the bases. Latency comes from
 compress/latency, which the same files calibrate.
 """
 
@@ -12,23 +12,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.benchmark import bench
 from compress.errors import InputError
+from compress.exporters.build import build_onnx, write_onnx
 from compress.exporters.functions import function_bytes
-from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.skeleton import write_skeleton
 from compress.graph.traced import TracedModel
-from compress.intake import Intake
+from compress.intake.model import Intake
 from compress.kernels.table import register_operators
-from compress.latency.kit import base_kinds, layers_digest, operator_shapes
-from compress.latency.model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places
-from compress.latency.operators import time_operators
-from compress.latency.table import LatencyTable, check_complete, open_table
+from compress.measure.bench import bench
+from compress.measure.kit import base_kinds, layers_digest, operator_shapes
+from compress.measure.latency_model import COMPUTE_OF, LatencyModel, LayerPlace, fit, layer_places
+from compress.measure.latency_table import LatencyTable, check_complete, open_table
+from compress.measure.operators import time_operators
 from compress.options import Search
 from compress.progress import Progress
-from compress.records import Choice, Cost, LayerSpec
+from compress.quant.targets import Target
+from compress.records.allocation import Cost
+from compress.records.layers import LayerSpec
+from compress.records.plan import Choice
 from compress.search.space import FLOAT, Space, Way
-from compress.skeleton import write_skeleton
-from compress.targets import Target
 
 __all__ = ["Costs", "export_ways", "measure_costs", "time_files"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compress.errors import InfeasibleBudget
-from compress.records import Plan
+from compress.records.plan import Plan
 from compress.search.prepare import Prepared
 
 __all__ = ["Tried", "search_drop"]

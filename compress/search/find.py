@@ -8,15 +8,15 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from compress.allocation.budgets import format_value, parse_budgets
-from compress.cache import digest
-from compress.calib.samples import Samples
+from compress.data.samples import Samples
 from compress.errors import InputError
-from compress.intake import Intake
+from compress.files.cache import digest
+from compress.files.outputs import new_file
+from compress.intake.model import Intake
 from compress.options import Options
+from compress.plans.budgets import format_value, parse_budgets
 from compress.progress import Progress
-from compress.publication import new_file
-from compress.records import Plan
+from compress.records.plan import Plan
 from compress.search.drop import search_drop
 from compress.search.prepare import prepare
 

@@ -9,7 +9,8 @@ import numpy as np
 from compress.allocation.greedy import greedy
 from compress.errors import InfeasibleBudget, InputError
 from compress.progress import Progress
-from compress.records import Budget, Front, FrontPoint, Plan
+from compress.records.allocation import Budget, Front, FrontPoint
+from compress.records.plan import Plan
 from compress.search.allocator import Allocator
 from compress.search.prepare import Prepared
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from compress.allocation.budgets import parse_budgets
-from compress.allocation.ranks import SHARES, check_shares
 from compress.allocation.solver import SOLVERS
-from compress.calib.samples import Samples
+from compress.data.samples import Samples
 from compress.errors import InputError
-from compress.intake import Intake
+from compress.intake.model import Intake
+from compress.lowrank.ranks import SHARES, check_shares
 from compress.options import Options
-from compress.planning import begin_plan, choose_methods
+from compress.plans.budgets import parse_budgets
+from compress.plans.frame import begin_plan, choose_methods
 from compress.progress import Progress
-from compress.records import Budget, Plan
+from compress.quant.targets import choose_target, find_target
+from compress.records.allocation import Budget
+from compress.records.plan import Plan
 from compress.search.allocator import Allocator
 from compress.search.costs import measure_costs
-from compress.search.errors import check_measure, decide_measure, measure_errors, transformed
+from compress.search.sensitivities import check_measure, decide_measure, measure_errors, transformed
 from compress.search.space import input_widths, list_space
-from compress.targets import choose_target, find_target
 
 __all__ = ["OBJECTIVES", "Prepared", "check_search", "prepare"]
 

@@ -6,20 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from compress.allocation.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
-from compress.allocation.ranks import layers_of, thin_ranks
 from compress.calib.factors import BRANCH_BITS
 from compress.calib.trials import Trial
 from compress.errors import InputError
-from compress.formats import FORMATS
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel
-from compress.instruction_sets import sets_of
-from compress.latency.model import thin_kind
+from compress.lowrank.ranks import layers_of, thin_ranks
+from compress.measure.latency_model import thin_kind
 from compress.options import Options
-from compress.packing import packed_bytes
-from compress.records import Choice, LayerSpec, QuantOption, Skip, Split
-from compress.targets import Target
+from compress.plans.eligibility import ends, find_format_for, ignored, slow_on_integers, table_option
+from compress.quant.formats import FORMATS
+from compress.quant.instruction_sets import sets_of
+from compress.quant.packing import packed_bytes
+from compress.quant.targets import Target
+from compress.records.layers import LayerSpec, QuantOption, Split
+from compress.records.plan import Choice, Skip
 
 __all__ = ["Space", "Way", "input_widths", "list_space"]
 
@@ -40,14 +41,14 @@ class Way:
 
     @property
     def kind(self) -> str:
-        """What it runs on, in the words of compress/latency/model.py."""
+        """What it runs on, in the words of compress/measure/latency_model.py."""
         if self.option is None or FORMATS[self.format].inputs == "float":
             return "float"
         return "narrow" if (self.option.act_bits or 8) < 8 else "integer"
 
     @property
     def run(self) -> str:
-        """What its time is filed under in compress/latency/model.py."""
+        """What its time is filed under in compress/measure/latency_model.py."""
         return self.kind if self.rank is None else thin_kind(self.kind, self.rank, self.form)
 
     @property
@@ -182,7 +183,7 @@ def list_space(
         methods: names from the table; each is a way of its own.
         with_data: whether inputs can be quantized.
         timed: whether latency matters; if so, what runs on floats and what on integers is for the table to say,
-            else for the shipped figures (compress/instruction_sets.py).
+            else for the shipped figures (compress/quant/instruction_sets.py).
 
     Raises:
         InputError: widths out of range, or nothing is left to choose.

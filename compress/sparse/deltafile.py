@@ -53,8 +53,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import InputError
-from compress.publication import new_file
-from compress.records import Record
+from compress.files.outputs import new_file
+from compress.records.layers import Record
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.gaps import decode, encode
 

@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.errors import InputError
-from compress.factory import one_line
-from compress.lookalike import lookalike
-from compress.publication import new_file
+from compress.errors import InputError, one_line
+from compress.files.known_folders import lookalike
+from compress.files.outputs import new_file
+from compress.models.torchfile import read_safely
 from compress.sparse.delta import SparseDelta, SparseTensor
-from compress.torchfile import read_safely
 
 __all__ = ["REFERENCE_FILE", "read_reference", "write_reference"]
 

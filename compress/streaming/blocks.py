@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError
-from compress.growth import bounded
-from compress.huggingface import TextReader, read_config, text_reader
+from compress.models.growth import bounded
+from compress.models.huggingface import TextReader, read_config, text_reader
+from compress.models.weightfiles import extent
 from compress.streaming.shards import Shards
-from compress.weightfiles import extent
 
 __all__ = ["BlockModel", "open_blocks"]
 

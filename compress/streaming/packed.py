@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 __all__ = ["pack_rows", "packed_tensors", "quantization_config", "unpack_rows"]
 

@@ -16,29 +16,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.benchmark_alone import peak_bytes
-from compress.cache import digest
 from compress.calib.resume import ResumeStore, open_store
-from compress.calib.samples import Samples, load_samples
-from compress.calib.text import check_length
-from compress.digests import file_digests
+from compress.data.samples import Samples, load_samples
+from compress.data.text import check_length
 from compress.errors import InputError
-from compress.machine import describe_environment
-from compress.methods import METHODS
+from compress.files.cache import digest
+from compress.files.digests import file_digests
+from compress.files.known_folders import PLAN_FILE, REPORT_FILE
+from compress.files.outputs import check_folder, claims, new_folder
+from compress.measure.isolated import peak_bytes
+from compress.measure.machine import describe_environment
+from compress.models.weightfiles import INDEX
 from compress.progress import Progress, Tally, silent
-from compress.publication import check_folder, claims, new_folder
-from compress.records import Choice, Plan, QuantOption
-from compress.registry import resolve
-from compress.report.schema import StreamedLayer, StreamReport
+from compress.quant.methods import METHODS
+from compress.records.layers import QuantOption
+from compress.records.plan import Choice, Plan
+from compress.records.registry import resolve
+from compress.records.report import StreamedLayer, StreamReport
 from compress.streaming.blocks import BlockModel, open_blocks
 from compress.streaming.packed import quantization_config
 from compress.streaming.walk import BlockWalk
-from compress.weightfiles import INDEX
 
 __all__ = ["stream"]
 
 _FORMAT = "pack-quantized"
-_REPORT = "report.json"
 _BATCH_TOKENS = 4096
 _WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -257,13 +258,13 @@ def _write(folder: Path, job: _Job, store: ResumeStore, report: StreamReport) ->
         model_fingerprint=job.parts["the model"],
         data_fingerprint=job.parts["the calibration data"],
     )
-    (folder / "plan.json").write_text(plan.model_dump_json(indent=2))
-    taken = {path.name for path in folder.iterdir()} | {_REPORT}
+    (folder / PLAN_FILE).write_text(plan.model_dump_json(indent=2))
+    taken = {path.name for path in folder.iterdir()} | {REPORT_FILE}
     for path in model.shards.folder.iterdir():  # the tokenizer and what else belongs to the model
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in taken:
             shutil.copy2(path, folder / path.name)
     report = report.model_copy(update={"files": file_digests(folder)})
-    (folder / _REPORT).write_text(report.model_dump_json(indent=2))
+    (folder / REPORT_FILE).write_text(report.model_dump_json(indent=2))
     return report
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from compress.errors import InputError
-from compress.weightfiles import SINGLE, tensor_names, weight_files
+from compress.models.weightfiles import SINGLE, tensor_names, weight_files
 
 __all__ = ["Shards"]
 

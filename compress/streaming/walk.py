@@ -22,11 +22,11 @@ from compress.calib.gram import Gram
 from compress.calib.resume import ResumeStore
 from compress.calib.tokens import select_real
 from compress.calib.walk import TensorRows
-from compress.methods import METHODS
-from compress.problem import Effort, LayerProblem, Method, Solution
-from compress.publication import writing
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.files.outputs import writing
+from compress.quant.methods import METHODS
+from compress.quant.problem import Effort, LayerProblem, Method, Solution
+from compress.records.layers import QuantOption
+from compress.records.registry import resolve
 from compress.streaming.blocks import BlockModel
 from compress.streaming.packed import packed_tensors
 

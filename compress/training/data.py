@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calib.samples import Samples
+from compress.data.samples import Samples
 from compress.errors import InputError
 from compress.graph.traced import first_output
-from compress.sparse.sources import mix_sources
+from compress.training.sources import mix_sources
 
 __all__ = ["TrainingData"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compress.calib.samples import Samples, load_samples
-from compress.checkpoint import LoadedModel
+from compress.data.samples import Samples, load_samples
 from compress.errors import InputError
-from compress.huggingface import is_classifier
+from compress.models.checkpoint import LoadedModel
+from compress.models.huggingface import is_classifier
 from compress.training.data import TrainingData
 
 __all__ = [

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from compress.cache import digest
-from compress.errors import InputError
-from compress.factory import one_line
-from compress.publication import new_file
+from compress.errors import InputError, one_line
+from compress.files.cache import digest
+from compress.files.outputs import new_file
 from compress.training.data import TrainingData
 
 __all__ = ["Companion", "Epoch", "Recipe", "best_epoch", "criterion_of", "evaluate", "fit"]

@@ -29,10 +29,10 @@ from compress.graph.layers import layer_calls
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
-from compress.methods import METHODS
-from compress.problem import Effort, LayerProblem
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.quant.methods import METHODS
+from compress.quant.problem import Effort, LayerProblem
+from compress.records.layers import QuantOption
+from compress.records.registry import resolve
 from compress.transform.absorb import count_readers, find_sources
 
 __all__ = ["awq", "smoothquant"]

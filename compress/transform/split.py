@@ -12,7 +12,8 @@ from compress.calib.gram import SeenRows, rows_read_by
 from compress.graph.layers import layer_calls
 from compress.graph.split import split_layer
 from compress.graph.traced import TracedModel
-from compress.records import Plan, QuantOption
+from compress.records.layers import QuantOption
+from compress.records.plan import Plan
 
 __all__ = ["split_layers"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import GateError
 from compress.graph.traced import TracedModel, tensors_in
-from compress.registry import resolve
+from compress.records.registry import resolve
 
 __all__ = ["PREPARATIONS", "TRANSFORMS", "apply_transform"]
 

@@ -12,8 +12,8 @@ import pytest
 from compress.allocation.cbc import bound_in
 from compress.allocation.checker import check
 from compress.allocation.greedy import greedy
-from compress.allocation.model import Model, build
 from compress.allocation.program import TOLERANCE, Pair, Picks, Program
+from compress.allocation.pulp_model import Model, build
 from compress.allocation.reduction import Reduced, affordable, undominated
 from compress.allocation.relaxation import relax
 from compress.allocation.solver import SOLVERS, InfeasibleProgram, smallest, solve

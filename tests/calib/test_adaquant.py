@@ -13,9 +13,9 @@ from compress.calib.adaquant import PARALLEL, SEQUENTIAL, _Parameters, evaluatio
 from compress.calib.observers import Histogram, activation_grid, observe_range
 from compress.calib.walk import TensorRows
 from compress.kernels.table import register_operators
-from compress.problem import ActivationGrid, Effort, LayerProblem, Solution
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem, Solution
 from compress.quant.rtn import MSE
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 from tests.every import every
 
 register_operators()

@@ -10,9 +10,9 @@ from compress.calib.bias import corrected_bias
 from compress.calib.observers import activation_grid
 from compress.calib.walk import TensorRows
 from compress.kernels.table import register_operators
-from compress.problem import ActivationGrid, Effort, LayerProblem
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem
 from compress.quant.rtn import MIN_MAX
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 
 register_operators()
 

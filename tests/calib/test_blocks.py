@@ -13,7 +13,7 @@ from compress.calib.blocks import Block, find_blocks
 from compress.graph.fold import fold_batch_norm
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
-from tests.models import Residual
+from tests.networks import Residual
 
 
 def traced_of(module: nn.Module, *shape: int) -> TracedModel:

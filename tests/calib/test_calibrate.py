@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from compress.calib.calibrate import LayerResult
 from compress.calib.resume import ResumeStore
-from compress.calib.samples import load_samples
-from compress.compression import Compressed, apply_plan
+from compress.data.samples import load_samples
 from compress.errors import InputError
-from compress.intake import Intake, take_in
+from compress.intake.model import Intake, take_in
 from compress.options import Options
-from compress.planning import make_plan
+from compress.pipeline.apply_plan import Compressed, apply_plan
+from compress.plans.frame import make_plan
 from tests.every import every
-from tests.models import FixedBatch, Masked, SequenceFirst, Shared, TwoInputs
+from tests.networks import FixedBatch, Masked, SequenceFirst, Shared, TwoInputs
 from tests.sweep import sweep
 
 

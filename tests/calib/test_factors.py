@@ -11,9 +11,9 @@ from compress.calib.gram import SeenRows
 from compress.calib.observers import activation_grid
 from compress.graph.quantizers import fake_quantize_op
 from compress.kernels.table import register_operators
-from compress.problem import Effort, LayerProblem
+from compress.quant.problem import Effort, LayerProblem
 from compress.quant.rtn import MSE
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 
 register_operators()
 

@@ -12,7 +12,7 @@ from compress.calib.frontier import Frontier
 from compress.graph.layers import layer_calls
 from compress.graph.traced import TracedModel, trace
 from tests.every import every
-from tests.models import FixedBatch, Masked, SequenceFirst
+from tests.networks import FixedBatch, Masked, SequenceFirst
 
 SAMPLES = 70  # more than one batch, the last one shorter
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from compress.calib.gptq import GPTQ, OptimalRounding
 from compress.calib.walk import TensorRows
 from compress.kernels.table import register_operators
-from compress.problem import ActivationGrid, Effort, LayerProblem
 from compress.quant.grid import mse_grid
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem
 from compress.quant.rtn import MSE
-from compress.records import QuantOption
-from compress.weights import spread
+from compress.quant.weights import spread
+from compress.records.layers import QuantOption
 
 register_operators()
 

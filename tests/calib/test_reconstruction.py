@@ -12,17 +12,17 @@ from torch import Tensor
 
 from compress.calib import block_walk, reconstruction
 from compress.calib.resume import ResumeStore
-from compress.calib.samples import Samples, load_samples
 from compress.calib.soft import SoftWeight
-from compress.compression import Compressed, apply_plan
-from compress.intake import Intake, take_in
+from compress.data.samples import Samples, load_samples
+from compress.intake.model import Intake, take_in
 from compress.options import Options
-from compress.planning import make_plan
+from compress.pipeline.apply_plan import Compressed, apply_plan
+from compress.plans.frame import make_plan
 from compress.quant.grid import mse_grid, quantize
-from compress.records import QuantOption, Split
+from compress.records.layers import QuantOption, Split
 from tests.calib.test_tokens import samples as padded  # type: ignore[import-not-found]
 from tests.every import every
-from tests.models import Encoder, Residual
+from tests.networks import Encoder, Residual
 from tests.sweep import sweep
 
 METHODS = ("adaround", "brecq", "qdrop", "genie")

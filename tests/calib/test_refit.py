@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compress.calib.factors import multiply_up
 from compress.calib.refit import refit_up
 from compress.calib.walk import TensorRows
-from compress.problem import LayerProblem
+from compress.quant.problem import LayerProblem
 
 
 @pytest.mark.parametrize("spatial", [False, True], ids=["linear", "1x1 convolution"])

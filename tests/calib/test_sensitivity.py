@@ -14,19 +14,19 @@ from torch import Tensor, fx, nn
 from compress.calib.calibrate import calibrate
 from compress.calib.output_loss import output_loss
 from compress.calib.resume import ResumeStore
-from compress.calib.samples import load_samples
 from compress.calib.sensitivity import BASE, FLOAT, measure_sensitivity, stored_losses
 from compress.calib.trials import Trial
+from compress.data.samples import load_samples
 from compress.graph.layers import layer_calls
 from compress.graph.quantizers import place_quantizers
 from compress.graph.traced import TracedModel
-from compress.intake import Intake, take_in
+from compress.intake.model import Intake, take_in
 from compress.kernels.table import register_operators
 from compress.options import Options
-from compress.planning import make_plan
-from compress.problem import Effort, LayerProblem
+from compress.plans.frame import make_plan
+from compress.quant.problem import Effort, LayerProblem
 from compress.quant.rtn import MSE
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 from tests.every import every
 
 SAMPLES = 96

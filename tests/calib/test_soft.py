@@ -9,9 +9,9 @@ from torch import Tensor
 from compress.calib.soft import Masks, SoftGrid, SoftWeight
 from compress.graph.quantizers import fake_quantize_op
 from compress.kernels.table import register_operators
-from compress.problem import ActivationGrid
 from compress.quant.grid import mse_grid, quantize
-from compress.weights import QuantizedWeight
+from compress.quant.problem import ActivationGrid
+from compress.quant.weights import QuantizedWeight
 
 register_operators()
 

@@ -16,7 +16,7 @@ from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
 from compress.kernels.table import register_operators
 from compress.quant.grid import mse_grid, quantize
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 register_operators()
 

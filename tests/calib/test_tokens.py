@@ -16,7 +16,7 @@ from compress.calib.tokens import RealTokens, real_tokens, select_real
 from compress.graph.layers import layer_calls
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
-from tests.models import Encoder
+from tests.networks import Encoder
 
 SAMPLES, LENGTH, WIDTH = 70, 9, 8  # more than one batch, the last one shorter
 

@@ -13,9 +13,9 @@ import typer
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from compress.benchmark import BenchReport, BenchRow, Ratio
 from compress.cli import bench as command
 from compress.errors import InputError
+from compress.measure.bench import BenchReport, BenchRow, Ratio
 
 
 def relu(path: Path, side: int | str = 4) -> Path:

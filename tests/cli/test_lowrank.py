@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.training.family import read_family
+from compress.training.lowrank.family import read_family
 from tests.cli.conftest import Forks, command, environment  # type: ignore[import-not-found]
 from tests.every import every
 

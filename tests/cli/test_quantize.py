@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.records import Plan
-from compress.report.schema import Report
+from compress.records.plan import Plan
+from compress.records.report import Report
 from tests.cli.conftest import Forks  # type: ignore[import-not-found]
 from tests.every import every
 from tests.forgery import forge_report

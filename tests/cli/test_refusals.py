@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from compress.cache import remembered
 from compress.cli.main import main
+from compress.files.cache import remembered
 from tests.cli.conftest import NETS, Forks, command, environment, populate, run_alone  # type: ignore[import-not-found]
 from tests.sweep import sweep
 

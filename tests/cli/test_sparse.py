@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compress.checkpoint import load_model
+from compress.models.checkpoint import load_model
 from compress.sparse.reference import read_reference
 from tests.cli.conftest import Forks  # type: ignore[import-not-found]
 from tests.every import every

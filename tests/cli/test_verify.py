@@ -16,7 +16,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 import compress
 from compress.errors import InputError
 from compress.exporters.saturation import INSTRUCTION_SETS
-from compress.report.schema import Proof
+from compress.records.report import Proof
 from tests.cli.conftest import Forks  # type: ignore[import-not-found]
 from tests.emulation import graph_model
 

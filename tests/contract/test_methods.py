@@ -1,4 +1,4 @@
-"""What every row of compress.methods.METHODS promises; a new row is tested without a new test.
+"""What every row of compress.quant.methods.METHODS promises; a new row is tested without a new test.
 
 Each problem is solved once, and every promise about its solution reads that one.
 """
@@ -19,13 +19,13 @@ from compress.calib.reconstruction import BlockMethod
 from compress.calib.walk import TensorRows
 from compress.kernels.fake_quantize import code_range, fake_quantize
 from compress.kernels.table import register_operators
-from compress.methods import METHODS
-from compress.problem import ActivationGrid, Effort, LayerProblem, Method, Solution
 from compress.quant.grid import min_max_grid, mse_grid, quantize
 from compress.quant.hqq import HalfQuadratic
+from compress.quant.methods import METHODS
 from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR, largest_pair, step_bound
-from compress.records import QuantOption
-from compress.registry import resolve
+from compress.quant.problem import ActivationGrid, Effort, LayerProblem, Method, Solution
+from compress.records.layers import QuantOption
+from compress.records.registry import resolve
 
 EVALUATED = 128
 EFFORT = Effort(iterations=12, seed=5)

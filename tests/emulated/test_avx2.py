@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.build import build_onnx, write_onnx
 from compress.graph.traced import TracedModel
 from tests.conftest import SHARED_DATA
 from tests.emulated.operators import JOINS, take_apart

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.exporters.functions import DOMAIN, OPSET, unpack_function, unpack_name
 from compress.exporters.session import open_session
-from compress.packing import pack, unpack
+from compress.quant.packing import pack, unpack
 
 SHAPES = [(1,), (3, 5), (7, 1, 3, 3), (2, 3, 4), (64, 9)]
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.exporters.build import build_onnx, write_onnx
 from compress.exporters.fusion import fused_operators, misplaced_layers
-from compress.exporters.onnx import build_onnx, write_onnx
 from compress.exporters.session import open_session, run_session
-from compress.gate import verify
 from compress.graph.traced import TracedModel
+from compress.proof.gate import verify
 from tests.every import every
 from tests.sweep import sweep
 

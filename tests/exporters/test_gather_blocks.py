@@ -14,11 +14,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from compress.calib.samples import load_samples
-from compress.exporters.onnx import build_onnx, write_onnx
+from compress.data.samples import load_samples
+from compress.exporters.build import build_onnx, write_onnx
 from compress.exporters.session import open_session
 from compress.graph.traced import TracedModel
-from compress.intake import take_in
+from compress.intake.model import take_in
 
 WORDS = 90
 Quickly = Callable[..., TracedModel]

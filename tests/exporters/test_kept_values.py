@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.build import build_onnx, write_onnx
 from compress.exporters.session import open_session, run_session
-from compress.gate import verify
 from compress.graph.layers import layer_computes
 from compress.graph.quantizers import fake_quantize_op
 from compress.graph.shared_grids import coarse_parts
 from compress.graph.traced import TracedModel
+from compress.proof.gate import verify
 
 CHANNELS = 16
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from compress.exporters.onnx import build_onnx
+from compress.exporters.build import build_onnx
 from compress.exporters.program import to_program, traced_program
 from compress.graph.serial import graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel, trace
@@ -88,7 +88,7 @@ def test_the_file_is_that_of_a_graph_traced_again(
 ) -> None:
     traced = compressed(name)
     found = _bytes(traced)
-    monkeypatch.setattr("compress.exporters.onnx.to_program", traced_program)
+    monkeypatch.setattr("compress.exporters.build.to_program", traced_program)
     assert found == _bytes(traced)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.onnx._internal.fx.passes import type_promotion
 
 from compress.exporters import promotion, translation
-from compress.exporters.onnx import build_onnx
+from compress.exporters.build import build_onnx
 from compress.graph.traced import trace
 
 

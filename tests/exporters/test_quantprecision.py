@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.exporters.onnx import build_onnx, write_onnx
+from compress.exporters.build import build_onnx, write_onnx
 from compress.graph.traced import TracedModel
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.exporters.onnx import build_onnx
+from compress.exporters.build import build_onnx
 from compress.exporters.tidy import layer_of
 from compress.graph.traced import TracedModel, trace
 from compress.kernels.table import register_operators

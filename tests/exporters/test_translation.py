@@ -12,7 +12,7 @@ from torch import nn
 from torch.onnx._internal.exporter import _registration
 
 from compress.exporters import translation
-from compress.exporters.onnx import build_onnx
+from compress.exporters.build import build_onnx
 from compress.exporters.translation import operator_table
 from compress.graph.traced import TracedModel, trace
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from compress.exporters import translation
-from compress.exporters.onnx import build_onnx
+from compress.exporters.build import build_onnx
 from compress.graph.composites import make_functional
 from compress.graph.traced import export_program, trace
-from tests.models import Residual
+from tests.networks import Residual
 from tests.sweep import sweep
 
 

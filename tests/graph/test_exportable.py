@@ -14,7 +14,7 @@ import compress
 from compress.errors import InputError
 from compress.exporters.fusion import name_before
 from compress.exporters.session import open_session
-from compress.shapes import find_input_shape
+from compress.models.input_shape import find_input_shape
 
 
 class Function(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compress.graph.layers import activation_of, layer_calls, list_layers
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
-from compress.records import LayerSpec
+from compress.records.layers import LayerSpec
 
 
 def traced_of(module: nn.Module, x: Tensor) -> TracedModel:

@@ -19,7 +19,7 @@ from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
 from compress.kernels.table import register_operators
 from compress.quant.grid import min_max_grid, quantize
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 from tests.every import every
 
 

@@ -11,7 +11,7 @@ from compress.graph.layers import layer_calls, list_layers
 from compress.graph.simplify import simplify
 from compress.graph.split import split_layer
 from compress.graph.traced import TracedModel, trace
-from compress.records import LayerSpec, Split
+from compress.records.layers import LayerSpec, Split
 
 
 class Mixed(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.lanes import LaneWeight
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 # Read once, before the first product on a GPU: without it torch warns of each one where fresh memory is to hold NaN.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

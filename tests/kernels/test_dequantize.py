@@ -7,8 +7,8 @@ from torch import Tensor
 from compress.errors import InputError
 from compress.kernels.dequantize import dequantize_bias, dequantize_weight
 from compress.kernels.table import OPERATORS, register_operators
-from compress.packing import pack
-from compress.registry import resolve
+from compress.quant.packing import pack
+from compress.records.registry import resolve
 
 SHAPES = [[5, 3], [4, 1, 3, 3], [3, 2, 7], [1, 1]]
 

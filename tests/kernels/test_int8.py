@@ -19,7 +19,7 @@ from compress.kernels.int8_quantize import grid_arguments, quantize_rows
 from compress.kernels.int8_reference import int8_reference
 from compress.kernels.int8_weight import MOST_INPUTS, Int8Weight
 from compress.kernels.row_grid import RowGrid
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 from tests.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("outputs_of_nan")

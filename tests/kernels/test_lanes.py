@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.kernels.lanes import LaneWeight, block_columns, pack_lanes, unit_shape, unpack_lanes
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
 
 
 def test_golden_4_bits() -> None:

@@ -13,7 +13,7 @@ from compress.kernels import dispatch
 from compress.kernels.dispatch import Call, choose
 from compress.kernels.packed_linear import packed_linear, packed_lowrank_linear
 from compress.kernels.table import KERNELS
-from compress.registry import resolve
+from compress.records.registry import resolve
 
 GPU_CALL = Call("packed_linear", "cuda", (9, 0), torch.bfloat16, 1, 4096, 4096, bits=4, group_size=128)
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from compress.checkpoint import load_model
 from compress.errors import InputError
 from compress.lowrank.decompose import decompose, decomposed_layers
 from compress.lowrank.truncate import count_positions, model_macs, truncation_path
-from compress.training.choice import choose_member, family_budgets
+from compress.models.checkpoint import load_model
 from compress.training.data import TrainingData
-from compress.training.family import cut, read_family
 from compress.training.loop import evaluate
-from compress.training.lowrank import LowRankOptions, truncate
+from compress.training.lowrank.choice import choose_member, family_budgets
+from compress.training.lowrank.family import cut, read_family
+from compress.training.lowrank.job import LowRankOptions, truncate
 from tests.every import every
-from tests.models import FeaturesAndWords, let_fall
+from tests.networks import FeaturesAndWords, let_fall
 
 
 def net() -> nn.Module:

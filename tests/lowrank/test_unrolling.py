@@ -15,10 +15,10 @@ from compress.lowrank.layers import LowRankConv2d, LowRankLayer, Positions, Spat
 from compress.lowrank.maestro import Maestro
 from compress.lowrank.truncate import count_positions, cut_to, model_macs, ranks_by_rule, truncation_path
 from compress.lowrank.unroll import output_error, spatial_factors, spatial_matrix, spatial_weight
-from compress.training.choice import choose_member, family_budgets
-from compress.training.family import cut, read_family
-from compress.training.lowrank import LowRankOptions, truncate
-from compress.training.ordering import order_layers
+from compress.training.lowrank.choice import choose_member, family_budgets
+from compress.training.lowrank.family import cut, read_family
+from compress.training.lowrank.job import LowRankOptions, truncate
+from compress.training.lowrank.ordering import order_layers
 from tests.every import every
 
 

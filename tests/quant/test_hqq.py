@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.problem import Effort, LayerProblem
 from compress.quant.hqq import HQQ
+from compress.quant.problem import Effort, LayerProblem
 from compress.quant.rtn import MSE
-from compress.records import QuantOption
-from compress.weights import QuantizedWeight
+from compress.quant.weights import QuantizedWeight
+from compress.records.layers import QuantOption
 
 NORM = 0.7
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from compress.calib.soft import SoftWeight
-from compress.problem import LayerProblem
 from compress.quant.grid import min_max_grid, mse_grid, quantize
 from compress.quant.pairs import LARGEST_CODE, LARGEST_PAIR, CodeBound, in_kernel_order, largest_pair, step_bound
-from compress.records import QuantOption
+from compress.quant.problem import LayerProblem
+from compress.records.layers import QuantOption
 
 SHAPES = [(6, 10), (6, 7), (4, 3, 3, 3), (4, 4, 3), (8, 1, 3, 3)]
 GRIDS = pytest.mark.parametrize("grid", [min_max_grid, mse_grid], ids=["minmax", "mse"])

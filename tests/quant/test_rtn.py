@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compress.problem import Effort, LayerProblem
 from compress.quant.grid import min_max_grid, mse_grid, quantize
+from compress.quant.problem import Effort, LayerProblem
 from compress.quant.rtn import MIN_MAX, MSE
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 
 
 @pytest.mark.parametrize(("method", "grid"), [(MIN_MAX, min_max_grid), (MSE, mse_grid)], ids=["minmax", "mse"])

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.artifact import load_artifact, tensors_digest
 from compress.errors import InputError
+from compress.files.known_folders import BASE_FILE
 from compress.graph.fold import fold_batch_norm
 from compress.graph.simplify import simplify
 from compress.graph.traced import trace
 from compress.kernels.delta_reference import add_reference
 from compress.kernels.delta_rows import DeltaRows
 from compress.kernels.table import register_operators
-from compress.runtime.base import BASE_FILE, compare_base, read_base, write_base
+from compress.runtime.artifact import load_artifact, tensors_digest
+from compress.runtime.base import compare_base, read_base, write_base
 from compress.runtime.delta import add_to_graph
 from compress.runtime.explain import explain
 from compress.runtime.pack import packed_for_gpu
@@ -28,7 +29,7 @@ from compress.sparse.base import base_hash, base_tensors, tensor_hashes
 from compress.sparse.delta import SparseDelta, SparseTensor
 from compress.sparse.deltafile import write_delta
 from compress.transform.table import apply_transform
-from tests.models import Language
+from tests.networks import Language
 
 register_operators()
 
@@ -120,7 +121,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def test_a_delta_to_the_module_is_one_to_its_folded_and_scaled_graph(
     make: Callable[[], tuple[nn.Module, Tensor]], transforms: tuple[str, ...], tmp_path: Path
 ) -> None:
-    from compress.records import QuantOption
+    from compress.records.layers import QuantOption
 
     net, x = make()
     traced = trace(net, (x[:2],))
@@ -192,7 +193,7 @@ def test_what_is_added_is_not_rounded_to_the_base(artifact: Path) -> None:
 
 @pytest.mark.slow
 def test_on_gpus_codes_stay_packed_beside_the_delta(artifact: Path) -> None:
-    from compress.deltas import open_deltas
+    from compress.sparse.deltas import open_deltas
 
     _, x = words()
     traced = load_artifact(artifact)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import api
-from compress.artifact import load_artifact
+from compress.runtime.artifact import load_artifact
 from compress.runtime.explain import explain
 from compress.runtime.pack import packed_for_gpu
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import compress
 from compress import api
-from compress.artifact import load_artifact
 from compress.errors import InputError
 from compress.graph.rewrite import set_weight
 from compress.graph.split import split_layer
 from compress.graph.traced import TracedModel, trace
 from compress.kernels.table import register_operators
 from compress.quant.grid import min_max_grid, quantize
-from compress.records import Split
+from compress.records.layers import Split
+from compress.runtime.artifact import load_artifact
 from compress.runtime.device import check_device, move_graph
 from compress.runtime.explain import explain
 from compress.runtime.pack import packed_for_gpu

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.calib.samples import Samples, load_samples
+from compress.data.samples import Samples, load_samples
 from compress.graph.traced import TracedModel
-from compress.intake import Intake, take_in
+from compress.intake.model import Intake, take_in
 from compress.kernels.table import register_operators
 from compress.options import Options, Search
-from compress.planning import begin_plan
+from compress.plans.frame import begin_plan
+from compress.quant.targets import Target, find_target
 from compress.search.allocator import Allocator
 from compress.search.costs import Costs, measure_costs
 from compress.search.prepare import Prepared
 from compress.search.space import Space, Way, list_space
-from compress.targets import Target, find_target
 
 register_operators()
 

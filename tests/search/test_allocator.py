@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from compress.errors import InfeasibleBudget
-from compress.intake import Intake
-from compress.latency.model import Boundary, LatencyModel
+from compress.intake.model import Intake
+from compress.measure.latency_model import Boundary, LatencyModel
 from compress.options import Search
-from compress.records import Cost
+from compress.records.allocation import Cost
 from compress.search import allocator as module
 from compress.search.allocator import Allocator, Draft
 from compress.search.costs import Costs

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.intake import Intake
+from compress.intake.model import Intake
 from compress.options import Search
 from compress.search.costs import Costs, export_ways, measure_costs
 from compress.search.space import FLOAT, Space

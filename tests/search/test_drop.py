@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from compress.errors import InfeasibleBudget
-from compress.records import Budget, Plan
+from compress.records.allocation import Budget
+from compress.records.plan import Plan
 from compress.search.allocator import Allocator
 from compress.search.drop import search_drop
 from compress.search.prepare import Prepared

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from compress.errors import InputError
-from compress.records import Budget, Plan
+from compress.records.allocation import Budget
+from compress.records.plan import Plan
 from compress.search.front import check_points, sweep_front
 from compress.search.prepare import Prepared
 from tests.every import every

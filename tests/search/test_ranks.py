@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from compress.allocation.ranks import check_shares, layers_of, thin_layers, thin_ranks
-from compress.allocation.review import review_plan
-from compress.calib.samples import Samples, load_samples
+from compress.data.samples import Samples, load_samples
 from compress.errors import InputError
 from compress.graph.layers import list_layers
-from compress.intake import Intake, take_in
+from compress.intake.model import Intake, take_in
+from compress.lowrank.ranks import check_shares, layers_of, thin_layers, thin_ranks
 from compress.options import Options, Search
-from compress.planning import begin_plan
-from compress.realize import realize
-from compress.records import Choice, LayerSpec, Plan, QuantOption, Split
+from compress.pipeline.run import realize
+from compress.plans.frame import begin_plan
+from compress.plans.review import review_plan
+from compress.records.layers import LayerSpec, QuantOption, Split
+from compress.records.plan import Choice, Plan
 from compress.search.allocator import Allocator
 from compress.search.costs import Costs, export_ways, measure_costs
-from compress.search.errors import measure_errors
+from compress.search.sensitivities import measure_errors
 from compress.search.space import Space, Way
 from tests.every import every
 from tests.search.conftest import CPU, predicted_size, silent, space_of  # type: ignore[import-not-found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compress.errors import InputError
-from compress.intake import Intake
+from compress.intake.model import Intake
 from compress.search.space import FLOAT, Space
 from tests.every import every
 from tests.search.conftest import space_of  # type: ignore[import-not-found]

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.sparse.selection import count_n_of_m, top_n_of_m
-from compress.sparse.sources import mix_sources
 from compress.sparse.tuner import SparseFineTuner
 from compress.training.data import TrainingData
 from compress.training.loop import Recipe, best_epoch, fit
-from compress.training.sparse import SparseCompanion
+from compress.training.sources import mix_sources
+from compress.training.sparse.job import SparseCompanion
 from tests.every import every
-from tests.models import normed_mlp
-from tests.sparse.test_training import arrays, labelled, train  # type: ignore[import-not-found]
+from tests.networks import normed_mlp
+from tests.training.sparse.test_job import arrays, labelled, train  # type: ignore[import-not-found]
 
 
 def small() -> nn.Linear:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from compress.quant.grid import min_max_grid, quantize
+from compress.quant.weights import QuantizedWeight
 from compress.streaming.packed import pack_rows, packed_tensors, quantization_config, unpack_rows
-from compress.weights import QuantizedWeight
 
 WIDTHS = range(2, 9)
 

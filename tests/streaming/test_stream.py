@@ -22,10 +22,11 @@ from torch.nn import functional
 
 import compress
 from compress.errors import InputError
-from compress.problem import Effort, LayerProblem
+from compress.quant.problem import Effort, LayerProblem
 from compress.quant.rtn import MSE
-from compress.records import Plan, QuantOption
-from compress.report.schema import StreamReport
+from compress.records.layers import QuantOption
+from compress.records.plan import Plan
+from compress.records.report import StreamReport
 from compress.streaming.packed import unpack_rows
 from tests.every import every
 from tests.streaming.conftest import GROUP, VOCABULARY, stored, weight_files  # type: ignore[import-not-found]

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import compress
 from compress.errors import InputError
-from compress.report.schema import StreamReport
+from compress.records.report import StreamReport
 from tests.streaming.conftest import GROUP, weight_files  # type: ignore[import-not-found]
 
 METADATA = ("config.json", "model.safetensors.index.json", "plan.json")

@@ -11,7 +11,7 @@ from compress.graph.fold import fold_batch_norm
 from compress.graph.layers import layer_calls
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 from compress.transform import equalize as equalize_module
 from compress.transform.channels import Channels, arguments, pass_through
 from compress.transform.equalize import equalize, prepare

@@ -15,7 +15,7 @@ from compress.errors import InputError
 from compress.graph.layers import list_layers
 from compress.graph.simplify import simplify
 from compress.graph.traced import TracedModel, trace
-from compress.records import QuantOption
+from compress.records.layers import QuantOption
 from compress.transform.table import apply_transform
 from tests.every import every
 from tests.sweep import sweep

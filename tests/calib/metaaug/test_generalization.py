@@ -12,11 +12,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from compress.calib.resume import ResumeStore
-from compress.calib.samples import load_samples
-from compress.compression import apply_plan
-from compress.intake import take_in
+from compress.data.samples import load_samples
+from compress.intake.model import take_in
 from compress.options import Options
-from compress.planning import make_plan
+from compress.pipeline.apply_plan import apply_plan
+from compress.plans.frame import make_plan
 
 SEEDS = 3
 IMAGES = 16

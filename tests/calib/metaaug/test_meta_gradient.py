@@ -22,8 +22,8 @@ from compress.graph.rewrite import layer_bias, set_weight
 from compress.graph.simplify import simplify
 from compress.graph.traced import trace
 from compress.kernels.table import register_operators
-from compress.problem import ActivationGrid
 from compress.quant.grid import mse_grid, quantize
+from compress.quant.problem import ActivationGrid
 from tests.every import every
 
 register_operators()

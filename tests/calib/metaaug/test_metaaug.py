@@ -14,12 +14,12 @@ from compress.calib import block_walk, reconstruction
 from compress.calib.metaaug import method, phase
 from compress.calib.metaaug.settings import PUBLISHED, MetaAug
 from compress.calib.resume import ResumeStore
-from compress.calib.samples import Samples, load_samples
-from compress.compression import Compressed, apply_plan
+from compress.data.samples import Samples, load_samples
 from compress.errors import InputError
-from compress.intake import Intake, take_in
+from compress.intake.model import Intake, take_in
 from compress.options import Options
-from compress.planning import make_plan
+from compress.pipeline.apply_plan import Compressed, apply_plan
+from compress.plans.frame import make_plan
 from tests.every import every
 
 QUICK = MetaAug(steps=3, warm_up=20, rate=2e-2)

@@ -16,12 +16,12 @@ from compress.calib.metaaug.network import TokenResidual, make_network
 from compress.calib.metaaug.settings import MetaAug
 from compress.calib.metaaug.site import find_site
 from compress.calib.resume import ResumeStore
-from compress.calib.samples import load_samples
-from compress.compression import Compressed, apply_plan
+from compress.data.samples import load_samples
 from compress.errors import InputError
-from compress.intake import take_in
+from compress.intake.model import take_in
 from compress.options import Options
-from compress.planning import make_plan
+from compress.pipeline.apply_plan import Compressed, apply_plan
+from compress.plans.frame import make_plan
 from tests.sweep import sweep
 
 QUICK = MetaAug(steps=3, warm_up=20, rate=2e-2)

@@ -1,0 +1,1 @@
+"""Integer programs over numbers alone, and what solves them."""

@@ -1,0 +1,1 @@
+"""Samples: read from files, folders, texts and functions, or made."""

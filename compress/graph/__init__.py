@@ -1,0 +1,1 @@
+"""The traced model, and what is done to its graph."""

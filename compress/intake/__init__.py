@@ -1,0 +1,1 @@
+"""All that is read and checked before a plan is made."""

@@ -1,0 +1,1 @@
+"""The user's model, read safely from whatever file it is in, and written back."""

@@ -1,0 +1,1 @@
+"""A plan carried out: calibrated, exported, proven, reported."""

@@ -1,0 +1,1 @@
+"""Grids, formats, targets and methods for weights alone."""

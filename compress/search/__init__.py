@@ -1,0 +1,1 @@
+"""Budgets into a plan: costs, sensitivities, the integer program around them."""

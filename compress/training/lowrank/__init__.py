@@ -1,0 +1,1 @@
+"""Training and cutting of low-rank families (Maestro)."""

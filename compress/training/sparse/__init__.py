@@ -1,0 +1,1 @@
+"""Sparse fine-tuning (LT-SFT): from data to a delta."""

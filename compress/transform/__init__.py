@@ -1,0 +1,1 @@
+"""Rewrites of the float graph that leave its function as it is."""
