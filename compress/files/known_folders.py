@@ -1,4 +1,4 @@
-"""Files and folders that are taken for a model or samples: what each is, and what to do with it instead."""
+"""What the folders of this program hold, and what those and others are that are taken for a model or samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ __all__ = [
     "read_json",
 ]
 
-# What the folders of this program hold.
 ONNX_FILE = "model.onnx"
 TENSORS_FILE = "model.safetensors"
 GRAPH_FILE = "graph.json"

@@ -110,16 +110,11 @@ def new_folder(path: Path, overwrite: bool, sign: str = PLAN_FILE, verb: str = _
     """
     with claim(path):
         check_folder(path, overwrite, sign, verb)
-        temporary = _beside(path, "partial")
-        try:
-            with writing(path):
-                temporary.mkdir()
-                yield temporary
-                _share(temporary)
-                _to_disk(temporary)
-                _put(temporary, path)
-        finally:
-            _remove(temporary)
+        with _collected(path) as temporary:
+            yield temporary
+            _share(temporary)
+            _to_disk(temporary)
+            _put(temporary, path)
 
 
 @contextmanager
@@ -159,18 +154,25 @@ def new_files(path: Path) -> Iterator[Path]:
     Raises:
         InputError: as :func:`claim`, or the disk is full or not writable.
     """
-    with claim(path):
-        temporary, ready = _beside(path, "partial"), _beside(path, "ready")
-        try:
-            with writing(path):
-                temporary.mkdir()
-                yield temporary
-                _share(temporary)
-                _to_disk(temporary)
-                os.replace(temporary, ready)
-                _carry_out(ready, path)
-        finally:
-            _remove(temporary)
+    with claim(path), _collected(path) as temporary:
+        yield temporary
+        _share(temporary)
+        _to_disk(temporary)
+        ready = _beside(path, "ready")
+        os.replace(temporary, ready)
+        _carry_out(ready, path)
+
+
+@contextmanager
+def _collected(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, which is gone when the block ends."""
+    temporary = _beside(path, "partial")
+    try:
+        with writing(path):
+            temporary.mkdir()
+            yield temporary
+    finally:
+        _remove(temporary)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""The small frozen records that pass between stages; each is a JSON file on request.
+"""``Plan`` says what is to be done, enough to do it again; ``plan.json``.
 
-``Plan`` says what is to be done, enough to do it again, and ``Allocation``, inside it, why just that; ``Report``
-(compress/records/report.py) says what came out.
+``Allocation``, inside it, says why just that, and ``Report`` (compress/records/report.py) what came out.
 """
 
 from __future__ import annotations

@@ -25,12 +25,7 @@ from torch import Tensor
 
 from compress.errors import InputError, one_line
 from compress.files.digests import REPORT_VERSION, check_digests
-from compress.files.known_folders import (
-    GRAPH_FILE,
-    TENSORS_FILE,
-    existing_file,
-    read_json,
-)
+from compress.files.known_folders import GRAPH_FILE, TENSORS_FILE, existing_file, read_json
 from compress.graph.serial import check_version, graph_to_json, json_to_graph
 from compress.graph.traced import TracedModel
 from compress.kernels.table import register_operators
